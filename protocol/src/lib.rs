@@ -1,0 +1,23 @@
+//! The contract between Husk's shim (host) and agent (guest): messages, ports,
+//! paths and limits. No logic.
+
+pub mod limit;
+pub mod path;
+pub mod port;
+
+/// Messages of `proto/agent.proto` and the service generated from it.
+pub mod agent {
+    pub use crate::generated::agent::*;
+    pub use crate::generated::agent_ttrpc::*;
+}
+
+#[allow(
+    missing_docs,
+    unused_mut,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction
+)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}

@@ -1,0 +1,13 @@
+//! Bounds that both sides enforce on what the other sends.
+
+/// Largest ttrpc message, bytes (ttrpc's own limit).
+pub const MESSAGE_BYTES: usize = 4 << 20;
+
+/// Longest container or exec id, bytes (containerd allows 76).
+pub const ID_BYTES: usize = 128;
+
+/// Containers in one pod.
+pub const CONTAINERS: usize = 256;
+
+/// Processes made by Exec that are alive or not yet deleted, per container.
+pub const EXECS: usize = 1024;

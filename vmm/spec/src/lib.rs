@@ -1,0 +1,30 @@
+//! The contract between Husk's shim and its VMM: the virtual machine asked for
+//! and the requests, replies and events of its control socket. Data only.
+//!
+//! One message is one packet of a `SOCK_SEQPACKET` socket: JSON, with the
+//! descriptors it speaks of beside it (`SCM_RIGHTS`). A [`Descriptor`] is an
+//! index into the descriptors of the same packet. The shim's first packet is a
+//! [`VmSpec`], every later one a [`Request`]; every packet of the VMM is a
+//! [`Message`].
+
+mod control;
+mod device;
+mod valid;
+mod vm;
+
+pub use control::{ExitReason, Failure, Message, Reply, Request, Timeline, VmStats};
+pub use device::{
+    BlockSpec, DeviceId, DeviceSpec, FsSpec, HostPort, MacAddress, NetSpec, SERIAL_BYTES,
+    TAG_BYTES, VsockSpec,
+};
+pub use valid::{SpecError, ValidVmSpec};
+pub use vm::{BootSpec, ConsoleSpec, Descriptor, JailSpec, MemorySpec, VcpuSpec, VmSpec};
+
+/// Descriptor number of the control socket in the VMM process.
+pub const CONTROL_FD: i32 = 3;
+
+/// Largest control packet, bytes.
+pub const PACKET_BYTES: usize = 64 << 10;
+
+/// Most descriptors beside one packet (`SCM_MAX_FD` of linux/net/scm.h is 253).
+pub const PACKET_DESCRIPTORS: usize = 64;

@@ -1,0 +1,9 @@
+//! Husk's virtio devices and their transport over PCI. Knows guest memory, not
+//! KVM: interrupts and notifications are event descriptors.
+
+mod device;
+
+pub use device::{
+    ActivateError, Activation, ActiveQueue, DeviceError, DeviceType, Event, GuestMemory, Interrupt,
+    Source, VirtioDevice, Worker,
+};
