@@ -48,8 +48,9 @@ pub trait VirtioDevice: Send {
     /// Which device it is.
     fn device_type(&self) -> DeviceType;
 
-    /// Feature bits it offers. The transport adds those of its own
-    /// (`VIRTIO_F_VERSION_1`, `VIRTIO_F_RING_EVENT_IDX` stays the device's).
+    /// Feature bits it offers. The transport adds `VIRTIO_F_VERSION_1`. What its
+    /// rings can do is the device's affair: one that works on them itself offers
+    /// [`crate::queue::FEATURES`].
     fn offered_features(&self) -> u64;
 
     /// Largest size of each of its queues; powers of two.
@@ -62,6 +63,10 @@ pub trait VirtioDevice: Send {
     /// Takes what the driver writes to its configuration space.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
+    /// Takes something from the control side while the device is idle; once it
+    /// is active this goes to [`Worker::control`]. The default ignores it.
+    fn control(&mut self, _message: Box<dyn Any + Send>) {}
+
     /// The driver is ready: hands out the working half.
     ///
     /// # Errors
@@ -71,22 +76,34 @@ pub trait VirtioDevice: Send {
     /// The driver reset the device: takes the working half back. After this the
     /// device can be activated again.
     fn reset(&mut self, worker: Box<dyn Worker>);
+
+    /// Takes something from the control side while it is at rest; as
+    /// [`Worker::control`] while it works.
+    fn control(&mut self, _message: Box<dyn Any + Send>) {}
 }
 
 /// The working half of an active device. All its methods run on one event
 /// loop's thread and must not block.
 pub trait Worker: Any + Send {
     /// Descriptors to wait for, besides the queues' notifications. Asked once,
-    /// when the loop takes the worker, and again after each event for which
-    /// [`Worker::sources_changed`] says so.
+    /// when the loop takes the worker, and again after each event or control
+    /// message for which [`Worker::sources_changed`] says so.
     fn sources(&self) -> Vec<Source<'_>>;
+
+    /// Whether the loop waits for this queue's notifications. Not when somebody
+    /// else works on the queue (vhost).
+    fn handles_queue(&self, _queue: u16) -> bool {
+        true
+    }
 
     /// True once after the sources have changed.
     fn sources_changed(&mut self) -> bool {
         false
     }
 
-    /// Handles one event.
+    /// Handles one event. Does a bounded amount of work, so that the workers of
+    /// one loop get their turns; sources are level-triggered, and a queue that
+    /// still has something written to its `notify` gets another event.
     ///
     /// # Errors
     /// The driver broke the rules or the device cannot go on; the transport
@@ -98,7 +115,8 @@ pub trait Worker: Any + Send {
     fn control(&mut self, _message: Box<dyn Any + Send>) {}
 
     /// The machine is being paused or the device reset: finishes what is in
-    /// flight with the host, so that afterwards guest memory is not touched.
+    /// flight with the host, so that afterwards guest memory is not touched
+    /// until the next event. May come several times in a row.
     fn quiesce(&mut self) {}
 }
 
@@ -107,7 +125,9 @@ pub trait Worker: Any + Send {
 pub struct Source<'a> {
     /// The descriptor.
     pub fd: BorrowedFd<'a>,
-    /// Comes back in [`Event::Ready`]; the worker's own choice.
+    /// Comes back in [`Event::Ready`]; the worker's own choice. A descriptor
+    /// that takes the place of a closed one gets another token, since its
+    /// number may be the same.
     pub token: u32,
     /// Wait for it to become readable.
     pub readable: bool,
