@@ -10,7 +10,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Codegen::new()
         .out_dir(&out)
         .include("proto")
-        .input("proto/agent.proto")
+        .inputs(["proto/agent.proto", "proto/cgroup2_metrics.proto"])
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(true))
         .customize(Customize {
@@ -19,6 +19,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         })
         .run()?;
     // The generator lists the messages alone; the service stands beside them.
-    std::fs::write(out.join("mod.rs"), "pub mod agent;\npub mod agent_ttrpc;\n")?;
+    std::fs::write(out.join("mod.rs"), "pub mod agent;\npub mod agent_ttrpc;\npub mod cgroup2_metrics;\n")?;
     Ok(())
 }

@@ -11,6 +11,11 @@ pub mod agent {
     pub use crate::generated::agent_ttrpc::*;
 }
 
+/// containerd's cgroup v2 statistics (`proto/cgroup2_metrics.proto`).
+pub mod metrics {
+    pub use crate::generated::cgroup2_metrics::*;
+}
+
 #[allow(
     missing_docs,
     unused_mut,
