@@ -17,7 +17,9 @@ pub use device::{
     BlockSpec, DeviceId, DeviceSpec, FsSpec, HostPort, MacAddress, NetSpec, SERIAL_BYTES,
     TAG_BYTES, VsockSpec,
 };
-pub use valid::{SpecError, ValidVmSpec};
+pub use valid::{
+    CID_MIN, COMMAND_LINE_BYTES, MEMORY_MAX_MIB, MEMORY_MIN_MIB, SpecError, VCPU_MAX, ValidVmSpec,
+};
 pub use vm::{BootSpec, ConsoleSpec, Descriptor, JailSpec, MemorySpec, VcpuSpec, VmSpec};
 
 /// Descriptor number of the control socket in the VMM process.
