@@ -76,10 +76,6 @@ pub trait VirtioDevice: Send {
     /// The driver reset the device: takes the working half back. After this the
     /// device can be activated again.
     fn reset(&mut self, worker: Box<dyn Worker>);
-
-    /// Takes something from the control side while it is at rest; as
-    /// [`Worker::control`] while it works.
-    fn control(&mut self, _message: Box<dyn Any + Send>) {}
 }
 
 /// The working half of an active device. All its methods run on one event

@@ -2,6 +2,9 @@
 //! KVM: interrupts and notifications are event descriptors.
 
 mod device;
+pub mod event_loop;
+pub mod pci;
+pub mod queue;
 
 pub use device::{
     ActivateError, Activation, ActiveQueue, DeviceError, DeviceType, Event, GuestMemory, Interrupt,

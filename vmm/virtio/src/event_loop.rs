@@ -1,0 +1,503 @@
+//! A thread that runs the working halves of devices.
+//!
+//! Workers belong to the thread. Whoever has a [`LoopHandle`] gives it workers
+//! and takes them back; the thread tells of a worker's failure and otherwise
+//! leaves the rest of the machine alone.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::thread::{self, JoinHandle};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::{DeviceError, Event, Worker};
+
+/// Events taken from the kernel at once. Commands are looked at in between.
+const BATCH: usize = 32;
+
+/// The serial of the descriptor that announces commands; workers' descriptors
+/// have higher ones.
+const WAKE: u64 = 0;
+
+/// Called on the loop's thread, once, when a worker fails.
+pub type OnFailure = Box<dyn FnOnce(&DeviceError) + Send>;
+
+/// A running thread. Stops when dropped; workers left in it are then quiesced
+/// and dropped.
+pub struct EventLoop {
+    handle: LoopHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EventLoop {
+    /// Starts a thread called `name` that runs `at_start` before all else: the
+    /// place to install its seccomp filter.
+    ///
+    /// # Errors
+    /// The thread could not be had, or `at_start` failed.
+    pub fn start(
+        name: &str,
+        at_start: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<Self> {
+        let (sender, commands) = mpsc::channel();
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let mut state = State::new(commands, Arc::clone(&wake))?;
+        let (started, outcome) = mpsc::sync_channel(1);
+        let thread = thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                let result = at_start();
+                let failed = result.is_err();
+                if started.send(result).is_ok() && !failed {
+                    state.run();
+                }
+            })?;
+        outcome
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread ended as it began")))?;
+        Ok(Self {
+            handle: LoopHandle {
+                sender,
+                wake,
+                next_id: Arc::new(AtomicU64::new(1)),
+            },
+            thread: Some(thread),
+        })
+    }
+
+    /// A way to talk to the thread.
+    pub fn handle(&self) -> LoopHandle {
+        self.handle.clone()
+    }
+}
+
+impl Drop for EventLoop {
+    fn drop(&mut self) {
+        let _ = self.handle.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Names a worker in its loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WorkerId(u64);
+
+/// The loop has stopped, and the worker with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the event loop has stopped")]
+pub struct LoopGone;
+
+/// Talks to a loop's thread.
+#[derive(Clone)]
+pub struct LoopHandle {
+    sender: Sender<Command>,
+    wake: Arc<EventFd>,
+    next_id: Arc<AtomicU64>,
+}
+
+impl LoopHandle {
+    /// Gives a worker to the loop, which waits for `queues` on its behalf. Does
+    /// not wait for the loop; a failure to begin goes to `on_failure` as well.
+    ///
+    /// # Errors
+    /// The loop has stopped.
+    pub fn add(
+        &self,
+        worker: Box<dyn Worker>,
+        queues: Vec<(u16, Arc<EventFd>)>,
+        on_failure: OnFailure,
+    ) -> Result<WorkerId, LoopGone> {
+        let id = WorkerId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        self.send(Command::Add {
+            id,
+            slot: Box::new(Slot {
+                worker,
+                queues,
+                on_failure: Some(on_failure),
+                watched: Vec::new(),
+            }),
+        })?;
+        Ok(id)
+    }
+
+    /// Quiesces a worker and takes it back. When this returns, nothing of the
+    /// worker runs or will be called any more.
+    ///
+    /// # Errors
+    /// The loop has stopped, or never had this worker.
+    pub fn remove(&self, id: WorkerId) -> Result<Box<dyn Worker>, LoopGone> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Command::Remove { id, reply })?;
+        answer.recv().map_err(|_| LoopGone)
+    }
+
+    /// Hands a message to a worker.
+    ///
+    /// # Errors
+    /// The loop has stopped.
+    pub fn control(&self, id: WorkerId, message: Box<dyn Any + Send>) -> Result<(), LoopGone> {
+        self.send(Command::Control { id, message })
+    }
+
+    /// Quiesces every worker. When this returns, none of them touches guest
+    /// memory until [`LoopHandle::resume`]. Workers can come and go meanwhile.
+    ///
+    /// # Errors
+    /// The loop has stopped.
+    pub fn pause(&self) -> Result<(), LoopGone> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Command::Pause { reply })?;
+        answer.recv().map_err(|_| LoopGone)
+    }
+
+    /// Lets the workers work again.
+    ///
+    /// # Errors
+    /// The loop has stopped.
+    pub fn resume(&self) -> Result<(), LoopGone> {
+        self.send(Command::Resume)
+    }
+
+    fn send(&self, command: Command) -> Result<(), LoopGone> {
+        self.sender.send(command).map_err(|_| LoopGone)?;
+        // Fails only when the counter is full, and then the loop wakes anyway.
+        let _ = self.wake.write(1);
+        Ok(())
+    }
+}
+
+enum Command {
+    Add {
+        id: WorkerId,
+        slot: Box<Slot>,
+    },
+    Remove {
+        id: WorkerId,
+        reply: SyncSender<Box<dyn Worker>>,
+    },
+    Control {
+        id: WorkerId,
+        message: Box<dyn Any + Send>,
+    },
+    Pause {
+        reply: SyncSender<()>,
+    },
+    Resume,
+    Stop,
+}
+
+/// A worker and what the loop does for it.
+struct Slot {
+    worker: Box<dyn Worker>,
+    queues: Vec<(u16, Arc<EventFd>)>,
+    /// Gone once the worker has failed.
+    on_failure: Option<OnFailure>,
+    watched: Vec<Watched>,
+}
+
+/// A descriptor in the epoll set.
+struct Watched {
+    fd: RawFd,
+    events: EventSet,
+    target: Target,
+    serial: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Target {
+    Queue(u16),
+    Source(u32),
+}
+
+/// What the thread owns.
+struct State {
+    epoll: Epoll,
+    commands: Receiver<Command>,
+    wake: Arc<EventFd>,
+    slots: HashMap<WorkerId, Slot>,
+    /// Where an event goes. Serials are never used twice, so an event of a
+    /// descriptor that is no longer watched finds nobody.
+    targets: HashMap<u64, (WorkerId, Target)>,
+    next_serial: u64,
+    paused: bool,
+    stopping: bool,
+}
+
+impl State {
+    fn new(commands: Receiver<Command>, wake: Arc<EventFd>) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        epoll.ctl(
+            ControlOperation::Add,
+            wake.as_raw_fd(),
+            EpollEvent::new(EventSet::IN, WAKE),
+        )?;
+        Ok(Self {
+            epoll,
+            commands,
+            wake,
+            slots: HashMap::new(),
+            targets: HashMap::new(),
+            next_serial: WAKE + 1,
+            paused: false,
+            stopping: false,
+        })
+    }
+
+    fn run(&mut self) {
+        let mut events = [EpollEvent::default(); BATCH];
+        while !self.stopping {
+            if self.paused {
+                match self.commands.recv() {
+                    Ok(command) => self.command(command),
+                    Err(_) => self.stopping = true,
+                }
+                continue;
+            }
+            let count = match self.epoll.wait(-1, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                // Nothing else can happen to a set that exists.
+                Err(_) => break,
+            };
+            // Commands come last: a worker taken away by one is not called for
+            // what is left of this batch, and pausing holds from then on.
+            let events = &events[..count];
+            let woken = events.iter().any(|event| event.data() == WAKE);
+            let stale = events
+                .iter()
+                .any(|event| event.data() != WAKE && !self.targets.contains_key(&event.data()));
+            for event in events {
+                self.dispatch(event.data(), event.event_set());
+            }
+            if stale && !self.rebuild() {
+                break;
+            }
+            if woken {
+                let _ = self.wake.read();
+                while let Ok(command) = self.commands.try_recv() {
+                    self.command(command);
+                }
+            }
+        }
+        for slot in self.slots.values_mut() {
+            slot.worker.quiesce();
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Add { id, slot } => {
+                self.slots.insert(id, *slot);
+                if let Err(error) = self.watch(id) {
+                    self.fail(id, &error);
+                }
+            }
+            Command::Remove { id, reply } => {
+                self.unwatch(id);
+                if let Some(mut slot) = self.slots.remove(&id) {
+                    slot.worker.quiesce();
+                    let _ = reply.send(slot.worker);
+                }
+            }
+            Command::Control { id, message } => {
+                if let Some(slot) = self.slots.get_mut(&id) {
+                    slot.worker.control(message);
+                    self.refresh(id);
+                }
+            }
+            Command::Pause { reply } => {
+                self.paused = true;
+                for slot in self.slots.values_mut() {
+                    slot.worker.quiesce();
+                }
+                let _ = reply.send(());
+            }
+            Command::Resume => self.paused = false,
+            Command::Stop => self.stopping = true,
+        }
+    }
+
+    fn dispatch(&mut self, serial: u64, set: EventSet) {
+        let Some(&(id, target)) = self.targets.get(&serial) else {
+            return;
+        };
+        let Some(slot) = self.slots.get_mut(&id) else {
+            return;
+        };
+        let event = match target {
+            Target::Queue(queue) => {
+                if let Some((_, notify)) = slot.queues.iter().find(|(q, _)| *q == queue) {
+                    let _ = notify.read();
+                }
+                Event::Queue(queue)
+            }
+            Target::Source(token) => Event::Ready {
+                token,
+                readable: set.intersects(EventSet::IN | EventSet::READ_HANG_UP),
+                writable: set.contains(EventSet::OUT),
+                hangup: set.intersects(EventSet::HANG_UP | EventSet::ERROR),
+            },
+        };
+        match slot.worker.process(event) {
+            Ok(()) => self.refresh(id),
+            Err(error) => self.fail(id, &error),
+        }
+    }
+
+    /// Looks at a worker's sources again if it says that they changed.
+    fn refresh(&mut self, id: WorkerId) {
+        let changed = self
+            .slots
+            .get_mut(&id)
+            .is_some_and(|slot| slot.worker.sources_changed() && slot.on_failure.is_some());
+        if changed && let Err(error) = self.watch(id) {
+            self.fail(id, &error);
+        }
+    }
+
+    /// The worker gets no more events; it stays until it is taken back.
+    fn fail(&mut self, id: WorkerId, error: &DeviceError) {
+        self.unwatch(id);
+        if let Some(on_failure) = self
+            .slots
+            .get_mut(&id)
+            .and_then(|slot| slot.on_failure.take())
+        {
+            on_failure(error);
+        }
+    }
+
+    /// Makes the epoll set agree with what the worker waits for.
+    fn watch(&mut self, id: WorkerId) -> Result<(), DeviceError> {
+        let Some(slot) = self.slots.get_mut(&id) else {
+            return Ok(());
+        };
+        let wanted = slot.wanted();
+        let old = std::mem::take(&mut slot.watched);
+        let (kept, gone): (Vec<_>, Vec<_>) = old.into_iter().partition(|old| {
+            wanted
+                .iter()
+                .any(|new| (new.0, new.2) == (old.fd, old.target))
+        });
+        for watched in gone {
+            self.targets.remove(&watched.serial);
+            // Closing a descriptor has removed it already.
+            let _ = self.epoll.ctl(
+                ControlOperation::Delete,
+                watched.fd,
+                EpollEvent::new(EventSet::empty(), 0),
+            );
+        }
+        slot.watched = kept;
+        for (fd, events, target) in wanted {
+            let known = slot
+                .watched
+                .iter_mut()
+                .find(|old| (old.fd, old.target) == (fd, target));
+            let (operation, serial) = match known {
+                Some(old) if old.events == events => continue,
+                Some(old) => {
+                    old.events = events;
+                    (ControlOperation::Modify, old.serial)
+                }
+                None => {
+                    let serial = self.next_serial;
+                    self.next_serial += 1;
+                    self.targets.insert(serial, (id, target));
+                    slot.watched.push(Watched {
+                        fd,
+                        events,
+                        target,
+                        serial,
+                    });
+                    (ControlOperation::Add, serial)
+                }
+            };
+            self.epoll
+                .ctl(operation, fd, EpollEvent::new(events, serial))
+                .map_err(|source| DeviceError::Host {
+                    what: "waiting for a descriptor",
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+
+    fn unwatch(&mut self, id: WorkerId) {
+        let Some(slot) = self.slots.get_mut(&id) else {
+            return;
+        };
+        for watched in slot.watched.drain(..) {
+            self.targets.remove(&watched.serial);
+            let _ = self.epoll.ctl(
+                ControlOperation::Delete,
+                watched.fd,
+                EpollEvent::new(EventSet::empty(), 0),
+            );
+        }
+    }
+
+    /// A descriptor that a worker closed while somebody else holds a duplicate
+    /// stays in the epoll set and cannot be named any more. So that it does not
+    /// wake the thread for ever, begins with an empty set.
+    fn rebuild(&mut self) -> bool {
+        let Ok(epoll) = Epoll::new() else {
+            return false;
+        };
+        let wake = EpollEvent::new(EventSet::IN, WAKE);
+        if epoll
+            .ctl(ControlOperation::Add, self.wake.as_raw_fd(), wake)
+            .is_err()
+        {
+            return false;
+        }
+        self.epoll = epoll;
+        self.targets.clear();
+        let ids: Vec<_> = self.slots.keys().copied().collect();
+        for id in ids {
+            if let Some(slot) = self.slots.get_mut(&id)
+                && slot.on_failure.is_some()
+            {
+                slot.watched.clear();
+                if let Err(error) = self.watch(id) {
+                    self.fail(id, &error);
+                }
+            }
+        }
+        true
+    }
+}
+
+impl Slot {
+    /// What the worker waits for now.
+    fn wanted(&self) -> Vec<(RawFd, EventSet, Target)> {
+        let queues = self
+            .queues
+            .iter()
+            .filter(|(queue, _)| self.worker.handles_queue(*queue))
+            .map(|(queue, notify)| (notify.as_raw_fd(), EventSet::IN, Target::Queue(*queue)));
+        let sources = self.worker.sources();
+        let sources = sources.iter().map(|source| {
+            let mut events = EventSet::empty();
+            if source.readable {
+                events |= EventSet::IN | EventSet::READ_HANG_UP;
+            }
+            if source.writable {
+                events |= EventSet::OUT;
+            }
+            (source.fd.as_raw_fd(), events, Target::Source(source.token))
+        });
+        queues.chain(sources).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;

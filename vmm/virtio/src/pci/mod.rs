@@ -1,0 +1,10 @@
+//! Virtio over PCI (virtio 1.2, 4.1), and what a PCI bus needs to know of a
+//! function on it.
+
+mod config_space;
+mod function;
+mod msi;
+
+pub use config_space::{ConfigSpace, Identity};
+pub use function::{Bar, BarKind, Notification, PciFunction};
+pub use msi::{MsiMessage, MsiVectors};
