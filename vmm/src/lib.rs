@@ -1,1 +1,16 @@
-//! Work begins here.
+//! Husk's virtual machine monitor as a library, so that tests build machines in
+//! their own process; the binary adds the jail.
+
+pub mod address_space;
+pub mod arch;
+pub mod boot;
+pub mod clock;
+pub mod console;
+pub mod control;
+pub mod exit;
+pub mod kvm;
+pub mod legacy;
+pub mod machine;
+pub mod packet;
+pub mod pci;
+pub mod seccomp;

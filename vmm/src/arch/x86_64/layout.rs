@@ -1,0 +1,83 @@
+//! The guest's physical address map.
+//!
+//! ```text
+//! 0000_0500  GDT of the boot processor
+//! 0000_7000  boot_params (Linux's "zero page")
+//! 0000_9000  page tables: the first 4 GiB, one to one
+//! 0002_0000  kernel command line
+//! 0009_fc00  end of conventional memory
+//! 000f_0000  MP table (where kernels look for a BIOS's)
+//! 0010_0000  memory; the kernel lands where its ELF says
+//! c000_0000  no memory from here: PCI functions
+//! fec0_0000  interrupt controllers (only the local APICs, at fee0_0000)
+//! 1_0000_0000  memory again, what did not fit below c000_0000
+//! ```
+
+use std::ops::Range;
+
+/// Descriptor table of the boot processor.
+pub const GDT: u64 = 0x500;
+
+/// Linux's `struct boot_params`.
+pub const BOOT_PARAMS: u64 = 0x7000;
+
+/// PML4, PDPT and four page directories.
+pub const PAGE_TABLES: u64 = 0x9000;
+
+/// The kernel's command line.
+pub const COMMAND_LINE: u64 = 0x2_0000;
+
+/// Memory below this is the kernel's to use, once it has read our tables.
+pub const CONVENTIONAL_END: u64 = 0x9_fc00;
+
+/// MP floating pointer structure; the table follows it.
+pub const MP_TABLE: u64 = 0xf_0000;
+
+/// End of the area where a kernel looks for the MP table.
+pub const MP_TABLE_END: u64 = 0x10_0000;
+
+/// First byte above the BIOS area.
+pub const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// Below 4 GiB, addresses from here on are not memory.
+pub const HOLE_START: u64 = 0xc000_0000;
+
+/// End of the hole.
+pub const HOLE_END: u64 = 1 << 32;
+
+/// Where PCI functions get their addresses at boot.
+pub const PCI_WINDOW: Range<u64> = HOLE_START..0xfec0_0000;
+
+/// Registers of the local APICs.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+
+/// Page that KVM on Intel needs for the identity map of real mode.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+
+/// Three pages that KVM on Intel needs for a task state segment.
+pub const KVM_TSS: usize = 0xfffb_d000;
+
+/// The highest initramfs address that kernels take (`initrd_addr_max`).
+pub const INITRAMFS_END: u64 = 0x7fff_ffff;
+
+/// Where memory lies when there are `size` bytes of it.
+pub fn memory_ranges(size: u64) -> Vec<Range<u64>> {
+    let low = size.min(HOLE_START);
+    let mut ranges = vec![0..low];
+    if size > low {
+        ranges.push(HOLE_END..HOLE_END + (size - low));
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_leaves_the_hole_free() {
+        assert_eq!(memory_ranges(64 << 20), vec![0..64 << 20]);
+        assert_eq!(memory_ranges(3 << 30), vec![0..3 << 30]);
+        assert_eq!(memory_ranges(5 << 30), vec![0..3 << 30, 4 << 30..6 << 30]);
+    }
+}

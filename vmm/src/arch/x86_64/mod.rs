@@ -1,0 +1,9 @@
+//! The x86_64 machine: address map, processor identity, tables and registers at
+//! the kernel's entry.
+
+pub mod boot_params;
+pub mod cpuid;
+pub mod layout;
+pub mod mptable;
+pub mod msr;
+pub mod regs;

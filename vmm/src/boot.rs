@@ -1,0 +1,137 @@
+//! A machine's start, from its specification to processors that wait for the
+//! word to enter the guest.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+
+use husk_virtio::event_loop::EventLoop;
+use husk_vmm_spec::{Descriptor, ValidVmSpec};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::address_space::AddressSpace;
+use crate::arch::x86_64::boot_params::{self, LoadError};
+use crate::arch::x86_64::{mptable, regs};
+use crate::console::ConsoleOutput;
+use crate::exit::ExitLatch;
+use crate::kvm::irq::Routes;
+use crate::kvm::memory::{self, MemoryError};
+use crate::kvm::vcpu::{self, VcpuError, VcpuThreads};
+use crate::kvm::vm::{KvmError, Vm};
+use crate::legacy::Legacy;
+use crate::machine::Machine;
+use crate::packet::Descriptors;
+use crate::pci::{BusError, HostBridge, PciBus, PvPanic};
+use crate::seccomp::{Confinement, Role};
+
+/// A machine that could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initramfs or the tables beside them.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A table that the processors need.
+    #[error("write {what} into guest memory")]
+    Table {
+        /// Which.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
+    /// The PCI bus.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// Processors.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A descriptor or thread that the host does not give.
+    #[error("{what}")]
+    Host {
+        /// What it was to be.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Makes the machine that `spec` describes from `descriptors`. Its processors
+/// are paused; every thread but the caller's is confined.
+///
+/// # Errors
+/// The host or KVM refuses something, or the kernel is none.
+pub fn boot(
+    spec: &ValidVmSpec,
+    descriptors: &mut Descriptors,
+    confinement: Confinement,
+) -> Result<Machine, BootError> {
+    let spec = spec.spec();
+    let mut take = |what, descriptor: Descriptor| -> Result<OwnedFd, BootError> {
+        descriptors
+            .take(descriptor)
+            .map_err(|source| BootError::Host { what, source })
+    };
+    let host = |what| move |source| BootError::Host { what, source };
+
+    // Memory, and what the kernel finds in it.
+    let memory = memory::create(spec.memory.boot_mib)?;
+    let vm = Vm::new(take("kvm", spec.kvm)?, &memory, spec.vcpus.max)?;
+    let kernel = boot_params::load_kernel(
+        &memory,
+        &mut File::from(take("boot.kernel", spec.boot.kernel)?),
+    )?;
+    let initramfs = match spec.boot.initramfs {
+        Some(file) => Some(boot_params::load_initramfs(
+            &memory,
+            kernel,
+            &mut File::from(take("boot.initramfs", file)?),
+        )?),
+        None => None,
+    };
+    boot_params::write(&memory, &spec.boot.command_line, initramfs)?;
+    let table = |what| move |source| BootError::Table { what, source };
+    mptable::write(&memory, spec.vcpus.max).map_err(table("the MP table"))?;
+    regs::write_tables(&memory).map_err(table("the page tables"))?;
+
+    // The bus and the devices on it.
+    let exit = Arc::new(ExitLatch::new().map_err(host("event descriptor"))?);
+    let console = ConsoleOutput::new(match spec.console {
+        Some(console) => Some(take("console.output", console.output)?),
+        None => None,
+    });
+    let routes = Routes::new(Arc::clone(vm.fd()));
+    let ranges = memory.iter().map(|region| {
+        let start = region.start_addr().0;
+        start..start + region.len()
+    });
+    let bus = Arc::new(PciBus::new(Arc::clone(vm.fd()), ranges));
+    bus.add_at_boot(Arc::new(Mutex::new(HostBridge::new())))?;
+    bus.add_at_boot(Arc::new(Mutex::new(PvPanic::new(Arc::clone(&exit)))))?;
+    let device_loop = EventLoop::start("devices", move || confinement.enter(Role::Devices))
+        .map_err(host("device thread"))?;
+
+    // Processors.
+    let vcpus = vcpu::create_all(&vm, spec.vcpus.max, kernel.entry)?;
+    let legacy = Legacy::new(Arc::clone(&console), Arc::clone(&exit));
+    let space = Arc::new(AddressSpace::new(Arc::clone(&bus), legacy));
+    let vcpus = VcpuThreads::start(vcpus, &space, &exit, confinement)?;
+    vcpus.wait_paused();
+    Ok(Machine {
+        vcpus,
+        device_loop,
+        bus,
+        routes,
+        exit,
+        console,
+        memory,
+        vm,
+    })
+}

@@ -1,0 +1,128 @@
+//! The life of a VMM process: the spec comes in, the machine runs, requests are
+//! answered in order, the reason of the end goes out.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use husk_vmm_spec::{ExitReason, Failure, Message, Reply, Request, Timeline, ValidVmSpec, VmSpec};
+use rustix::event::{PollFd, PollFlags};
+
+use crate::boot::{self, BootError};
+use crate::clock::monotonic_ns;
+use crate::exit::describe;
+use crate::machine::Machine;
+use crate::packet::{ControlSocket, Packet, PacketError};
+use crate::seccomp::{Confinement, Role};
+
+/// Serves one machine on `socket` and returns when it is over. `exec_ns` is when
+/// the process began.
+pub fn serve(socket: &ControlSocket, exec_ns: u64, confinement: Confinement) {
+    let reason = match start(socket, exec_ns, confinement) {
+        Ok(Some(mut machine)) => {
+            let reason = run(socket, &machine);
+            machine.stop();
+            reason
+        }
+        Ok(None) => return,
+        Err(failure) => ExitReason::Failed(failure),
+    };
+    // There is nobody to tell when this fails.
+    let _ = socket.send(&Message::Exited(reason));
+}
+
+/// Boots what the first packet asks for. Nothing when the shim has hung up.
+fn start(
+    socket: &ControlSocket,
+    exec_ns: u64,
+    confinement: Confinement,
+) -> Result<Option<Machine>, Failure> {
+    let Some(mut packet) = socket.receive().map_err(|error| describe(&error))? else {
+        return Ok(None);
+    };
+    let spec: VmSpec = packet.parse().map_err(|error| describe(&error))?;
+    let spec =
+        ValidVmSpec::new(spec, packet.descriptors.count()).map_err(|error| describe(&error))?;
+    let spec_ns = monotonic_ns();
+    let machine = boot::boot(&spec, &mut packet.descriptors, confinement)
+        .map_err(|error| describe(&error))?;
+    drop(packet);
+    confinement.enter(Role::Main).map_err(|source| {
+        describe(&BootError::Host {
+            what: "seccomp filter of the main thread",
+            source,
+        })
+    })?;
+    let entered_ns = monotonic_ns();
+    machine.resume().map_err(|error| describe(&error))?;
+    let timeline = Timeline {
+        exec_ns,
+        spec_ns,
+        entered_ns,
+    };
+    // A hang-up is seen by the loop that follows.
+    let _ = socket.send(&Message::Started(timeline));
+    Ok(Some(machine))
+}
+
+/// Answers requests until the machine ends.
+fn run(socket: &ControlSocket, machine: &Machine) -> ExitReason {
+    loop {
+        if let Some(reason) = machine.exit().reason() {
+            return reason;
+        }
+        let mut ready = [
+            PollFd::from_borrowed_fd(machine.exit().as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN),
+        ];
+        match rustix::event::poll(&mut ready, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return ExitReason::Failed(describe(&io::Error::from(error))),
+        }
+        let [_, control] = &ready;
+        if control.revents().is_empty() {
+            continue;
+        }
+        let reply = match socket.receive() {
+            Ok(None) => return ExitReason::Killed,
+            Err(PacketError::Socket(error)) => return ExitReason::Failed(describe(&error)),
+            Err(error @ PacketError::TooLong) => Err(describe(&error)),
+            Ok(Some(packet)) => match answer(packet, machine) {
+                Answer::Reply(reply) => reply,
+                Answer::Kill => return ExitReason::Killed,
+            },
+        };
+        // A hang-up is seen in the next round.
+        let _ = socket.send(&Message::Reply(reply));
+    }
+}
+
+enum Answer {
+    Reply(Result<Reply, Failure>),
+    Kill,
+}
+
+fn answer(packet: Packet, machine: &Machine) -> Answer {
+    let request: Request = match packet.parse() {
+        Ok(request) => request,
+        Err(error) => return Answer::Reply(Err(describe(&error))),
+    };
+    let Packet { descriptors, .. } = packet;
+    Answer::Reply(match request {
+        Request::Kill => return Answer::Kill,
+        Request::Pause => done(machine.pause()),
+        Request::Resume => done(machine.resume()),
+        Request::Stats => Ok(Reply::Stats(machine.stats())),
+        Request::AddDevice(_) | Request::RemoveDevice(_) | Request::AddHostPorts(_) => {
+            drop(descriptors);
+            Err(Failure {
+                message: "not wired yet".into(),
+            })
+        }
+    })
+}
+
+fn done<E: std::error::Error>(result: Result<(), E>) -> Result<Reply, Failure> {
+    result
+        .map(|()| Reply::Done)
+        .map_err(|error| describe(&error))
+}

@@ -1,0 +1,115 @@
+//! Guest memory: one sealed memory file, mapped shared so that the file
+//! server of a virtio-fs device can map it as well.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+use crate::arch::x86_64::layout;
+
+/// Guest memory that could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The file could not be made.
+    #[error("memory file: {step}")]
+    File {
+        /// The system call.
+        step: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A part of it could not be mapped.
+    #[error("map {bytes} bytes of guest memory at {gpa:#x}")]
+    Map {
+        /// Where the guest sees it.
+        gpa: u64,
+        /// How long it is.
+        bytes: u64,
+        /// Why it failed.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// The parts do not fit beside one another.
+    #[error("lay out guest memory")]
+    Layout(#[source] vm_memory::GuestRegionCollectionError),
+}
+
+/// Makes `mib` MiB of guest memory. Pages exist once they are touched.
+///
+/// # Errors
+/// The host refuses so much memory or address space.
+pub fn create(mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
+    let bytes = u64::from(mib) << 20;
+    let file = Arc::new(sealed_file(bytes)?);
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for range in layout::memory_ranges(bytes) {
+        let length = range.end - range.start;
+        let map_error = |source| MemoryError::Map {
+            gpa: range.start,
+            bytes: length,
+            source,
+        };
+        let mapping = MmapRegion::build(
+            Some(FileOffset::from_arc(Arc::clone(&file), offset)),
+            length as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_NORESERVE,
+        )
+        .map_err(map_error)?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
+            .ok_or_else(|| map_error(vm_memory::mmap::MmapRegionError::InvalidOffsetLength))?;
+        regions.push(region);
+        offset += length;
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)
+}
+
+/// Whoever else gets the file can neither shrink it under our feet (SIGBUS) nor
+/// grow it past what the pod is accounted for.
+fn sealed_file(bytes: u64) -> Result<File, MemoryError> {
+    let fail = |step| {
+        move |source: rustix::io::Errno| MemoryError::File {
+            step,
+            source: source.into(),
+        }
+    };
+    let fd = rustix::fs::memfd_create(
+        "guest-memory",
+        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+    )
+    .map_err(fail("memfd_create"))?;
+    rustix::fs::ftruncate(&fd, bytes).map_err(fail("ftruncate"))?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+        .map_err(fail("F_ADD_SEALS"))?;
+    Ok(File::from(fd))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+    #[test]
+    fn memory_above_the_hole_is_the_rest_of_the_file() {
+        let memory = create(3 * 1024 + 64).unwrap();
+        assert_eq!(memory.num_regions(), 2);
+        let high = memory.find_region(GuestAddress(1 << 32)).unwrap();
+        assert_eq!(high.len(), 64 << 20);
+        assert_eq!(high.file_offset().unwrap().start(), 3 << 30);
+        memory.write_obj(7u8, GuestAddress(1 << 32)).unwrap();
+        assert!(memory.write_obj(7u8, GuestAddress(3 << 30)).is_err());
+    }
+
+    #[test]
+    fn the_file_keeps_its_size() {
+        let memory = create(64).unwrap();
+        let region = memory.find_region(GuestAddress(0)).unwrap();
+        let file = region.file_offset().unwrap().file();
+        assert!(file.set_len(1 << 20).is_err());
+        assert!(file.set_len(128 << 20).is_err());
+    }
+}

@@ -1,0 +1,398 @@
+//! Processors: one thread each.
+//!
+//! ```text
+//!            resume()              stop()
+//!   paused <──────────> running ───────────> stopped
+//!      │     pause()                            ^
+//!      └────────────────────────────────────────┘
+//! ```
+//!
+//! A thread looks at the phase before each `KVM_RUN`. A change of phase is
+//! followed by a signal whose handler sets `immediate_exit` in the thread's own
+//! `kvm_run` page, so that the change is seen whether the signal comes before,
+//! in or after the call.
+
+use std::cell::Cell;
+use std::io;
+use std::ptr;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use husk_vmm_spec::{ExitReason, Failure};
+use kvm_bindings::kvm_run;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::vm::{KvmError, Vm, failed};
+use crate::address_space::AddressSpace;
+use crate::arch::x86_64::cpuid::{self, Supported, Topology};
+use crate::arch::x86_64::{msr, regs};
+use crate::exit::{ExitLatch, describe};
+use crate::seccomp::{Confinement, Role};
+
+/// A processor thread that could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// An ioctl failed.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// More CPUID leaves or registers than KVM takes.
+    #[error("too many CPUID leaves or registers")]
+    TooMany,
+    /// The kicking signal's handler could not be installed.
+    #[error("install the handler of the kicking signal")]
+    Signal(#[source] vmm_sys_util::errno::Error),
+    /// The thread could not be made.
+    #[error("start the thread of vCPU {index}")]
+    Thread {
+        /// Which.
+        index: u8,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A processor that has its registers, not yet its thread.
+pub struct Vcpu {
+    index: u8,
+    fd: VcpuFd,
+}
+
+/// Makes all processors. The first one starts at `entry`, the others wait for
+/// its start-up message.
+///
+/// # Errors
+/// KVM refuses.
+pub fn create_all(vm: &Vm, count: u8, entry: u64) -> Result<Vec<Vcpu>, VcpuError> {
+    let cpuid = vm.supported_cpuid()?;
+    let supported = Supported {
+        cpuid: &cpuid,
+        tsc_deadline: vm.has_tsc_deadline(),
+    };
+    let topology = Topology { cores: count };
+    let msrs = msr::boot_msrs().map_err(|_| VcpuError::TooMany)?;
+    let mut vcpus = Vec::with_capacity(usize::from(count));
+    for index in 0..count {
+        let fd = vm.create_vcpu(index)?;
+        let leaves = cpuid::for_vcpu(supported, topology, index).map_err(|_| VcpuError::TooMany)?;
+        fd.set_cpuid2(&leaves).map_err(failed("KVM_SET_CPUID2"))?;
+        let set = fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
+        if set != msrs.as_slice().len() {
+            return Err(failed("KVM_SET_MSRS")(kvm_ioctls::Error::new(libc::EINVAL)).into());
+        }
+        if index == 0 {
+            let sregs = fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+            fd.set_sregs(&regs::special(sregs))
+                .map_err(failed("KVM_SET_SREGS"))?;
+            fd.set_fpu(&regs::fpu()).map_err(failed("KVM_SET_FPU"))?;
+            fd.set_regs(&regs::general(entry))
+                .map_err(failed("KVM_SET_REGS"))?;
+        }
+        vcpus.push(Vcpu { index, fd });
+    }
+    Ok(vcpus)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Phase {
+    Paused = 0,
+    Running = 1,
+    Stopped = 2,
+}
+
+/// Where processor threads learn what to do and say what they do.
+struct Gate {
+    /// A [`Phase`]; changed under the lock of `parked`, read without it.
+    phase: AtomicU8,
+    /// Threads that are not, and won't be, in the guest until the phase changes.
+    parked: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn phase(&self) -> Phase {
+        match self.phase.load(Ordering::SeqCst) {
+            0 => Phase::Paused,
+            1 => Phase::Running,
+            _ => Phase::Stopped,
+        }
+    }
+
+    fn set_phase(&self, phase: Phase) {
+        let _parked = self.lock();
+        self.phase.store(phase as u8, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Called by a thread: waits until the phase is no longer paused.
+    fn park(&self) {
+        let mut parked = self.lock();
+        *parked += 1;
+        self.changed.notify_all();
+        while self.phase() == Phase::Paused {
+            parked = self
+                .changed
+                .wait(parked)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        *parked -= 1;
+    }
+
+    /// Called by a thread that ends: it counts as parked for ever.
+    fn leave(&self) {
+        *self.lock() += 1;
+        self.changed.notify_all();
+    }
+
+    /// Waits until `count` threads are parked.
+    fn wait_parked(&self, count: usize) {
+        let mut parked = self.lock();
+        while *parked < count {
+            parked = self
+                .changed
+                .wait(parked)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// All processor threads of a machine. They begin paused.
+pub struct VcpuThreads {
+    threads: Vec<JoinHandle<()>>,
+    gate: Arc<Gate>,
+    exits: Arc<AtomicU64>,
+}
+
+impl VcpuThreads {
+    /// Starts a thread for each of `vcpus`; each is confined first.
+    ///
+    /// # Errors
+    /// The host refuses a thread.
+    pub fn start(
+        vcpus: Vec<Vcpu>,
+        space: &Arc<AddressSpace>,
+        exit: &Arc<ExitLatch>,
+        confinement: Confinement,
+    ) -> Result<Self, VcpuError> {
+        register_signal_handler(SIGRTMIN(), leave_guest).map_err(VcpuError::Signal)?;
+        let mut this = Self {
+            threads: Vec::with_capacity(vcpus.len()),
+            gate: Arc::new(Gate {
+                phase: AtomicU8::new(Phase::Paused as u8),
+                parked: Mutex::new(0),
+                changed: Condvar::new(),
+            }),
+            exits: Arc::new(AtomicU64::new(0)),
+        };
+        for vcpu in vcpus {
+            let index = vcpu.index;
+            let runner = Runner {
+                fd: vcpu.fd,
+                space: Arc::clone(space),
+                exit: Arc::clone(exit),
+                gate: Arc::clone(&this.gate),
+                exits: Arc::clone(&this.exits),
+            };
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || match confinement.enter(Role::Vcpu) {
+                    Ok(()) => runner.run(),
+                    Err(error) => runner.fail(describe(&error)),
+                })
+                .map_err(|source| VcpuError::Thread { index, source })?;
+            this.threads.push(thread);
+        }
+        Ok(this)
+    }
+
+    /// Waits until every thread is out of the guest and stays there.
+    pub fn wait_paused(&self) {
+        self.gate.wait_parked(self.threads.len());
+    }
+
+    /// Takes every processor out of the guest.
+    pub fn pause(&self) {
+        self.gate.set_phase(Phase::Paused);
+        self.kick();
+        self.wait_paused();
+    }
+
+    /// Lets the processors enter the guest.
+    pub fn resume(&self) {
+        self.gate.set_phase(Phase::Running);
+    }
+
+    /// Ends every thread.
+    pub fn stop(&mut self) {
+        self.gate.set_phase(Phase::Stopped);
+        self.kick();
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has ended, too.
+            let _ = thread.join();
+        }
+    }
+
+    /// Exits from `KVM_RUN` so far.
+    pub fn exits(&self) -> u64 {
+        self.exits.load(Ordering::Relaxed)
+    }
+
+    fn kick(&self) {
+        for thread in &self.threads {
+            // Fails for a thread that has ended, which needs no kick.
+            let _ = thread.kill(SIGRTMIN());
+        }
+    }
+}
+
+impl Drop for VcpuThreads {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+thread_local! {
+    /// The `kvm_run` page of this thread's processor while it is being run.
+    static RUN_PAGE: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    RUN_PAGE.with(|page| {
+        let page = page.get();
+        if !page.is_null() {
+            // SAFETY: the thread that runs this handler owns the page and clears
+            // the cell before it is unmapped.
+            unsafe { (&raw mut (*page).immediate_exit).write_volatile(1) };
+        }
+    });
+}
+
+/// Makes the run page known to the signal handler for as long as it lives.
+struct RunPage;
+
+impl RunPage {
+    fn of(fd: &mut VcpuFd) -> Self {
+        RUN_PAGE.set(ptr::from_mut(fd.get_kvm_run()));
+        Self
+    }
+
+    fn clear_immediate_exit() {
+        RUN_PAGE.with(|page| {
+            // SAFETY: set by `of`, whose descriptor outlives `self`; other
+            // accesses are those of the handler on this same thread.
+            unsafe { (&raw mut (*page.get()).immediate_exit).write_volatile(0) };
+        });
+    }
+}
+
+impl Drop for RunPage {
+    fn drop(&mut self) {
+        RUN_PAGE.set(ptr::null_mut());
+    }
+}
+
+/// What a processor thread owns.
+struct Runner {
+    fd: VcpuFd,
+    space: Arc<AddressSpace>,
+    exit: Arc<ExitLatch>,
+    gate: Arc<Gate>,
+    exits: Arc<AtomicU64>,
+}
+
+impl Runner {
+    fn run(mut self) {
+        let _page = RunPage::of(&mut self.fd);
+        let mut was_paused = false;
+        loop {
+            RunPage::clear_immediate_exit();
+            match self.gate.phase() {
+                Phase::Running => {
+                    if was_paused {
+                        // So that the guest's watchdogs forgive the pause; fails
+                        // when the guest has no kvm-clock.
+                        let _ = self.fd.kvmclock_ctrl();
+                        was_paused = false;
+                    }
+                }
+                Phase::Paused => {
+                    self.gate.park();
+                    was_paused = true;
+                    continue;
+                }
+                Phase::Stopped => break,
+            }
+            if let Some(reason) = self.enter() {
+                self.exit.set(reason);
+                break;
+            }
+        }
+        self.gate.leave();
+    }
+
+    fn fail(self, failure: Failure) {
+        self.exit.set(ExitReason::Failed(failure));
+        self.gate.leave();
+    }
+
+    /// Runs the guest until its next exit and handles that. Returns why the
+    /// machine ends, if it does.
+    fn enter(&mut self) -> Option<ExitReason> {
+        let result = self.fd.run();
+        self.exits.fetch_add(1, Ordering::Relaxed);
+        match result {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                self.space.read_port(port, data);
+                None
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                self.space.write_port(port, data);
+                None
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                self.space.read(address, data);
+                None
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                self.space.write(address, data);
+                None
+            }
+            // No pins, so no level to end; KVM exits for routed ones all the same.
+            Ok(VcpuExit::Intr | VcpuExit::IoapicEoi(_)) => None,
+            // A triple fault: how a guest resets when all else failed.
+            Ok(VcpuExit::Shutdown) => Some(ExitReason::Reset),
+            Ok(VcpuExit::FailEntry(reason, _)) => Some(failure(format!(
+                "the processor refused to enter the guest: {reason:#x}"
+            ))),
+            Ok(VcpuExit::InternalError) => Some(self.internal_error()),
+            Ok(other) => Some(failure(format!(
+                "unexpected exit from the guest: {other:?}"
+            ))),
+            // Signals, and processors that wait for their start-up message.
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
+            Err(error) => Some(failure(format!("KVM_RUN: {}", io::Error::from(error)))),
+        }
+    }
+
+    /// KVM could not emulate an instruction, or the like.
+    fn internal_error(&mut self) -> ExitReason {
+        let run = self.fd.get_kvm_run();
+        // SAFETY: the exit reason says that KVM filled this member of the union.
+        let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        failure(format!(
+            "KVM gave up: KVM_EXIT_INTERNAL_ERROR, suberror {suberror}, rip {rip:#x}"
+        ))
+    }
+}
+
+fn failure(message: String) -> ExitReason {
+    ExitReason::Failed(Failure { message })
+}

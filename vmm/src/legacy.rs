@@ -1,0 +1,88 @@
+//! The few ports that a kernel without ACPI still knows: a serial port that
+//! only speaks, and the ways to reset.
+
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use husk_vmm_spec::ExitReason;
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, Trigger};
+
+use crate::console::{ConsoleOutput, SharedOutput};
+use crate::exit::ExitLatch;
+
+/// First of the eight ports of COM1.
+const SERIAL: u16 = 0x3f8;
+const SERIAL_END: u16 = SERIAL + 7;
+
+/// The i8042's status and command port.
+const KEYBOARD_COMMAND: u16 = 0x64;
+const KEYBOARD_DATA: u16 = 0x60;
+/// Pulses the processor's reset line.
+const KEYBOARD_RESET: u8 = 0xfe;
+
+/// Reset control register of Intel's chip sets, and its reset bit.
+const RESET_CONTROL: u16 = 0xcf9;
+const RESET_CONTROL_RESET: u8 = 1 << 2;
+
+/// The devices behind these ports.
+pub struct Legacy {
+    serial: Mutex<Serial<NoInterrupt, NoEvents, SharedOutput>>,
+    exit: Arc<ExitLatch>,
+}
+
+impl Legacy {
+    /// What the guest says on the serial port goes to `console`.
+    pub fn new(console: Arc<ConsoleOutput>, exit: Arc<ExitLatch>) -> Self {
+        Self {
+            serial: Mutex::new(Serial::new(NoInterrupt, SharedOutput(console))),
+            exit,
+        }
+    }
+
+    /// Fills `data` from `port`: all ones where nothing is.
+    pub fn read(&self, port: u16, data: &mut [u8]) {
+        match port {
+            SERIAL..=SERIAL_END => {
+                let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
+                for byte in data {
+                    *byte = serial.read((port - SERIAL) as u8);
+                }
+            }
+            // Nothing to read and ready for a command, so that nobody waits.
+            KEYBOARD_COMMAND | KEYBOARD_DATA | RESET_CONTROL => data.fill(0),
+            _ => data.fill(0xff),
+        }
+    }
+
+    /// Takes a write to `port`; dropped where nothing is.
+    pub fn write(&self, port: u16, data: &[u8]) {
+        match port {
+            SERIAL..=SERIAL_END => {
+                let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
+                for byte in data {
+                    // Cannot fail: neither trigger nor output does.
+                    let _ = serial.write((port - SERIAL) as u8, *byte);
+                }
+            }
+            KEYBOARD_COMMAND if data.first() == Some(&KEYBOARD_RESET) => {
+                self.exit.set(ExitReason::Reset);
+            }
+            RESET_CONTROL if data.first().is_some_and(|b| b & RESET_CONTROL_RESET != 0) => {
+                self.exit.set(ExitReason::Reset);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The serial port has no interrupt line.
+struct NoInterrupt;
+
+impl Trigger for NoInterrupt {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        Ok(())
+    }
+}

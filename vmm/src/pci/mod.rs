@@ -1,0 +1,9 @@
+//! One PCI bus, and the functions on it that are not virtio.
+
+mod bus;
+mod host_bridge;
+mod pvpanic;
+
+pub use bus::{BusError, PciBus, SharedFunction};
+pub use host_bridge::HostBridge;
+pub use pvpanic::PvPanic;

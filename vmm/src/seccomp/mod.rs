@@ -1,0 +1,138 @@
+//! What each thread may ask of the host's kernel. Anything else ends the whole
+//! process.
+
+mod devices;
+mod main_thread;
+mod vcpu;
+
+use std::collections::BTreeMap;
+use std::io;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+/// Whether threads are confined. Tests of the library in a process of their own
+/// share its threads with the test harness, so they are not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Confinement {
+    /// Each thread gets its filter.
+    Filters,
+    /// Threads stay as they are.
+    None,
+}
+
+/// What a thread is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Control socket.
+    Main,
+    /// Runs a processor.
+    Vcpu,
+    /// Runs the working halves of devices.
+    Devices,
+}
+
+/// A system call that a role may make.
+struct Allowed {
+    call: i64,
+    /// Only with one of these as an argument: its position and values.
+    only: Option<(u8, &'static [u64])>,
+}
+
+/// Any arguments.
+const fn any(call: i64) -> Allowed {
+    Allowed { call, only: None }
+}
+
+/// Only with one of `values` as argument `position`.
+const fn only(call: i64, position: u8, values: &'static [u64]) -> Allowed {
+    Allowed {
+        call,
+        only: Some((position, values)),
+    }
+}
+
+/// Protection bits of pages that are not executable.
+const DATA_PAGES: &[u64] = &[
+    libc::PROT_NONE as u64,
+    libc::PROT_READ as u64,
+    (libc::PROT_READ | libc::PROT_WRITE) as u64,
+];
+
+impl Confinement {
+    /// Confines the calling thread to `role` for the rest of its life.
+    ///
+    /// # Errors
+    /// The kernel has no seccomp filters.
+    pub fn enter(self, role: Role) -> io::Result<()> {
+        match self {
+            Self::None => Ok(()),
+            Self::Filters => {
+                let program = program(role).map_err(io::Error::other)?;
+                seccompiler::apply_filter(&program).map_err(io::Error::other)
+            }
+        }
+    }
+}
+
+fn program(role: Role) -> Result<BpfProgram, seccompiler::BackendError> {
+    let (list, common): (&[Allowed], &[Allowed]) = match role {
+        Role::Main => (main_thread::ALLOWED, COMMON),
+        Role::Vcpu => (vcpu::ALLOWED, COMMON),
+        Role::Devices => (devices::ALLOWED, COMMON),
+    };
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    for allowed in list.iter().chain(common) {
+        let rules = rules.entry(allowed.call).or_default();
+        if let Some((position, values)) = allowed.only {
+            for value in values {
+                rules.push(SeccompRule::new(vec![SeccompCondition::new(
+                    position,
+                    // All arguments that we look at are ints.
+                    SeccompCmpArgLen::Dword,
+                    SeccompCmpOp::Eq,
+                    *value,
+                )?])?);
+            }
+        }
+    }
+    SeccompFilter::new(
+        rules,
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )?
+    .try_into()
+}
+
+/// What the language's run time and the allocator do on any thread.
+const COMMON: &[Allowed] = &[
+    // Locks and channels.
+    any(libc::SYS_futex),
+    // The allocator; never executable memory.
+    only(libc::SYS_mmap, 2, DATA_PAGES),
+    only(libc::SYS_mprotect, 2, DATA_PAGES),
+    any(libc::SYS_munmap),
+    any(libc::SYS_mremap),
+    any(libc::SYS_madvise),
+    any(libc::SYS_brk),
+    // Descriptors that are dropped.
+    any(libc::SYS_close),
+    // Event descriptors, pipes.
+    any(libc::SYS_read),
+    any(libc::SYS_write),
+    // Back from the handler of the kicking signal.
+    any(libc::SYS_rt_sigreturn),
+    // A thread's end takes its signal stack and mask away.
+    any(libc::SYS_sigaltstack),
+    any(libc::SYS_rt_sigprocmask),
+    any(libc::SYS_exit),
+    // The end of the process.
+    any(libc::SYS_exit_group),
+    // Where the kernel has no vDSO clock.
+    any(libc::SYS_clock_gettime),
+    // Interrupted sleeps go on.
+    any(libc::SYS_restart_syscall),
+];

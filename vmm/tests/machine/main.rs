@@ -1,0 +1,5 @@
+//! Machines with tiny kernels on the real `/dev/kvm`.
+
+mod harness;
+mod lifecycle;
+mod payload;
