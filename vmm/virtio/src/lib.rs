@@ -1,10 +1,14 @@
 //! Husk's virtio devices and their transport over PCI. Knows guest memory, not
 //! KVM: interrupts and notifications are event descriptors.
 
+mod config;
 mod device;
 pub mod event_loop;
 pub mod pci;
 pub mod queue;
+#[cfg(test)]
+mod test_driver;
+pub mod vsock;
 
 pub use device::{
     ActivateError, Activation, ActiveQueue, DeviceError, DeviceType, Event, GuestMemory, Interrupt,
