@@ -4,10 +4,13 @@
 mod config;
 mod device;
 pub mod event_loop;
+mod fd;
 pub mod pci;
 pub mod queue;
 #[cfg(test)]
 mod test_driver;
+#[cfg(test)]
+mod testing;
 pub mod vsock;
 
 pub use device::{

@@ -4,7 +4,12 @@
 mod config_space;
 mod function;
 mod msi;
+mod msix;
+mod registers;
+mod signals;
+mod transport;
 
 pub use config_space::{ConfigSpace, Identity};
 pub use function::{Bar, BarKind, Notification, PciFunction};
 pub use msi::{MsiMessage, MsiVectors};
+pub use transport::{Reporter, TransportError, VirtioPci};

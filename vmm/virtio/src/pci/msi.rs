@@ -24,7 +24,7 @@ pub struct MsiMessage {
 ///
 /// Vectors begin disconnected. Dropping this gives GSIs and routes back.
 pub trait MsiVectors: Send {
-    /// The descriptors, in order of vectors.
+    /// The descriptors, in order of vectors; non-blocking.
     fn events(&self) -> &[Arc<EventFd>];
 
     /// From now on `vector` sends `message`. It may be connected already, then
