@@ -1,0 +1,394 @@
+//! The files that the guest knows, each by a number (`nodeid`).
+//!
+//! A node is held open by a reference (`O_PATH`) while there is room for it.
+//! Above a budget the longest unused references are closed; such a node is
+//! found again by its directory and name, and only taken for itself if device
+//! and inode number still fit. A node without a name (unlinked) stays open.
+
+use std::collections::{HashMap, VecDeque};
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+
+use rustix::fs::{FileType, Statx};
+use rustix::io::Errno;
+
+use crate::abi::ROOT_ID;
+use crate::area::Area;
+use crate::host::{self, Identity};
+use crate::name::Name;
+
+/// How many references are looked at to close one.
+const EVICTION_STEPS: usize = 64;
+
+/// Number of a node.
+pub type NodeId = u64;
+
+/// A file that the guest knows.
+#[derive(Debug)]
+pub struct Node {
+    identity: Identity,
+    /// The type of the file; never changes.
+    pub kind: FileType,
+    /// The rule for caching.
+    pub area: Area,
+    /// How often the guest was told of it and has not forgotten.
+    lookups: u64,
+    /// Nodes whose `place` is in this one.
+    children: u64,
+    place: Option<Place>,
+    reference: Option<Rc<OwnedFd>>,
+    used_lately: bool,
+}
+
+impl Node {
+    /// Whether a file of this identity lies in another mount than this one.
+    pub fn is_mount_of(&self, stat: &Statx) -> bool {
+        !self.identity.same_mount(&Identity::new(stat))
+    }
+
+    /// The device that holds the file.
+    pub fn device(&self) -> (u32, u32) {
+        self.identity.device()
+    }
+}
+
+/// Where a node was seen last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Place {
+    parent: NodeId,
+    name: CString,
+}
+
+impl Place {
+    fn new(parent: NodeId, name: Name<'_>) -> Self {
+        Self {
+            parent,
+            name: name.as_c_str().to_owned(),
+        }
+    }
+
+    fn is(&self, parent: NodeId, name: Name<'_>) -> bool {
+        self.parent == parent && self.name.as_c_str() == name.as_c_str()
+    }
+}
+
+/// All nodes.
+#[derive(Debug)]
+pub struct NodeTable {
+    nodes: HashMap<NodeId, Node>,
+    by_identity: HashMap<Identity, NodeId>,
+    next: NodeId,
+    /// Nodes that hold a reference, longest unused first; may name others too.
+    open: VecDeque<NodeId>,
+    opened: usize,
+    budget: usize,
+}
+
+impl NodeTable {
+    /// A table that knows the top directory and aims to hold at most `budget`
+    /// references.
+    pub fn new(top: OwnedFd, budget: usize) -> Result<Self, Errno> {
+        let stat = host::stat(top.as_fd())?;
+        if host::kind(&stat) != FileType::Directory {
+            return Err(Errno::NOTDIR);
+        }
+        let node = Node {
+            identity: Identity::new(&stat),
+            kind: FileType::Directory,
+            area: Area::Top,
+            lookups: 0,
+            children: 0,
+            place: None,
+            reference: Some(Rc::new(top)),
+            used_lately: true,
+        };
+        Ok(Self {
+            by_identity: HashMap::from([(node.identity, ROOT_ID)]),
+            nodes: HashMap::from([(ROOT_ID, node)]),
+            next: ROOT_ID + 1,
+            open: VecDeque::new(),
+            opened: 0,
+            budget,
+        })
+    }
+
+    /// Forgets everything but the top directory.
+    pub fn clear(&mut self) {
+        self.nodes.retain(|id, _| *id == ROOT_ID);
+        self.by_identity.retain(|_, id| *id == ROOT_ID);
+        self.open.clear();
+        self.opened = 0;
+        if let Some(top) = self.nodes.get_mut(&ROOT_ID) {
+            top.children = 0;
+        }
+    }
+
+    /// Number of nodes known.
+    pub fn count(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// References held.
+    pub fn opened(&self) -> usize {
+        self.opened
+    }
+
+    /// The node of that number.
+    pub fn get(&self, id: NodeId) -> Result<&Node, Errno> {
+        self.nodes.get(&id).ok_or(Errno::STALE)
+    }
+
+    fn get_mut(&mut self, id: NodeId) -> Result<&mut Node, Errno> {
+        self.nodes.get_mut(&id).ok_or(Errno::STALE)
+    }
+
+    /// A reference to the node, opened anew if it was closed.
+    pub fn reference(&mut self, id: NodeId) -> Result<Rc<OwnedFd>, Errno> {
+        let mut closed = Vec::new();
+        let mut at = id;
+        let mut reference = loop {
+            let node = self.get_mut(at)?;
+            if let Some(reference) = &node.reference {
+                node.used_lately = true;
+                break reference.clone();
+            }
+            closed.push(at);
+            // Places form a tree (see `set_place`), so this ends at the top.
+            at = node.place.as_ref().ok_or(Errno::STALE)?.parent;
+        };
+        for id in closed.into_iter().rev() {
+            let node = self.get_mut(id)?;
+            let place = node.place.as_ref().ok_or(Errno::STALE)?;
+            let name = Name::new(&place.name)?;
+            let found = host::open_reference(reference.as_fd(), name).map_err(|e| match e {
+                Errno::NOENT | Errno::NOTDIR => Errno::STALE,
+                other => other,
+            })?;
+            let stat = host::stat(found.as_fd())?;
+            if Identity::new(&stat) != node.identity || host::kind(&stat) != node.kind {
+                return Err(Errno::STALE);
+            }
+            reference = Rc::new(found);
+            self.hold(id, reference.clone());
+        }
+        Ok(reference)
+    }
+
+    /// Tells the guest of an entry that was found: one more lookup.
+    pub fn remember(
+        &mut self,
+        parent: NodeId,
+        name: Name<'_>,
+        reference: OwnedFd,
+        stat: &Statx,
+    ) -> Result<NodeId, Errno> {
+        let area = self.get(parent)?.area.of_child(name);
+        let id = self.find_or_add(reference, stat, area);
+        self.set_place(id, parent, name)?;
+        Ok(id)
+    }
+
+    /// Tells the guest of a file without a name: one more lookup.
+    pub fn remember_unnamed(&mut self, reference: OwnedFd, stat: &Statx, area: Area) -> NodeId {
+        self.find_or_add(reference, stat, area)
+    }
+
+    fn find_or_add(&mut self, reference: OwnedFd, stat: &Statx, area: Area) -> NodeId {
+        let identity = Identity::new(stat);
+        let kind = host::kind(stat);
+        if let Some(&id) = self.by_identity.get(&identity)
+            && let Some(node) = self.nodes.get_mut(&id)
+            // Another type means that the inode number was given away again.
+            && node.kind == kind
+        {
+            node.lookups = node.lookups.saturating_add(1);
+            node.used_lately = true;
+            if node.reference.is_none() {
+                self.hold(id, Rc::new(reference));
+            }
+            return id;
+        }
+        let id = self.next;
+        self.next += 1;
+        let node = Node {
+            identity,
+            kind,
+            area,
+            lookups: 1,
+            children: 0,
+            place: None,
+            reference: None,
+            used_lately: false,
+        };
+        self.nodes.insert(id, node);
+        self.by_identity.insert(identity, id);
+        self.hold(id, Rc::new(reference));
+        id
+    }
+
+    /// The guest forgets `count` lookups of the node.
+    pub fn forget(&mut self, id: NodeId, count: u64) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.lookups = node.lookups.saturating_sub(count);
+            self.drop_unused(id);
+        }
+    }
+
+    /// Prepares for the loss of a name, so that a node without another name
+    /// can still be reached: call before removing it.
+    pub fn pin(&mut self, parent: NodeId, name: Name<'_>) -> Result<Option<NodeId>, Errno> {
+        let Some(id) = self.find_entry(parent, name)? else {
+            return Ok(None);
+        };
+        if self
+            .get(id)?
+            .place
+            .as_ref()
+            .is_some_and(|p| p.is(parent, name))
+        {
+            match self.reference(id) {
+                Ok(_) | Err(Errno::STALE) => (),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Some(id))
+    }
+
+    /// The node that has this name now.
+    pub fn find_entry(&mut self, parent: NodeId, name: Name<'_>) -> Result<Option<NodeId>, Errno> {
+        let dir = self.reference(parent)?;
+        let Ok(stat) = host::stat_entry(dir.as_fd(), name) else {
+            return Ok(None);
+        };
+        Ok(self.by_identity.get(&Identity::new(&stat)).copied())
+    }
+
+    /// A name was removed that `pin` was called for.
+    pub fn lost_name(&mut self, id: NodeId, parent: NodeId, name: Name<'_>) {
+        let Some(node) = self.nodes.get_mut(&id) else {
+            return;
+        };
+        if node.place.as_ref().is_some_and(|p| p.is(parent, name)) {
+            node.place = None;
+            self.lost_child(parent);
+        }
+    }
+
+    /// The node has this name now.
+    pub fn set_place(&mut self, id: NodeId, parent: NodeId, name: Name<'_>) -> Result<(), Errno> {
+        if id == ROOT_ID {
+            // The top directory mounted into itself: it needs no name.
+            return Ok(());
+        }
+        let node = self.get(id)?;
+        if node.place.as_ref().is_some_and(|p| p.is(parent, name)) {
+            return Ok(());
+        }
+        self.cut_cycle(id, parent);
+        self.get(id)?;
+        self.get_mut(parent)?.children += 1;
+        let node = self.get_mut(id)?;
+        if let Some(old) = node.place.replace(Place::new(parent, name)) {
+            self.lost_child(old.parent);
+        }
+        Ok(())
+    }
+
+    /// Keeps places a tree: when `id` is about to move below itself, one of
+    /// the places in between has been overtaken by changes on the host.
+    fn cut_cycle(&mut self, id: NodeId, parent: NodeId) {
+        let mut at = parent;
+        while let Some(above) = self.parent(at) {
+            if above == id {
+                if let Some(node) = self.nodes.get_mut(&at) {
+                    node.place = None;
+                }
+                self.lost_child(id);
+                return;
+            }
+            at = above;
+        }
+    }
+
+    fn parent(&self, id: NodeId) -> Option<NodeId> {
+        Some(self.nodes.get(&id)?.place.as_ref()?.parent)
+    }
+
+    fn lost_child(&mut self, parent: NodeId) {
+        if let Some(node) = self.nodes.get_mut(&parent) {
+            node.children = node.children.saturating_sub(1);
+            self.drop_unused(parent);
+        }
+    }
+
+    /// Removes the node and then the directories above that only it needed.
+    fn drop_unused(&mut self, id: NodeId) {
+        let mut at = Some(id);
+        while let Some(id) = at {
+            let unused = id != ROOT_ID
+                && (self.nodes.get(&id)).is_some_and(|n| n.lookups == 0 && n.children == 0);
+            if !unused {
+                return;
+            }
+            let Some(node) = self.nodes.remove(&id) else {
+                return;
+            };
+            if node.reference.is_some() {
+                self.opened -= 1;
+            }
+            if self.by_identity.get(&node.identity) == Some(&id) {
+                self.by_identity.remove(&node.identity);
+            }
+            at = node.place.map(|place| place.parent);
+            if let Some(parent) = at.and_then(|at| self.nodes.get_mut(&at)) {
+                parent.children = parent.children.saturating_sub(1);
+            }
+        }
+    }
+
+    fn hold(&mut self, id: NodeId, reference: Rc<OwnedFd>) {
+        if let Some(node) = self.nodes.get_mut(&id)
+            && node.reference.replace(reference).is_none()
+        {
+            self.opened += 1;
+            self.open.push_back(id);
+        }
+        if self.open.len() > 2 * self.opened + EVICTION_STEPS {
+            let nodes = &self.nodes;
+            self.open
+                .retain(|id| nodes.get(id).is_some_and(|n| n.reference.is_some()));
+        }
+        if self.opened > self.budget {
+            self.evict_one();
+        }
+    }
+
+    /// Closes references to make room for other descriptors.
+    pub fn make_room(&mut self) {
+        for _ in 0..self.opened.min(EVICTION_STEPS) {
+            self.evict_one();
+        }
+    }
+
+    fn evict_one(&mut self) {
+        for _ in 0..EVICTION_STEPS {
+            let Some(id) = self.open.pop_front() else {
+                return;
+            };
+            let Some(node) = self.nodes.get_mut(&id) else {
+                continue;
+            };
+            if node.reference.is_none() {
+                continue;
+            }
+            if std::mem::take(&mut node.used_lately) || node.place.is_none() {
+                self.open.push_back(id);
+                continue;
+            }
+            node.reference = None;
+            self.opened -= 1;
+            return;
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Mounts the file server on this machine: FUSE from `/dev/fuse` instead of a
+//! virtqueue, so that real system calls of a real kernel test it.
+
+#![allow(dead_code, clippy::unwrap_used)]
+
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use husk_fs::buffers::Buffers;
+use husk_fs::server::{DATA_BYTES, Resources, Server};
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+use rustix::thread::UnshareFlags;
+use vm_memory::VolatileSlice;
+
+/// Room for the largest request or answer.
+const MESSAGE_BYTES: usize = DATA_BYTES as usize + 4096;
+
+/// A served tree and where it is mounted; both vanish with it.
+pub struct Mount {
+    /// Holds both directories.
+    dir: tempfile::TempDir,
+    server: Option<JoinHandle<(usize, usize, usize)>>,
+}
+
+/// Why mounting can't be tested here.
+fn obstacle() -> Option<&'static str> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("not root");
+    }
+    match File::open("/dev/fuse") {
+        Ok(_) => None,
+        Err(_) => Some("no /dev/fuse"),
+    }
+}
+
+impl Mount {
+    /// Serves a fresh tree with `web/rootfs` (the guest's own) and
+    /// `web/mounts/0` (shared), or says why it can't be.
+    pub fn new(reference_budget: usize) -> Option<Self> {
+        if let Some(why) = obstacle() {
+            println!("SKIPPED: {why}");
+            return None;
+        }
+        // A mount namespace for this test's threads alone.
+        // SAFETY: no other thread shares this one's working directory.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).unwrap();
+
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("host/web/rootfs")).unwrap();
+        std::fs::create_dir_all(dir.path().join("host/web/mounts/0")).unwrap();
+        std::fs::create_dir(dir.path().join("guest")).unwrap();
+        let device = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .unwrap();
+        let options = std::ffi::CString::new(format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other",
+            device.as_raw_fd()
+        ))
+        .unwrap();
+        let target = dir.path().join("guest");
+        rustix::mount::mount("husk", &target, "fuse", MountFlags::empty(), &*options).unwrap();
+        let top = dir.path().join("host");
+        let server = std::thread::spawn(move || serve(device, &top, reference_budget));
+        Some(Self {
+            dir,
+            server: Some(server),
+        })
+    }
+
+    /// A path as the host sees it.
+    pub fn host(&self, path: &str) -> PathBuf {
+        self.dir.path().join("host").join(path)
+    }
+
+    /// The same path as the guest sees it.
+    pub fn guest(&self, path: &str) -> PathBuf {
+        self.dir.path().join("guest").join(path)
+    }
+
+    /// Unmounts; the server's last counts (nodes, references, handles).
+    pub fn unmount(mut self) -> (usize, usize, usize) {
+        self.end().unwrap()
+    }
+
+    fn end(&mut self) -> Option<(usize, usize, usize)> {
+        let server = self.server.take()?;
+        rustix::mount::unmount(self.guest(""), UnmountFlags::DETACH).unwrap();
+        Some(server.join().unwrap())
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Answers the kernel until it unmounts.
+fn serve(mut device: File, top: &Path, reference_budget: usize) -> (usize, usize, usize) {
+    // Working directory and umask become this thread's own.
+    // SAFETY: the thread has not used either.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }.unwrap();
+    let open = |path: &Path| {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, Mode::empty()).unwrap()
+    };
+    let mut server = Server::new(Resources {
+        top: open(top),
+        proc_self_fd: open(Path::new("/proc/self/fd")),
+        reference_budget,
+    })
+    .unwrap();
+    let mut request = vec![0; MESSAGE_BYTES];
+    let mut reply = vec![0; MESSAGE_BYTES];
+    let mut counts = server.counts();
+    loop {
+        let size = match device.read(&mut request) {
+            Ok(size) => size,
+            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => continue,
+            // Unmounted.
+            Err(e) if e.raw_os_error() == Some(libc::ENODEV) => return counts,
+            Err(e) => panic!("/dev/fuse: {e}"),
+        };
+        let used = server.handle(pieces(&mut request[..size]), pieces(&mut reply));
+        counts = server.counts();
+        if used > 0 {
+            match device.write(&reply[..used]) {
+                Ok(written) => assert_eq!(written, used),
+                // The caller was killed in the meantime.
+                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => (),
+                Err(e) => panic!("/dev/fuse: {e}: {:x?}", &reply[..used.min(64)]),
+            }
+        }
+    }
+}
+
+/// Cuts memory at odd places, as a guest may.
+fn pieces(memory: &mut [u8]) -> Buffers<'_> {
+    let mut buffers = Buffers::default();
+    let mut rest = memory;
+    for size in [7, 33, 1, 4095, 8192] {
+        let (piece, later) = rest.split_at_mut(size.min(rest.len()));
+        buffers.push(VolatileSlice::from(piece)).unwrap();
+        rest = later;
+    }
+    buffers.push(VolatileSlice::from(rest)).unwrap();
+    buffers
+}
