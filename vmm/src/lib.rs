@@ -3,11 +3,13 @@
 
 pub mod address_space;
 pub mod arch;
+pub mod arguments;
 pub mod boot;
 pub mod clock;
 pub mod console;
 pub mod control;
 pub mod exit;
+pub mod jail;
 pub mod kvm;
 pub mod legacy;
 pub mod machine;

@@ -4,7 +4,7 @@ use super::{Allowed, any, only};
 
 pub(super) const ALLOWED: &[Allowed] = &[
     // Waits for requests and the machine's end.
-    any(libc::SYS_poll),
+    any(libc::SYS_ppoll),
     // Control packets.
     any(libc::SYS_recvmsg),
     any(libc::SYS_sendmsg),

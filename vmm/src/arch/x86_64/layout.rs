@@ -61,13 +61,11 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 pub const INITRAMFS_END: u64 = 0x7fff_ffff;
 
 /// Where memory lies when there are `size` bytes of it.
-pub fn memory_ranges(size: u64) -> Vec<Range<u64>> {
+pub fn memory_ranges(size: u64) -> impl Iterator<Item = Range<u64>> {
     let low = size.min(HOLE_START);
-    let mut ranges = vec![0..low];
-    if size > low {
-        ranges.push(HOLE_END..HOLE_END + (size - low));
-    }
-    ranges
+    [0..low, HOLE_END..HOLE_END + (size - low)]
+        .into_iter()
+        .filter(|range| !range.is_empty())
 }
 
 #[cfg(test)]
@@ -76,8 +74,9 @@ mod tests {
 
     #[test]
     fn memory_leaves_the_hole_free() {
-        assert_eq!(memory_ranges(64 << 20), vec![0..64 << 20]);
-        assert_eq!(memory_ranges(3 << 30), vec![0..3 << 30]);
-        assert_eq!(memory_ranges(5 << 30), vec![0..3 << 30, 4 << 30..6 << 30]);
+        let ranges = |size| memory_ranges(size).collect::<Vec<_>>();
+        assert_eq!(ranges(64 << 20), [0..64 << 20]);
+        assert_eq!(ranges(3 << 30), [0..3 << 30]);
+        assert_eq!(ranges(5 << 30), [0..3 << 30, 4 << 30..6 << 30]);
     }
 }

@@ -1,0 +1,210 @@
+//! Boots a kernel without the shim: makes the control socket, sends the spec,
+//! copies the guest's console to standard output, says how it ended.
+//!
+//! ```text
+//! boot KERNEL [--initramfs FILE] [--line TEXT] [--memory MIB] [--cpus N]
+//!      [--max-cpus N] [--disk FILE]... [--read-only-disk FILE]...
+//!      [--vmm FILE --uid N]
+//! ```
+//! With `--vmm` the machine runs in that program, jailed, as the shim starts it;
+//! else in this process.
+
+use std::error::Error;
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::thread;
+
+use husk_vmm::clock::monotonic_ns;
+use husk_vmm::control;
+use husk_vmm::packet::ControlSocket;
+use husk_vmm::seccomp::Confinement;
+use husk_vmm_spec::{
+    BlockSpec, BootSpec, CONTROL_FD, ConsoleSpec, Descriptor, MemorySpec, Message, PACKET_BYTES,
+    Request, VcpuSpec, VmSpec,
+};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketFlags, SocketType,
+};
+use rustix::pipe::{PipeFlags, pipe_with};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+struct Plan {
+    spec: VmSpec,
+    descriptors: Vec<OwnedFd>,
+    vmm: Option<String>,
+    uid: u32,
+}
+
+fn main() -> Result<()> {
+    let (mut plan, console) = plan()?;
+    let asked_ns = monotonic_ns();
+    let (shim, vmm) = rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    match plan.vmm.take() {
+        Some(program) => spawn(&program, plan.uid, vmm)?,
+        None => {
+            let exec_ns = monotonic_ns();
+            thread::spawn(move || {
+                control::serve(&ControlSocket::new(vmm), exec_ns, Confinement::None);
+            });
+        }
+    }
+    send(&shim, &serde_json::to_vec(&plan.spec)?, &plan.descriptors)?;
+    drop(plan.descriptors);
+    let reader = thread::spawn(move || copy(console));
+    loop {
+        let Some(message) = receive(&shim)? else {
+            eprintln!("boot: the VMM hung up");
+            break;
+        };
+        match message {
+            Message::Started(timeline) => {
+                let us = |ns: u64| ns.saturating_sub(asked_ns) / 1000;
+                eprintln!(
+                    "boot: exec {} us, spec {} us, entered {} us after the request",
+                    us(timeline.exec_ns),
+                    us(timeline.spec_ns),
+                    us(timeline.entered_ns)
+                );
+                send(&shim, &serde_json::to_vec(&Request::Stats)?, &[])?;
+            }
+            Message::Reply(reply) => eprintln!("boot: {reply:?}"),
+            Message::Exited(reason) => {
+                eprintln!(
+                    "boot: {reason:?} after {} us",
+                    (monotonic_ns() - asked_ns) / 1000
+                );
+                break;
+            }
+        }
+    }
+    drop(shim);
+    let _ = reader.join();
+    Ok(())
+}
+
+fn plan() -> Result<(Plan, File)> {
+    let mut arguments = std::env::args().skip(1);
+    let kernel = arguments.next().ok_or("no kernel named")?;
+    let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    rustix::io::ioctl_fionbio(&reader, false)?;
+    let mut plan = Plan {
+        spec: VmSpec {
+            kvm: Descriptor(0),
+            vcpus: VcpuSpec { boot: 1, max: 1 },
+            memory: MemorySpec { boot_mib: 256 },
+            boot: BootSpec {
+                kernel: Descriptor(1),
+                initramfs: None,
+                command_line: "console=ttyS0 earlyprintk=ttyS0 panic=-1".into(),
+            },
+            console: Some(ConsoleSpec {
+                output: Descriptor(2),
+            }),
+            vsock: None,
+            blocks: Vec::new(),
+            nets: Vec::new(),
+            filesystems: Vec::new(),
+        },
+        descriptors: vec![kvm.into(), File::open(kernel)?.into(), writer],
+        vmm: None,
+        uid: 65_000,
+    };
+    while let Some(option) = arguments.next() {
+        let value = arguments.next().ok_or(format!("{option} wants a value"))?;
+        let spec = &mut plan.spec;
+        let next = Descriptor(plan.descriptors.len() as u32);
+        match option.as_str() {
+            "--initramfs" => {
+                plan.descriptors.push(File::open(value)?.into());
+                spec.boot.initramfs = Some(next);
+            }
+            "--line" => spec.boot.command_line = value,
+            "--memory" => spec.memory.boot_mib = value.parse()?,
+            "--cpus" => {
+                spec.vcpus.boot = value.parse()?;
+                spec.vcpus.max = spec.vcpus.max.max(spec.vcpus.boot);
+            }
+            "--max-cpus" => spec.vcpus.max = value.parse()?,
+            "--disk" | "--read-only-disk" => {
+                let read_only = option == "--read-only-disk";
+                let file = File::options().read(true).write(!read_only).open(value)?;
+                plan.descriptors.push(file.into());
+                let name = format!("disk{}", spec.blocks.len());
+                spec.blocks.push(BlockSpec {
+                    id: name.clone(),
+                    file: next,
+                    read_only,
+                    serial: name,
+                });
+            }
+            "--vmm" => plan.vmm = Some(value),
+            "--uid" => plan.uid = value.parse()?,
+            _ => return Err(format!("unknown option {option}").into()),
+        }
+    }
+    Ok((plan, File::from(reader)))
+}
+
+fn spawn(program: &str, uid: u32, control: OwnedFd) -> Result<()> {
+    let mut command = Command::new(program);
+    command.args(["--uid", &uid.to_string(), "--gid", &uid.to_string()]);
+    let fd = control.as_raw_fd();
+    // SAFETY: dup2 is async-signal-safe, and nothing else is done in the child.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(fd, CONTROL_FD) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    command.spawn()?;
+    Ok(())
+}
+
+fn copy(mut console: File) {
+    let mut buffer = [0; 4096];
+    while let Ok(count @ 1..) = console.read(&mut buffer) {
+        let _ = std::io::stdout().write_all(&buffer[..count]);
+    }
+}
+
+fn send(to: &OwnedFd, bytes: &[u8], descriptors: &[OwnedFd]) -> Result<()> {
+    let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+        return Err("too many descriptors".into());
+    }
+    rustix::net::sendmsg(
+        to,
+        &[IoSlice::new(bytes)],
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )?;
+    Ok(())
+}
+
+fn receive(from: &OwnedFd) -> Result<Option<Message>> {
+    let mut bytes = vec![0; PACKET_BYTES];
+    let received = rustix::net::recvmsg(
+        from,
+        &mut [IoSliceMut::new(&mut bytes)],
+        &mut RecvAncillaryBuffer::default(),
+        RecvFlags::empty(),
+    )?;
+    match received.bytes {
+        0 => Ok(None),
+        count => Ok(Some(serde_json::from_slice(&bytes[..count])?)),
+    }
+}

@@ -1,0 +1,152 @@
+//! How the VMM shuts itself in, before it reads anything: afterwards it sees no
+//! file, no network, no other process, and has no privilege. What it works with
+//! comes over the control socket.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use husk_vmm_spec::{CONTROL_FD, JailSpec};
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+use rustix::process::{DumpableBehavior, Resource, Rlimit};
+use rustix::thread::{CapabilitySet, CapabilitySets, Gid, Uid, UnshareFlags};
+
+/// Most descriptors: each vsock stream, queue and interrupt vector has one.
+const DESCRIPTORS: u64 = 8192;
+
+/// Highest capability that a kernel may know of; there are 41 in 2026.
+const CAPABILITIES: u32 = 63;
+
+/// Where the empty file system is mounted until it becomes the root. Any
+/// directory that every node has would do.
+const STAGING: &str = "/dev";
+
+/// A jail that could not be closed.
+#[derive(Debug, thiserror::Error)]
+#[error("jail: {step}")]
+pub struct JailError {
+    step: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+fn failed(step: &'static str) -> impl Fn(rustix::io::Errno) -> JailError {
+    move |source| JailError {
+        step,
+        source: source.into(),
+    }
+}
+
+/// Shuts the process in. It must have one thread, and root's privileges to give
+/// away.
+///
+/// # Errors
+/// The host refuses a step; the process is then half shut in and of no use.
+pub fn enter(spec: JailSpec) -> Result<(), JailError> {
+    keep_only_the_control_socket()?;
+    leave_namespaces()?;
+    leave_file_systems()?;
+    limit_resources()?;
+    drop_privileges(spec)
+}
+
+/// Standard streams lead nowhere; whatever else was inherited is closed.
+fn keep_only_the_control_socket() -> Result<(), JailError> {
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(failed("open /dev/null"))?;
+    let streams = [
+        rustix::stdio::dup2_stdin,
+        rustix::stdio::dup2_stdout,
+        rustix::stdio::dup2_stderr,
+    ];
+    for replace in streams {
+        replace(&null).map_err(failed("replace the standard streams"))?;
+    }
+    drop::<OwnedFd>(null);
+    // SAFETY: nothing in this process owns a descriptor above the control socket.
+    let result = unsafe { libc::close_range(CONTROL_FD as u32 + 1, u32::MAX, 0) };
+    match result {
+        0 => Ok(()),
+        _ => Err(JailError {
+            step: "close inherited descriptors",
+            source: io::Error::last_os_error(),
+        }),
+    }
+}
+
+/// New and empty ones of all that can be left; the PID namespace is new since
+/// the shim started us.
+fn leave_namespaces() -> Result<(), JailError> {
+    let all = UnshareFlags::NEWNS
+        | UnshareFlags::NEWNET
+        | UnshareFlags::NEWIPC
+        | UnshareFlags::NEWUTS
+        | UnshareFlags::NEWCGROUP;
+    // SAFETY: descriptors stay shared with nobody, as this is the only thread.
+    unsafe { rustix::thread::unshare_unsafe(all) }.map_err(failed("leave the host's namespaces"))
+}
+
+/// The root becomes an empty, read-only file system; the host's is let go.
+fn leave_file_systems() -> Result<(), JailError> {
+    rustix::mount::mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )
+    .map_err(failed("make mounts private"))?;
+    let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    rustix::mount::mount(
+        "none",
+        STAGING,
+        "tmpfs",
+        flags,
+        Some(c"size=4k,nr_inodes=1,mode=0555"),
+    )
+    .map_err(failed("mount the empty root"))?;
+    rustix::process::chdir(STAGING).map_err(failed("enter the empty root"))?;
+    // The old root comes to lie on the new one, and is taken off it.
+    rustix::process::pivot_root(".", ".").map_err(failed("pivot_root"))?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH).map_err(failed("let the host's root go"))?;
+    rustix::process::chdir("/").map_err(failed("stand in the empty root"))
+}
+
+fn limit_resources() -> Result<(), JailError> {
+    let limits = [
+        (Resource::Nofile, DESCRIPTORS),
+        // Guest memory must not land in a file.
+        (Resource::Core, 0),
+    ];
+    for (resource, most) in limits {
+        let limit = Rlimit {
+            current: Some(most),
+            maximum: Some(most),
+        };
+        rustix::process::setrlimit(resource, limit).map_err(failed("set resource limits"))?;
+    }
+    Ok(())
+}
+
+fn drop_privileges(spec: JailSpec) -> Result<(), JailError> {
+    let (uid, gid) = (Uid::from_raw(spec.uid), Gid::from_raw(spec.gid));
+    for bit in 0..=CAPABILITIES {
+        let capability = CapabilitySet::from_bits_retain(1 << bit);
+        match rustix::thread::remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
+            // The kernel knows none from here on.
+            Err(rustix::io::Errno::INVAL) => break,
+            Err(error) => return Err(failed("empty the bounding set")(error)),
+        }
+    }
+    rustix::thread::set_thread_groups(&[]).map_err(failed("leave groups"))?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(failed("change group"))?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(failed("change user"))?;
+    let none = CapabilitySets {
+        effective: CapabilitySet::empty(),
+        permitted: CapabilitySet::empty(),
+        inheritable: CapabilitySet::empty(),
+    };
+    rustix::thread::set_capabilities(None, none).map_err(failed("drop capabilities"))?;
+    rustix::thread::set_no_new_privs(true).map_err(failed("set no_new_privs"))?;
+    // Changing the user made it so already, unless fs.suid_dumpable says else.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(failed("become undumpable"))
+}

@@ -1,0 +1,227 @@
+//! The real binary, as the shim starts it.
+
+use std::fs;
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+use husk_vmm_spec::{CONTROL_FD, ExitReason, Message, Reply, Request};
+
+use crate::harness::{Request0, receive, send, skip, socket_pair};
+use crate::payload;
+
+const UID: u32 = 64_123;
+const GID: u32 = 64_124;
+
+fn skip_unless_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        println!("skipped: only root can start a jailed VMM");
+    }
+    !root || skip()
+}
+
+struct Jailed {
+    child: Child,
+    shim: OwnedFd,
+}
+
+impl Jailed {
+    fn spawn() -> Self {
+        let (shim, vmm) = socket_pair();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_husk-vmm"));
+        command
+            .args(["--uid", &UID.to_string(), "--gid", &GID.to_string()])
+            .stderr(Stdio::piped());
+        let fd = vmm.as_raw_fd();
+        // SAFETY: dup2 is async-signal-safe, and nothing else is done in the child.
+        unsafe {
+            command.pre_exec(move || match libc::dup2(fd, CONTROL_FD) {
+                -1 => Err(std::io::Error::last_os_error()),
+                _ => Ok(()),
+            });
+        }
+        let child = command.spawn().unwrap();
+        Self { child, shim }
+    }
+
+    fn start(&self, request: &Request0) -> Message {
+        let bytes = serde_json::to_vec(&request.spec).unwrap();
+        send(&self.shim, &bytes, &request.descriptors);
+        receive(&self.shim).expect("the VMM hung up")
+    }
+
+    fn request(&self, request: &Request) -> Message {
+        send(&self.shim, &serde_json::to_vec(request).unwrap(), &[]);
+        receive(&self.shim).expect("the VMM hung up")
+    }
+
+    fn proc(&self, name: &str) -> String {
+        format!("/proc/{}/{name}", self.child.id())
+    }
+}
+
+impl Drop for Jailed {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Reads one field of `/proc/PID/status`.
+fn field<'a>(status: &'a str, name: &str) -> Vec<&'a str> {
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+        .unwrap_or_else(|| panic!("no {name} in {status}"))
+        .split_whitespace()
+        .collect()
+}
+
+#[test]
+fn a_running_vmm_holds_nothing_of_the_host() {
+    if skip_unless_root() {
+        return;
+    }
+    let mut vmm = Jailed::spawn();
+    let (mut request, mut console) = Request0::new(payload::build("say '+'\n 1: jmp 1b"));
+    request.spec.vcpus.max = 2;
+    assert!(matches!(vmm.start(&request), Message::Started(_)));
+    drop(request);
+    let mut byte = [0];
+    console.read_exact(&mut byte).unwrap();
+    assert_eq!(byte, *b"+");
+
+    // Every thread has lost its privileges and has a filter.
+    let mut names = Vec::new();
+    for task in fs::read_dir(vmm.proc("task")).unwrap() {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        names.push(field(&status, "Name").join(" "));
+        let (uid, gid) = (UID.to_string(), GID.to_string());
+        assert_eq!(field(&status, "Uid"), [uid.as_str(); 4]);
+        assert_eq!(field(&status, "Gid"), [gid.as_str(); 4]);
+        assert_eq!(field(&status, "Groups"), [""; 0]);
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            assert_eq!(field(&status, set), ["0000000000000000"], "{set}");
+        }
+        assert_eq!(field(&status, "NoNewPrivs"), ["1"]);
+        assert_eq!(field(&status, "Seccomp"), ["2"], "{names:?}");
+    }
+    // KVM puts kernel threads of its own into the group.
+    names.retain(|name| !name.starts_with("kvm-"));
+    names.sort();
+    assert_eq!(names, ["devices", "husk-vmm", "vcpu0", "vcpu1"]);
+
+    // Only the empty root is mounted.
+    let mounts = fs::read_to_string(vmm.proc("mountinfo")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    let mount: Vec<_> = mounts.split_whitespace().collect();
+    assert_eq!(mount[4], "/", "{mounts}");
+    assert!(mount[5].starts_with("ro,"), "{mounts}");
+    assert!(mounts.contains("tmpfs"), "{mounts}");
+    assert_eq!(fs::read_dir(vmm.proc("root")).unwrap().count(), 0);
+
+    // Namespaces are its own.
+    for name in ["mnt", "net", "ipc", "uts", "cgroup"] {
+        let theirs = fs::read_link(vmm.proc(&format!("ns/{name}"))).unwrap();
+        let ours = fs::read_link(format!("/proc/self/ns/{name}")).unwrap();
+        assert_ne!(theirs, ours);
+    }
+
+    // Descriptors: streams to nowhere, and nothing that names a file.
+    for entry in fs::read_dir(vmm.proc("fd")).unwrap() {
+        let entry = entry.unwrap();
+        let number = entry.file_name().into_string().unwrap();
+        let target = fs::read_link(entry.path()).unwrap();
+        let target = target.to_str().unwrap();
+        match number.parse::<u32>().unwrap() {
+            0..=2 => assert_eq!(target, "/dev/null"),
+            3 => assert!(target.starts_with("socket:"), "{target}"),
+            _ => assert!(
+                ["anon_inode:", "pipe:", "/memfd:guest-memory", "/dev/kvm"]
+                    .iter()
+                    .any(|known| target.starts_with(known)),
+                "{target}"
+            ),
+        }
+    }
+
+    // It still works, and ends when it is told to.
+    let done = Message::Reply(Ok(Reply::Done));
+    assert_eq!(vmm.request(&Request::Pause), done);
+    assert_eq!(vmm.request(&Request::Resume), done);
+    assert_eq!(
+        vmm.request(&Request::Kill),
+        Message::Exited(ExitReason::Killed)
+    );
+    assert_eq!(receive(&vmm.shim), None);
+    assert!(vmm.child.wait().unwrap().success());
+}
+
+#[test]
+fn a_jailed_vmm_ends_when_the_shim_hangs_up() {
+    if skip_unless_root() {
+        return;
+    }
+    for vcpus in [1, 4] {
+        let mut vmm = Jailed::spawn();
+        let (mut request, _console) = Request0::new(payload::build("1: jmp 1b"));
+        request.spec.vcpus.max = vcpus;
+        assert!(matches!(vmm.start(&request), Message::Started(_)));
+        let (other, _) = socket_pair();
+        vmm.shim = other;
+        assert!(vmm.child.wait().unwrap().success());
+    }
+}
+
+#[test]
+fn a_jailed_vmm_reports_how_its_guest_ends() {
+    if skip_unless_root() {
+        return;
+    }
+    let mut vmm = Jailed::spawn();
+    let (request, _console) = Request0::new(payload::build("reset"));
+    assert!(matches!(vmm.start(&request), Message::Started(_)));
+    assert_eq!(receive(&vmm.shim), Some(Message::Exited(ExitReason::Reset)));
+    assert!(vmm.child.wait().unwrap().success());
+}
+
+#[test]
+fn a_wrong_command_line_is_refused() {
+    let output = Command::new(env!("CARGO_BIN_EXE_husk-vmm"))
+        .args(["--uid", "0", "--gid", "1"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("--uid must be a number from 1"), "{said}");
+}
+
+#[test]
+fn the_jail_costs_little() {
+    if skip_unless_root() {
+        return;
+    }
+    // The best of some: the machine may be busy with other things.
+    let best = (0..20)
+        .map(|_| {
+            let (request, _console) = Request0::new(payload::build("1: jmp 1b"));
+            let vmm = Jailed::spawn();
+            let Message::Started(timeline) = vmm.start(&request) else {
+                panic!("did not start");
+            };
+            (
+                timeline.spec_ns - timeline.exec_ns,
+                timeline.entered_ns - timeline.spec_ns,
+            )
+        })
+        .min()
+        .unwrap();
+    println!(
+        "jail and spec {} us, boot {} us",
+        best.0 / 1000,
+        best.1 / 1000
+    );
+    assert!(best.0 < 5_000_000, "{} us", best.0 / 1000);
+}
