@@ -2,11 +2,13 @@
 //! KVM: interrupts and notifications are event descriptors.
 
 mod config;
+pub mod console;
 mod device;
 pub mod event_loop;
 mod fd;
 pub mod pci;
 pub mod queue;
+pub mod rng;
 #[cfg(test)]
 mod test_driver;
 #[cfg(test)]
