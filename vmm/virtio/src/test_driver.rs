@@ -1,7 +1,7 @@
 //! The driver's end of a queue, and the loop that a worker runs in, for tests.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -203,21 +203,14 @@ impl Interrupt for TestInterrupt {
     }
 
     fn queue_call(&self, queue: u16) -> io::Result<OwnedFd> {
-        self.queues[usize::from(queue)].as_fd_owned()
+        borrow(&self.queues[usize::from(queue)]).try_clone_to_owned()
     }
 }
 
-trait AsFdOwned {
-    fn as_fd_owned(&self) -> io::Result<OwnedFd>;
-}
-
-impl AsFdOwned for EventFd {
-    fn as_fd_owned(&self) -> io::Result<OwnedFd> {
-        use std::os::fd::{FromRawFd, IntoRawFd};
-        let fd = self.try_clone()?.into_raw_fd();
-        // SAFETY: `into_raw_fd` gave up the ownership that is taken here.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-    }
+/// Lends an eventfd's descriptor.
+pub(crate) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: `event` keeps it open while it is lent.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 /// Guest memory of `len` bytes from 0 on.
@@ -255,11 +248,7 @@ pub(crate) fn run(
         let sources = worker.sources();
         let mut polled: Vec<PollFd<'_>> = Vec::new();
         for notify in notify {
-            // SAFETY: the eventfd outlives `polled`.
-            let fd = unsafe {
-                std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(*notify))
-            };
-            polled.push(PollFd::from_borrowed_fd(fd, PollFlags::IN));
+            polled.push(PollFd::from_borrowed_fd(borrow(notify), PollFlags::IN));
         }
         let mut tokens = Vec::new();
         for source in &sources {

@@ -43,7 +43,10 @@ pub(super) struct VsockWorker {
     /// Connections with something for the guest.
     ready: VecDeque<u32>,
     resets: VecDeque<Header>,
-    sources_changed: bool,
+    /// Some connection may wait for something else than the loop knows.
+    unsettled: bool,
+    /// A connection has ended.
+    ended: bool,
 }
 
 struct Slot {
@@ -70,7 +73,8 @@ impl VsockWorker {
             by_ports: BTreeMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
-            sources_changed: false,
+            unsettled: false,
+            ended: false,
         })
     }
 
@@ -179,14 +183,14 @@ impl VsockWorker {
         };
         if slot.connection.finished() {
             self.connections.remove(&number);
-            self.sources_changed = true;
+            self.ended = true;
             return;
         }
         if !slot.listed && slot.connection.outgoing().is_some() {
             slot.listed = true;
             self.ready.push_back(number);
         }
-        self.sources_changed |= slot.watched != slot.connection.interest();
+        self.unsettled |= slot.watched != slot.connection.interest();
     }
 
     // To the guest.
@@ -255,12 +259,15 @@ impl Worker for VsockWorker {
     }
 
     fn sources_changed(&mut self) -> bool {
-        if self.sources_changed {
+        let mut changed = mem::take(&mut self.ended);
+        if mem::take(&mut self.unsettled) {
             for slot in self.connections.values_mut() {
-                slot.watched = slot.connection.interest();
+                let interest = slot.connection.interest();
+                changed |= slot.watched != interest;
+                slot.watched = interest;
             }
         }
-        mem::take(&mut self.sources_changed)
+        changed
     }
 
     fn process(&mut self, event: Event) -> Result<(), DeviceError> {
