@@ -1,0 +1,148 @@
+//! What the process gives up before it listens to the VMM.
+//!
+//! Afterwards it sees the served tree and nothing else of the host, cannot
+//! name a socket, a process or a key, and holds only a file server's
+//! capabilities. Mounts that the shim adds below the tree still appear.
+
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags};
+use rustix::process::{DumpableBehavior, Resource, Rlimit};
+use rustix::thread::{CapabilitySet, UnshareFlags};
+
+use crate::credentials::CAPABILITIES;
+use crate::server::Resources;
+
+/// References to files held open at most. Each pins an inode of the host, and
+/// the node's table of open files is shared by all pods, so this is not the
+/// number of files that a pod may know.
+const REFERENCES: u64 = 8192;
+
+/// The mount flags of the tree's own mount, which only carries mount points:
+/// a guest that could replace one of those would choose where the shim mounts.
+/// What is mounted below keeps the flags that the shim gave it.
+const TREE: MountFlags = MountFlags::RDONLY
+    .union(MountFlags::NODEV)
+    .union(MountFlags::NOSUID)
+    .union(MountFlags::NOEXEC);
+
+/// The step that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {step}")]
+pub struct JailError {
+    step: &'static str,
+    #[source]
+    source: Errno,
+}
+
+fn step<T>(step: &'static str, result: Result<T, Errno>) -> Result<T, JailError> {
+    result.map_err(|source| JailError { step, source })
+}
+
+/// Leaves everything but the tree behind. `source` must be a mount point.
+/// The capabilities stay, for [`crate::server::Server::new`] and [`lock`].
+pub fn enter(source: &Path) -> Result<Resources, JailError> {
+    // A mount of its own, whose `..` is itself.
+    let proc_self_fd = step(
+        "clone /proc/self/fd",
+        rustix::mount::open_tree(
+            rustix::fs::CWD,
+            c"/proc/self/fd",
+            OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+        ),
+    )?;
+    let namespaces = UnshareFlags::NEWNS
+        | UnshareFlags::NEWNET
+        | UnshareFlags::NEWIPC
+        | UnshareFlags::NEWUTS
+        | UnshareFlags::NEWCGROUP;
+    // SAFETY: nothing in this process relies on what is unshared; descriptors,
+    // the subject of the function's warning, stay shared.
+    step("enter new namespaces", unsafe {
+        rustix::thread::unshare_unsafe(namespaces)
+    })?;
+    // Mounts of the shim arrive here, none of ours leaves.
+    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    step(
+        "stop mounts from leaving",
+        rustix::mount::mount_change(c"/", slave),
+    )?;
+    step("enter the tree", rustix::process::chdir(source))?;
+    step(
+        "make the tree's own mount read-only",
+        rustix::mount::mount_remount(c".", MountFlags::BIND | TREE, c""),
+    )?;
+    // The old root ends up on top of the new one and is taken off.
+    step(
+        "make the tree the root",
+        rustix::process::pivot_root(c".", c"."),
+    )?;
+    step(
+        "let go of the old root",
+        rustix::mount::unmount(c".", UnmountFlags::DETACH),
+    )?;
+    step("enter the root", rustix::process::chdir(c"/"))?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let top = step(
+        "open the root",
+        rustix::fs::open(c"/", flags, Mode::empty()),
+    )?;
+    Ok(Resources {
+        top,
+        proc_self_fd,
+        reference_budget: limit_descriptors()?,
+    })
+}
+
+/// Raises the number of descriptors as far as it goes, forbids core dumps (they
+/// would hold guest memory), and returns how many references to hold.
+fn limit_descriptors() -> Result<usize, JailError> {
+    let files = rustix::process::getrlimit(Resource::Nofile);
+    let most = Rlimit {
+        current: files.maximum,
+        ..files
+    };
+    step(
+        "raise the limit of open files",
+        rustix::process::setrlimit(Resource::Nofile, most),
+    )?;
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    step(
+        "forbid core dumps",
+        rustix::process::setrlimit(Resource::Core, none),
+    )?;
+    // The rest is for the guest's open files.
+    let half = files.maximum.unwrap_or(u64::MAX) / 2;
+    Ok(usize::try_from(half.min(REFERENCES)).unwrap_or(usize::MAX))
+}
+
+/// Takes the way back: what is not a file server's capability leaves the
+/// bounding set, and no program gains any. Call before
+/// [`crate::server::Server::new`], which drops the rest.
+pub fn lock() -> Result<(), JailError> {
+    for bit in 0..64 {
+        let capability = CapabilitySet::from_bits_retain(1 << bit);
+        if CAPABILITIES.contains(capability) {
+            continue;
+        }
+        match rustix::thread::remove_capability_from_bounding_set(capability) {
+            Ok(()) => (),
+            // Past the last that the kernel knows.
+            Err(Errno::INVAL) => break,
+            Err(error) => return step("bound capabilities", Err(error)),
+        }
+    }
+    step(
+        "forbid new privileges",
+        rustix::thread::set_no_new_privs(true),
+    )?;
+    step(
+        "forbid tracing",
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable),
+    )
+}

@@ -1,0 +1,149 @@
+//! The system calls of a serving process; any other kills it.
+
+use std::collections::BTreeMap;
+
+use libc::{
+    F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, PROT_EXEC, SYS_brk, SYS_capset, SYS_clock_gettime,
+    SYS_close, SYS_copy_file_range, SYS_exit, SYS_exit_group, SYS_fallocate, SYS_fchmodat,
+    SYS_fchownat, SYS_fcntl, SYS_fdatasync, SYS_fstat, SYS_fstatfs, SYS_fsync, SYS_ftruncate,
+    SYS_futex, SYS_getdents64, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_getxattr, SYS_linkat,
+    SYS_listxattr, SYS_lseek, SYS_madvise, SYS_mkdirat, SYS_mknodat, SYS_mmap, SYS_mprotect,
+    SYS_mremap, SYS_munmap, SYS_openat, SYS_openat2, SYS_poll, SYS_ppoll, SYS_preadv, SYS_pwritev2,
+    SYS_read, SYS_readlinkat, SYS_recvmsg, SYS_removexattr, SYS_renameat2, SYS_restart_syscall,
+    SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sendmsg, SYS_setfsgid,
+    SYS_setfsuid, SYS_setxattr, SYS_sigaltstack, SYS_statx, SYS_symlinkat, SYS_syncfs, SYS_tgkill,
+    SYS_umask, SYS_unlinkat, SYS_utimensat, SYS_write, SYS_writev,
+};
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch,
+};
+
+/// The filter that could not be made or installed.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum SeccompError {
+    #[error("cannot build the system call filter")]
+    Build(#[from] BackendError),
+    #[error("cannot install the system call filter")]
+    Install(#[from] seccompiler::Error),
+}
+
+/// Calls allowed whatever their arguments.
+const ALLOWED: [i64; 61] = [
+    // Files by name in a directory.
+    SYS_openat,
+    SYS_openat2,
+    SYS_statx,
+    SYS_readlinkat,
+    SYS_mkdirat,
+    SYS_mknodat,
+    SYS_symlinkat,
+    SYS_linkat,
+    SYS_unlinkat,
+    SYS_renameat2,
+    SYS_fchmodat,
+    SYS_fchownat,
+    SYS_utimensat,
+    // Extended attributes, by a name in /proc/self/fd.
+    SYS_setxattr,
+    SYS_getxattr,
+    SYS_listxattr,
+    SYS_removexattr,
+    // Open files.
+    SYS_preadv,
+    SYS_pwritev2,
+    SYS_ftruncate,
+    SYS_fallocate,
+    SYS_lseek,
+    SYS_copy_file_range,
+    SYS_fsync,
+    SYS_fdatasync,
+    SYS_syncfs,
+    SYS_fstat,
+    SYS_fstatfs,
+    SYS_getdents64,
+    SYS_close,
+    // The caller's identity.
+    SYS_setfsuid,
+    SYS_setfsgid,
+    SYS_capset,
+    SYS_umask,
+    // The front end, kicks and calls, and the log.
+    SYS_poll,
+    SYS_ppoll,
+    SYS_recvmsg,
+    SYS_sendmsg,
+    SYS_read,
+    SYS_write,
+    SYS_writev,
+    // Memory.
+    SYS_brk,
+    SYS_munmap,
+    SYS_mremap,
+    SYS_madvise,
+    // The language's runtime, and an end with a message.
+    SYS_clock_gettime,
+    SYS_getrandom,
+    SYS_futex,
+    SYS_restart_syscall,
+    SYS_sigaltstack,
+    SYS_rt_sigaction,
+    SYS_rt_sigprocmask,
+    SYS_rt_sigreturn,
+    SYS_getpid,
+    SYS_gettid,
+    SYS_tgkill,
+    SYS_exit,
+    SYS_exit_group,
+    // glibc's malloc asks for the number of processors and overcommitment.
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sysinfo,
+    libc::SYS_prlimit64,
+];
+
+/// Installs the filter for the calling thread and those it starts.
+pub fn install() -> Result<(), SeccompError> {
+    seccompiler::apply_filter(&program()?)?;
+    Ok(())
+}
+
+fn program() -> Result<BpfProgram, BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
+    for call in [SYS_mmap, SYS_mprotect] {
+        // No new code.
+        let exec = SeccompCmpOp::MaskedEq(PROT_EXEC as u64);
+        rules.insert(call, vec![argument(2, exec, 0)?]);
+    }
+    let commands = [F_DUPFD_CLOEXEC, F_GETFD, F_GETFL]
+        .map(|command| argument(1, SeccompCmpOp::Eq, command as u64));
+    rules.insert(
+        SYS_fcntl,
+        commands.into_iter().collect::<Result<Vec<_>, _>>()?,
+    );
+    SeccompFilter::new(
+        rules,
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )?
+    .try_into()
+}
+
+fn argument(index: u8, operation: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
+    let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, operation, value)?;
+    SeccompRule::new(vec![condition])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn each_call_is_listed_once() {
+        assert_eq!(ALLOWED.iter().collect::<BTreeSet<_>>().len(), ALLOWED.len());
+        assert!(!program().unwrap().is_empty());
+    }
+}
