@@ -7,13 +7,14 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use husk_virtio::event_loop::EventLoop;
-use husk_vmm_spec::{Descriptor, ValidVmSpec};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use husk_vmm_spec::{Descriptor, DeviceSpec, ValidVmSpec};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::address_space::AddressSpace;
 use crate::arch::x86_64::boot_params::{self, LoadError};
 use crate::arch::x86_64::{mptable, regs};
 use crate::console::ConsoleOutput;
+use crate::devices::{Devices, PlugError, When};
 use crate::exit::ExitLatch;
 use crate::kvm::irq::Routes;
 use crate::kvm::memory::{self, MemoryError};
@@ -49,6 +50,9 @@ pub enum BootError {
     /// The PCI bus.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] PlugError),
     /// Processors.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -63,6 +67,16 @@ pub enum BootError {
     },
 }
 
+fn take(
+    descriptors: &mut Descriptors,
+    what: &'static str,
+    descriptor: Descriptor,
+) -> Result<OwnedFd, BootError> {
+    descriptors
+        .take(descriptor)
+        .map_err(|source| BootError::Host { what, source })
+}
+
 /// Makes the machine that `spec` describes from `descriptors`. Its processors
 /// are paused; every thread but the caller's is confined.
 ///
@@ -74,25 +88,20 @@ pub fn boot(
     confinement: Confinement,
 ) -> Result<Machine, BootError> {
     let spec = spec.spec();
-    let mut take = |what, descriptor: Descriptor| -> Result<OwnedFd, BootError> {
-        descriptors
-            .take(descriptor)
-            .map_err(|source| BootError::Host { what, source })
-    };
     let host = |what| move |source| BootError::Host { what, source };
 
     // Memory, and what the kernel finds in it.
     let memory = memory::create(spec.memory.boot_mib)?;
-    let vm = Vm::new(take("kvm", spec.kvm)?, &memory, spec.vcpus.max)?;
+    let vm = Vm::new(take(descriptors, "kvm", spec.kvm)?, &memory, spec.vcpus.max)?;
     let kernel = boot_params::load_kernel(
         &memory,
-        &mut File::from(take("boot.kernel", spec.boot.kernel)?),
+        &mut File::from(take(descriptors, "boot.kernel", spec.boot.kernel)?),
     )?;
     let initramfs = match spec.boot.initramfs {
         Some(file) => Some(boot_params::load_initramfs(
             &memory,
             kernel,
-            &mut File::from(take("boot.initramfs", file)?),
+            &mut File::from(take(descriptors, "boot.initramfs", file)?),
         )?),
         None => None,
     };
@@ -104,10 +113,9 @@ pub fn boot(
     // The bus and the devices on it.
     let exit = Arc::new(ExitLatch::new().map_err(host("event descriptor"))?);
     let console = ConsoleOutput::new(match spec.console {
-        Some(console) => Some(take("console.output", console.output)?),
+        Some(console) => Some(take(descriptors, "console.output", console.output)?),
         None => None,
     });
-    let routes = Routes::new(Arc::clone(vm.fd()));
     let ranges = memory.iter().map(|region| {
         let start = region.start_addr().0;
         start..start + region.len()
@@ -118,6 +126,25 @@ pub fn boot(
     let device_loop = EventLoop::start("devices", move || confinement.enter(Role::Devices))
         .map_err(host("device thread"))?;
 
+    let memory = GuestMemoryAtomic::new(memory);
+    let mut devices = Devices::new(
+        Arc::clone(&bus),
+        Routes::new(Arc::clone(vm.fd())),
+        memory.clone(),
+        device_loop.handle(),
+        Arc::clone(&console),
+    );
+    devices.add_basics(&console)?;
+    if let Some(vsock) = &spec.vsock {
+        devices.add_vsock(vsock, descriptors)?;
+    }
+    let blocks = spec.blocks.iter().cloned().map(DeviceSpec::Block);
+    let nets = spec.nets.iter().cloned().map(DeviceSpec::Net);
+    let filesystems = spec.filesystems.iter().cloned().map(DeviceSpec::Fs);
+    for device in blocks.chain(nets).chain(filesystems) {
+        devices.add(&device, descriptors, When::AtBoot)?;
+    }
+
     // Processors.
     let vcpus = vcpu::create_all(&vm, spec.vcpus.max, kernel.entry)?;
     let legacy = Legacy::new(Arc::clone(&console), Arc::clone(&exit));
@@ -127,8 +154,7 @@ pub fn boot(
     Ok(Machine {
         vcpus,
         device_loop,
-        bus,
-        routes,
+        devices,
         exit,
         console,
         memory,

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The console's output, shared by all devices that speak on it.
 pub struct ConsoleOutput {
     pipe: Option<OwnedFd>,
-    dropped: AtomicU64,
+    dropped: Arc<AtomicU64>,
 }
 
 impl ConsoleOutput {
@@ -17,7 +17,7 @@ impl ConsoleOutput {
     pub fn new(pipe: Option<OwnedFd>) -> Arc<Self> {
         Arc::new(Self {
             pipe,
-            dropped: AtomicU64::new(0),
+            dropped: Arc::default(),
         })
     }
 
@@ -37,6 +37,19 @@ impl ConsoleOutput {
                 }
             }
         }
+    }
+
+    /// Another descriptor of the pipe.
+    ///
+    /// # Errors
+    /// None is left.
+    pub fn share_pipe(&self) -> io::Result<Option<OwnedFd>> {
+        self.pipe.as_ref().map(OwnedFd::try_clone).transpose()
+    }
+
+    /// The counter of bytes that nobody read in time.
+    pub fn share_dropped(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.dropped)
     }
 
     /// Bytes that nobody read in time.

@@ -9,6 +9,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use crate::boot::{self, BootError};
 use crate::clock::monotonic_ns;
+use crate::devices::{PlugError, When};
 use crate::exit::describe;
 use crate::machine::Machine;
 use crate::packet::{ControlSocket, Packet, PacketError};
@@ -19,7 +20,7 @@ use crate::seccomp::{Confinement, Role};
 pub fn serve(socket: &ControlSocket, exec_ns: u64, confinement: Confinement) {
     let reason = match start(socket, exec_ns, confinement) {
         Ok(Some(mut machine)) => {
-            let reason = run(socket, &machine);
+            let reason = run(socket, &mut machine);
             machine.stop();
             reason
         }
@@ -65,7 +66,7 @@ fn start(
 }
 
 /// Answers requests until the machine ends.
-fn run(socket: &ControlSocket, machine: &Machine) -> ExitReason {
+fn run(socket: &ControlSocket, machine: &mut Machine) -> ExitReason {
     loop {
         if let Some(reason) = machine.exit().reason() {
             return reason;
@@ -101,23 +102,33 @@ enum Answer {
     Kill,
 }
 
-fn answer(packet: Packet, machine: &Machine) -> Answer {
+fn answer(packet: Packet, machine: &mut Machine) -> Answer {
     let request: Request = match packet.parse() {
         Ok(request) => request,
         Err(error) => return Answer::Reply(Err(describe(&error))),
     };
-    let Packet { descriptors, .. } = packet;
+    let Packet {
+        mut descriptors, ..
+    } = packet;
     Answer::Reply(match request {
         Request::Kill => return Answer::Kill,
         Request::Pause => done(machine.pause()),
         Request::Resume => done(machine.resume()),
         Request::Stats => Ok(Reply::Stats(machine.stats())),
-        Request::AddDevice(_) | Request::RemoveDevice(_) | Request::AddHostPorts(_) => {
-            drop(descriptors);
-            Err(Failure {
-                message: "not wired yet".into(),
-            })
+        Request::AddHostPorts(ports) => {
+            done(machine.devices().add_host_ports(&ports, &mut descriptors))
         }
+        Request::AddDevice(device) => done(
+            device
+                .check(descriptors.count())
+                .map_err(PlugError::from)
+                .and_then(|()| {
+                    machine
+                        .devices()
+                        .add(&device, &mut descriptors, When::Later)
+                }),
+        ),
+        Request::RemoveDevice(id) => done(machine.devices().remove(&id)),
     })
 }
 

@@ -2,28 +2,26 @@
 
 use std::sync::Arc;
 
+use husk_virtio::GuestMemory;
 use husk_virtio::event_loop::{EventLoop, LoopGone};
 use husk_vmm_spec::VmStats;
-use vm_memory::GuestMemoryMmap;
 
 use crate::console::ConsoleOutput;
+use crate::devices::Devices;
 use crate::exit::ExitLatch;
-use crate::kvm::irq::Routes;
 use crate::kvm::vcpu::VcpuThreads;
 use crate::kvm::vm::Vm;
-use crate::pci::PciBus;
 
 /// A machine that has been booted. Fields are dropped from the first down:
 /// nothing runs any more when memory goes.
 pub struct Machine {
     pub(crate) vcpus: VcpuThreads,
     pub(crate) device_loop: EventLoop,
-    pub(crate) bus: Arc<PciBus>,
-    pub(crate) routes: Arc<Routes>,
+    pub(crate) devices: Devices,
     pub(crate) exit: Arc<ExitLatch>,
     pub(crate) console: Arc<ConsoleOutput>,
     #[allow(dead_code, reason = "lives as long as the threads that use it")]
-    pub(crate) memory: GuestMemoryMmap,
+    pub(crate) memory: GuestMemory,
     #[allow(dead_code, reason = "lives as long as the threads that use it")]
     pub(crate) vm: Vm,
 }
@@ -32,6 +30,11 @@ impl Machine {
     /// Why it ends; readable (as a descriptor) once that is known.
     pub fn exit(&self) -> &ExitLatch {
         &self.exit
+    }
+
+    /// Its devices, to add and remove some.
+    pub fn devices(&mut self) -> &mut Devices {
+        &mut self.devices
     }
 
     /// Takes all processors out of the guest, then has the devices finish what

@@ -41,7 +41,7 @@ impl Routes {
     ///
     /// # Errors
     /// The host has no event descriptors left, or KVM no GSIs.
-    pub fn vectors(self: &Arc<Self>, count: u16) -> io::Result<Box<dyn MsiVectors>> {
+    pub fn vectors(self: &Arc<Self>, count: usize) -> io::Result<Box<dyn MsiVectors>> {
         let mut vectors = Vectors {
             routes: Arc::clone(self),
             events: Vec::new(),

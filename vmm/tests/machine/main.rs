@@ -1,5 +1,12 @@
 //! Machines with tiny kernels on the real `/dev/kvm`.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a helper that fails is a test that fails"
+)]
+
+mod devices;
 mod harness;
 mod jail;
 mod lifecycle;

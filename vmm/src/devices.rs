@@ -1,0 +1,252 @@
+//! The machine's virtio devices: made from what the spec says, put on the bus.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use husk_virtio::console::Console;
+use husk_virtio::event_loop::{LoopGone, LoopHandle};
+use husk_virtio::pci::{Reporter, VirtioPci};
+use husk_virtio::rng::Rng;
+use husk_virtio::vsock::{AddHostPorts, Vsock};
+use husk_virtio::{GuestMemory, VirtioDevice};
+use husk_vmm_spec::{DeviceId, DeviceSpec, HostPort, SpecError, VsockSpec};
+
+use crate::console::ConsoleOutput;
+use crate::exit::describe;
+use crate::kvm::irq::Routes;
+use crate::packet::Descriptors;
+use crate::pci::{BusError, PciBus};
+
+/// A device that could not be added or removed, or a message it did not get.
+#[derive(Debug, thiserror::Error)]
+pub enum PlugError {
+    /// The specification is wrong.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The name is taken.
+    #[error("device {0:?} exists already")]
+    Exists(DeviceId),
+    /// The name is not known, or is that of a device that stays.
+    #[error("there is no device {0:?}")]
+    Unknown(DeviceId),
+    /// This build cannot make it.
+    #[error("device {0:?} is of a kind that this build lacks")]
+    NotYet(DeviceId),
+    /// There is no vsock device.
+    #[error("the machine has no vsock device")]
+    NoVsock,
+    /// The host refuses something.
+    #[error("device {name:?}")]
+    Host {
+        /// Which device.
+        name: String,
+        /// What it was.
+        #[source]
+        source: io::Error,
+    },
+    /// No room on the bus.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// The device thread has ended.
+    #[error(transparent)]
+    Loop(#[from] LoopGone),
+}
+
+/// What a device is wired to.
+pub struct Devices {
+    bus: Arc<PciBus>,
+    routes: Arc<Routes>,
+    memory: GuestMemory,
+    event_loop: LoopHandle,
+    reporter: Reporter,
+    plugged: Vec<Plugged>,
+    vsock: Option<Arc<Mutex<VirtioPci>>>,
+}
+
+/// A device that can be unplugged.
+struct Plugged {
+    id: DeviceId,
+    slot: usize,
+}
+
+/// When a device comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// The guest does not run yet: we assign its addresses.
+    AtBoot,
+    /// The guest will look for it and assign its addresses.
+    Later,
+}
+
+impl Devices {
+    /// No device yet. What brings one to a standstill is told on `console`.
+    pub fn new(
+        bus: Arc<PciBus>,
+        routes: Arc<Routes>,
+        memory: GuestMemory,
+        event_loop: LoopHandle,
+        console: Arc<ConsoleOutput>,
+    ) -> Self {
+        let reporter: Reporter = Arc::new(move |name, error| {
+            let why = describe(error).message;
+            console.put(format!("husk-vmm: device {name}: {why}\n").as_bytes());
+        });
+        Self {
+            bus,
+            routes,
+            memory,
+            event_loop,
+            reporter,
+            plugged: Vec::new(),
+            vsock: None,
+        }
+    }
+
+    /// Adds what every machine has: the console, if its output goes anywhere, and
+    /// a source of entropy.
+    ///
+    /// # Errors
+    /// The host refuses something.
+    pub fn add_basics(&mut self, console: &ConsoleOutput) -> Result<(), PlugError> {
+        let failed = |source| PlugError::Host {
+            name: "console".into(),
+            source,
+        };
+        if let Some(pipe) = console.share_pipe().map_err(failed)? {
+            let device = Console::new(pipe, console.share_dropped()).map_err(failed)?;
+            self.put_on_bus("console", Box::new(device), When::AtBoot)?;
+        }
+        self.put_on_bus("rng", Box::new(Rng), When::AtBoot)?;
+        Ok(())
+    }
+
+    /// Adds the vsock device.
+    ///
+    /// # Errors
+    /// A port's socket did not come, or the host refuses something.
+    pub fn add_vsock(
+        &mut self,
+        spec: &VsockSpec,
+        descriptors: &mut Descriptors,
+    ) -> Result<(), PlugError> {
+        let ports = take_ports(&spec.host_ports, descriptors)?;
+        let device = Box::new(Vsock::new(spec.cid, ports));
+        let (function, _slot) = self.put_on_bus("vsock", device, When::AtBoot)?;
+        self.vsock = Some(function);
+        Ok(())
+    }
+
+    /// Adds a device that has a name.
+    ///
+    /// # Errors
+    /// The specification is wrong, the name taken, the bus full, or the host
+    /// refuses something. Nothing has changed then.
+    pub fn add(
+        &mut self,
+        spec: &DeviceSpec,
+        descriptors: &mut Descriptors,
+        when: When,
+    ) -> Result<(), PlugError> {
+        let id = spec.id();
+        if self.plugged.iter().any(|plugged| plugged.id == id) {
+            return Err(PlugError::Exists(id.to_owned()));
+        }
+        let device = make(spec, descriptors)?;
+        let (_function, slot) = self.put_on_bus(id, device, when)?;
+        self.plugged.push(Plugged {
+            id: id.to_owned(),
+            slot,
+        });
+        Ok(())
+    }
+
+    /// Takes a device off the bus. When this returns, it touches neither guest
+    /// memory nor its descriptors.
+    ///
+    /// # Errors
+    /// There is no such device.
+    pub fn remove(&mut self, id: &str) -> Result<(), PlugError> {
+        let index = self.plugged.iter().position(|plugged| plugged.id == id);
+        let index = index.ok_or_else(|| PlugError::Unknown(id.to_owned()))?;
+        let plugged = self.plugged.swap_remove(index);
+        self.bus.unplug(plugged.slot);
+        Ok(())
+    }
+
+    /// Lets the guest dial more ports.
+    ///
+    /// # Errors
+    /// A socket did not come, or there is no vsock device.
+    pub fn add_host_ports(
+        &self,
+        ports: &[HostPort],
+        descriptors: &mut Descriptors,
+    ) -> Result<(), PlugError> {
+        let vsock = self.vsock.as_ref().ok_or(PlugError::NoVsock)?;
+        let message = AddHostPorts(take_ports(ports, descriptors)?);
+        vsock
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .control(Box::new(message))?;
+        Ok(())
+    }
+
+    fn put_on_bus(
+        &self,
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+        when: When,
+    ) -> Result<(Arc<Mutex<VirtioPci>>, usize), PlugError> {
+        let vectors = VirtioPci::vectors_for(device.as_ref());
+        let function = self
+            .routes
+            .vectors(vectors)
+            .and_then(|vectors| {
+                VirtioPci::new(
+                    name,
+                    device,
+                    self.memory.clone(),
+                    self.event_loop.clone(),
+                    vectors,
+                    Arc::clone(&self.reporter),
+                )
+            })
+            .map_err(|source| PlugError::Host {
+                name: name.to_owned(),
+                source,
+            })?;
+        let function = Arc::new(Mutex::new(function));
+        let slot = match when {
+            When::AtBoot => self.bus.add_at_boot(function.clone())?,
+            When::Later => self.bus.plug(function.clone())?,
+        };
+        Ok((function, slot))
+    }
+}
+
+fn take_ports(
+    ports: &[HostPort],
+    descriptors: &mut Descriptors,
+) -> Result<Vec<(u32, OwnedFd)>, PlugError> {
+    ports
+        .iter()
+        .map(|port| {
+            descriptors
+                .take(port.stream)
+                .map(|stream| (port.port, stream))
+                .map_err(|source| PlugError::Host {
+                    name: format!("vsock host port {}", port.port),
+                    source,
+                })
+        })
+        .collect()
+}
+
+fn make(
+    spec: &DeviceSpec,
+    descriptors: &mut Descriptors,
+) -> Result<Box<dyn VirtioDevice>, PlugError> {
+    let _ = descriptors;
+    Err(PlugError::NotYet(spec.id().to_owned()))
+}
