@@ -7,13 +7,15 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT,
 };
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{
-    ByteValued, GuestAddressSpace, GuestMemory as _, GuestMemoryMmap, Permissions, VolatileSlice,
+    ByteValued, Bytes, GuestAddress, GuestAddressSpace, GuestMemory as _, GuestMemoryMmap, Le64,
+    Permissions, VolatileSlice,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -35,8 +37,8 @@ pub struct DeviceQueue {
     interrupt: Arc<dyn Interrupt>,
     /// Chains that may still be popped in this event.
     budget: u16,
-    /// Something was added to the used ring since the last signal.
-    unsignalled: bool,
+    /// Index in the used ring up to which the driver was told.
+    signalled: u16,
 }
 
 impl Activation {
@@ -53,11 +55,11 @@ impl Activation {
         Ok(DeviceQueue {
             index,
             budget: queue.size(),
+            signalled: queue.next_used(),
             queue,
             notify,
             memory: self.memory.clone(),
             interrupt: Arc::clone(&self.interrupt),
-            unsignalled: false,
         })
     }
 }
@@ -131,10 +133,34 @@ impl DeviceQueue {
     /// As for [`DeviceQueue::pop`].
     pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), DeviceError> {
         let memory = self.memory.memory();
-        self.unsignalled = true;
         self.queue
             .add_used(&*memory, head, written)
             .map_err(|source| self.ring_error(source))
+    }
+
+    /// The same for chains that belong together: the driver sees all of them or
+    /// none.
+    ///
+    /// # Errors
+    /// As for [`DeviceQueue::pop`].
+    pub fn add_used_together(&mut self, used: &[(u16, u32)]) -> Result<(), DeviceError> {
+        let Some(((head, written), others)) = used.split_last() else {
+            return Ok(());
+        };
+        let memory = self.memory.memory();
+        let mut next = self.queue.next_used();
+        for (head, written) in others {
+            let slot = u64::from(next % self.queue.size());
+            // Its index, then its length.
+            let element = Le64::from(u64::from(*head) | u64::from(*written) << 32);
+            memory
+                .write_obj(element, GuestAddress(self.queue.used_ring() + 4 + 8 * slot))
+                .map_err(|source| self.ring_error(virtio_queue::Error::GuestMemory(source)))?;
+            next = next.wrapping_add(1);
+        }
+        // What is added now makes the others visible as well.
+        self.queue.set_next_used(next);
+        self.add_used(*head, *written)
     }
 
     /// Interrupts the driver if there is something new and it wants to know.
@@ -142,15 +168,13 @@ impl DeviceQueue {
     /// # Errors
     /// As for [`DeviceQueue::pop`], or the interrupt could not be sent.
     pub fn signal(&mut self) -> Result<(), DeviceError> {
-        if !std::mem::take(&mut self.unsignalled) {
+        let used = self.queue.next_used();
+        let added = used.wrapping_sub(self.signalled);
+        if added == 0 {
             return Ok(());
         }
-        let memory = self.memory.memory();
-        let wanted = self
-            .queue
-            .needs_notification(&*memory)
-            .map_err(|source| self.ring_error(source))?;
-        if wanted {
+        self.signalled = used;
+        if self.driver_wants_signal(used, added)? {
             self.interrupt
                 .signal_queue(self.index)
                 .map_err(|source| DeviceError::Host {
@@ -159,6 +183,25 @@ impl DeviceQueue {
                 })?;
         }
         Ok(())
+    }
+
+    /// virtio 1.2, 2.7.7.2.
+    fn driver_wants_signal(&self, used: u16, added: u16) -> Result<bool, DeviceError> {
+        // The used ring is written before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let load = |at| {
+            let at = GuestAddress(self.queue.avail_ring() + at);
+            self.memory
+                .memory()
+                .load::<u16>(at, Ordering::Relaxed)
+                .map_err(|source| self.ring_error(virtio_queue::Error::GuestMemory(source)))
+        };
+        if self.queue.event_idx_enabled() {
+            let event = load(4 + 2 * u64::from(self.queue.size()))?;
+            Ok(used.wrapping_sub(event).wrapping_sub(1) < added)
+        } else {
+            Ok(u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        }
     }
 
     /// Where the device's interrupts go.
