@@ -1,6 +1,7 @@
 //! Husk's virtio devices and their transport over PCI. Knows guest memory, not
 //! KVM: interrupts and notifications are event descriptors.
 
+pub mod block;
 mod config;
 pub mod console;
 mod device;

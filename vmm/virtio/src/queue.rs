@@ -81,6 +81,18 @@ impl DeviceQueue {
         self.budget = self.queue.size();
     }
 
+    /// The same with at most `chains`, for devices whose work takes long.
+    pub fn begin_with(&mut self, chains: u16) {
+        self.budget = chains.min(self.queue.size());
+    }
+
+    /// Makes [`crate::Event::Queue`] come, for chains that were left in the ring
+    /// for another reason than those of [`DeviceQueue::pop`].
+    pub fn notify_self(&self) {
+        // Fails only when the counter is full, which wakes as well.
+        let _ = self.notify.write(1);
+    }
+
     /// Takes the next available chain.
     ///
     /// With `None`, either the ring is empty and the driver will notify of the
@@ -93,8 +105,7 @@ impl DeviceQueue {
         let memory = self.memory.memory().into_inner();
         loop {
             if self.budget == 0 {
-                // Fails only when the counter is full, which wakes as well.
-                let _ = self.notify.write(1);
+                self.notify_self();
                 return Ok(None);
             }
             let queue = self.index;

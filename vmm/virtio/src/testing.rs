@@ -251,6 +251,9 @@ impl Driver {
     pub(crate) fn negotiate(&mut self, wanted: u64) {
         self.set_status(0);
         assert_eq!(self.status(), 0);
+        for event in &self.vectors.events {
+            let _ = event.read();
+        }
         self.set_status(ACKNOWLEDGE);
         self.set_status(ACKNOWLEDGE | DRIVER);
         let features = self.offered_features() & (wanted | 1 << 32);
@@ -337,6 +340,11 @@ impl Driver {
         self.next_buffer += (len as u64).next_multiple_of(16);
         assert!(self.next_buffer <= MEMORY_BYTES);
         at
+    }
+
+    /// Gives buffers from the beginning again.
+    pub(crate) fn forget_buffers(&mut self) {
+        self.next_buffer = BUFFERS;
     }
 
     /// A buffer with `data` in it.

@@ -252,6 +252,8 @@ fn thread_time() -> Duration {
 fn a_failed_worker_gets_no_more_events() {
     let bench = Bench::new();
     bench.order(Order::Fail);
+    bench.order(Order::Number(4));
+    bench.expect(Told::Control(4));
     bench.notify.write(1).unwrap();
     bench.expect(Told::Event(Event::Queue(4)));
     bench.expect(Told::Failed("queue 0: as ordered".into()));

@@ -1,0 +1,304 @@
+//! The working half of a disk.
+
+use std::io;
+
+use super::QUEUE_SIZE;
+use super::disk::Disk;
+use super::engine::{Call, Engine};
+use super::request::{HEADER_BYTES, Request, STATUS_BYTES, Status};
+use crate::queue::{Chain, DeviceQueue};
+use crate::{DeviceError, Event, Source, Worker};
+
+/// Requests for each event if the loop has to wait for each.
+const WAITING_BUDGET: u16 = 8;
+
+pub(super) struct BlockWorker {
+    queue: DeviceQueue,
+    disk: Disk,
+    /// Only gone when the worker is taken apart.
+    engine: Option<Engine>,
+    /// The driver does not ask for flushes: writes are durable by themselves.
+    durable: bool,
+    /// Requests that the engine works on, by token.
+    slots: Vec<Option<Pending>>,
+    free: Vec<u16>,
+}
+
+/// A request that the engine works on. It owns what the kernel reads and writes
+/// in the meantime.
+struct Pending {
+    chain: Chain,
+    /// Boxed since the kernel may look at it while the slot moves.
+    call: Box<Call>,
+    /// Bytes still to be moved.
+    left: usize,
+}
+
+impl BlockWorker {
+    pub(super) fn new(queue: DeviceQueue, disk: Disk, engine: Engine, write_back: bool) -> Self {
+        Self {
+            queue,
+            disk,
+            engine: Some(engine),
+            durable: !write_back,
+            slots: (0..QUEUE_SIZE).map(|_| None).collect(),
+            free: (0..QUEUE_SIZE).collect(),
+        }
+    }
+
+    /// Takes the engine back; nothing is in flight then.
+    pub(super) fn into_engine(mut self) -> Option<Engine> {
+        self.quiesce();
+        self.engine.take()
+    }
+
+    /// Takes requests, and ends those that are done, until neither is left.
+    fn work(&mut self) -> Result<(), DeviceError> {
+        loop {
+            let begun = self.take_requests()?;
+            self.engine(Engine::submit)?;
+            let ended = self.end_finished()?;
+            if !begun && !ended {
+                break;
+            }
+        }
+        self.queue.signal()
+    }
+
+    /// True if there was any.
+    fn take_requests(&mut self) -> Result<bool, DeviceError> {
+        let mut any = false;
+        while !self.free.is_empty() {
+            let Some(chain) = self.queue.pop()? else {
+                break;
+            };
+            any = true;
+            if chain.readable_len() < HEADER_BYTES || chain.writable_len() < STATUS_BYTES {
+                return Err(self.queue.chain_error("a request without header or status"));
+            }
+            match Request::parse(&chain, &self.disk) {
+                Ok(request) => self.begin(chain, request)?,
+                Err(status) => self.end(&chain, status)?,
+            }
+        }
+        Ok(any)
+    }
+
+    fn begin(&mut self, chain: Chain, request: Request) -> Result<(), DeviceError> {
+        let (call, left) = match request {
+            Request::Read { len: 0, .. }
+            | Request::Write { len: 0, .. }
+            | Request::Discard { len: 0, .. }
+            | Request::WriteZeroes { len: 0, .. } => return self.end(&chain, Status::Ok),
+            Request::GetId => {
+                let room = chain.writable_len() - STATUS_BYTES;
+                let len = room.min(self.disk.serial.len());
+                let _ = chain.write(0, &self.disk.serial[..len]);
+                return self.end(&chain, Status::Ok);
+            }
+            Request::Flush if self.disk.read_only => return self.end(&chain, Status::Ok),
+            Request::Flush => (Call::Flush, 0),
+            Request::Read { position, len } => {
+                let pieces = chain.writable_iovecs(0, len);
+                (Call::Read { pieces, position }, len)
+            }
+            Request::Write { position, len } => {
+                let pieces = chain.readable_iovecs(HEADER_BYTES, len);
+                let durable = self.durable;
+                let call = Call::Write {
+                    pieces,
+                    position,
+                    durable,
+                };
+                (call, len)
+            }
+            Request::Discard { position, len } if self.disk.is_block_device => {
+                (Call::DiscardDevice { position, len }, 0)
+            }
+            Request::Discard { position, len }
+            | Request::WriteZeroes {
+                position,
+                len,
+                unmap: true,
+            } if !self.disk.is_block_device => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                let call = Call::Allocate {
+                    mode,
+                    position,
+                    len,
+                };
+                (call, 0)
+            }
+            Request::Discard { position, len } | Request::WriteZeroes { position, len, .. } => {
+                let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+                let call = Call::Allocate {
+                    mode,
+                    position,
+                    len,
+                };
+                (call, 0)
+            }
+        };
+        self.start(Pending {
+            chain,
+            call: Box::new(call),
+            left,
+        })
+    }
+
+    /// Gives a call to the engine.
+    fn start(&mut self, pending: Pending) -> Result<(), DeviceError> {
+        // Callers make sure that there is one.
+        let Some(token) = self.free.pop() else {
+            return self.end(&pending.chain, Status::Error);
+        };
+        let slot = self.slots[usize::from(token)].insert(pending);
+        let Some(engine) = &mut self.engine else {
+            return Ok(());
+        };
+        // SAFETY: the slot keeps call and chain until the result is there. Drop
+        // waits for it, or never gives them back.
+        let result = unsafe { engine.begin(&self.disk.file, &slot.call, token.into()) };
+        match result {
+            Ok(None) => Ok(()),
+            Ok(Some(result)) => self.finish(token, result),
+            Err(source) => {
+                self.slots[usize::from(token)] = None;
+                self.free.push(token);
+                Err(host_error(source))
+            }
+        }
+    }
+
+    /// True if there was any.
+    fn end_finished(&mut self) -> Result<bool, DeviceError> {
+        let mut any = false;
+        while let Some((token, result)) = self.engine.as_mut().and_then(Engine::finished) {
+            any = true;
+            if let Ok(token) = u16::try_from(token) {
+                self.finish(token, result)?;
+            }
+        }
+        Ok(any)
+    }
+
+    /// The kernel is done with a call: ends its request or goes on with the rest.
+    fn finish(&mut self, token: u16, result: i32) -> Result<(), DeviceError> {
+        let Some(mut pending) = self
+            .slots
+            .get_mut(usize::from(token))
+            .and_then(Option::take)
+        else {
+            return Ok(());
+        };
+        self.free.push(token);
+        let status = match usize::try_from(result) {
+            Err(_) if matches!(-result, libc::EOPNOTSUPP | libc::ENOSYS) => Status::Unsupported,
+            Err(_) => Status::Error,
+            Ok(moved) if moved >= pending.left => Status::Ok,
+            // The file is shorter than it was.
+            Ok(0) => Status::Error,
+            Ok(moved) => {
+                pending.left -= moved;
+                pending.call.advance(moved);
+                return self.start(pending);
+            }
+        };
+        self.end(&pending.chain, status)
+    }
+
+    fn end(&mut self, chain: &Chain, status: Status) -> Result<(), DeviceError> {
+        let at = chain.writable_len() - STATUS_BYTES;
+        let _ = chain.write(at, &[status as u8]);
+        // Chains are shorter than 4 GiB.
+        self.queue
+            .add_used(chain.head(), chain.writable_len() as u32)
+    }
+
+    fn in_flight(&self) -> bool {
+        self.free.len() < self.slots.len()
+    }
+
+    fn engine(&mut self, act: fn(&mut Engine) -> io::Result<()>) -> Result<(), DeviceError> {
+        match &mut self.engine {
+            Some(engine) => act(engine).map_err(host_error),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Worker for BlockWorker {
+    fn sources(&self) -> Vec<Source<'_>> {
+        let fd = self.engine.as_ref().and_then(Engine::source);
+        fd.map(|fd| Source {
+            fd,
+            token: 0,
+            readable: true,
+            writable: false,
+        })
+        .into_iter()
+        .collect()
+    }
+
+    fn process(&mut self, _event: Event) -> Result<(), DeviceError> {
+        match self.engine {
+            Some(Engine::Waiting) => self.queue.begin_with(WAITING_BUDGET),
+            _ => self.queue.begin(),
+        }
+        self.work()
+    }
+
+    fn quiesce(&mut self) {
+        if !self.in_flight() {
+            return;
+        }
+        while self.in_flight() && self.engine(Engine::wait).is_ok() {
+            // A ring that cannot be told the result fails at the next event.
+            let _ = self.end_finished();
+        }
+        let _ = self.queue.signal();
+        // There may be requests that no slot was free for.
+        self.queue.notify_self();
+    }
+}
+
+impl Drop for BlockWorker {
+    fn drop(&mut self) {
+        self.quiesce();
+        if self.in_flight() {
+            // What the kernel may still write to must stay for ever.
+            std::mem::forget(std::mem::take(&mut self.slots));
+        }
+    }
+}
+
+impl Call {
+    /// Leaves out the first `moved` bytes.
+    fn advance(&mut self, moved: usize) {
+        let (Self::Read {
+            pieces, position, ..
+        }
+        | Self::Write {
+            pieces, position, ..
+        }) = self
+        else {
+            return;
+        };
+        *position += moved as u64;
+        let mut skip = moved;
+        pieces.retain_mut(|piece| {
+            let cut = skip.min(piece.iov_len);
+            skip -= cut;
+            piece.iov_base = piece.iov_base.wrapping_byte_add(cut);
+            piece.iov_len -= cut;
+            piece.iov_len > 0
+        });
+    }
+}
+
+fn host_error(source: io::Error) -> DeviceError {
+    DeviceError::Host {
+        what: "handing a request to the kernel",
+        source,
+    }
+}
