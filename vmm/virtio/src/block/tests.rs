@@ -393,6 +393,73 @@ impl Bench {
     }
 }
 
+/// A loop device on a file; detached when dropped.
+struct Loop(String);
+
+impl Loop {
+    fn new(file: &std::path::Path) -> Result<Self, String> {
+        let mut losetup = std::process::Command::new("losetup");
+        let output = losetup
+            .args(["--find", "--show", "--sector-size", "4096"])
+            .arg(file)
+            .output()
+            .map_err(|error| error.to_string())?;
+        match output.status.success() {
+            true => Ok(Self(String::from_utf8_lossy(&output.stdout).trim().into())),
+            false => Err(String::from_utf8_lossy(&output.stderr).trim().into()),
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup")
+            .args(["--detach", &self.0])
+            .status();
+    }
+}
+
+#[test]
+fn works_on_a_block_device() {
+    for engine in engines() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&pattern(BYTES)).unwrap();
+        let device = match Loop::new(file.path()) {
+            Ok(device) => device,
+            Err(why) => return println!("skipped: no loop device: {why}"),
+        };
+        let open = || {
+            File::options()
+                .read(true)
+                .write(true)
+                .open(&device.0)
+                .unwrap()
+        };
+        let block = Block::new(open(), false, "loop", engine).unwrap();
+        let mut driver = Driver::new(block);
+        let queue = driver.start(u64::MAX).remove(0);
+        let mut bench = Bench {
+            driver,
+            queue,
+            file: open(),
+        };
+        assert_eq!(bench.driver.device_config(0), SECTORS.to_le_bytes());
+        assert_eq!(bench.driver.device_config(0x14), 4096_u32.to_le_bytes());
+        assert_eq!(bench.send(WRITE, 8, &[5; 8192], 0).0, OK);
+        assert_eq!(bench.send(READ, 8, &[], 4096), (OK, vec![5; 4096]));
+        assert_eq!(bench.send(FLUSH, 0, &[], 0).0, OK);
+        assert_eq!(bench.range(WRITE_ZEROES, 8, 8, 0), OK);
+        assert_eq!(bench.range(DISCARD, 64, 64, 0), OK);
+        assert_eq!(bench.on_disk(4096, 4096), [0; 4096]);
+        assert_eq!(bench.on_disk(8192, 4096), [5; 4096]);
+        assert_eq!(bench.on_disk(64 * 512, 64 * 512), [0; 64 * 512]);
+        assert_eq!(
+            bench.on_disk(128 * 512, 4096),
+            pattern(BYTES)[128 * 512..][..4096]
+        );
+    }
+}
+
 #[test]
 fn takes_only_what_can_be_a_disk() {
     let new = |file: File, read_only| Block::new(file, read_only, "x", Engine::Waiting).err();
