@@ -1,0 +1,505 @@
+//! A bundle's `config.json`: the only place on the host that reads OCI.
+//!
+//! The host acts on little of it, so little of it is typed; the rest crosses to
+//! the agent as it came.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::id::{Id, IdError};
+
+mod annotation;
+
+pub use annotation::{AnnotationError, Overrides};
+
+/// Largest `config.json` taken, bytes: what fits in one message to the agent.
+const LARGEST: u64 = (husk_protocol::limit::MESSAGE_BYTES / 2) as u64;
+
+/// Least memory limit of a container, bytes: below it no process starts.
+const MEMORY_LIMIT_MIN: i64 = 4 << 20;
+
+/// Most, bytes: more than any virtual machine has.
+const MEMORY_LIMIT_MAX: i64 = (husk_vmm_spec::MEMORY_MAX_MIB as i64) << 20;
+
+/// A bundle that was read.
+#[derive(Debug)]
+pub struct Bundle {
+    dir: PathBuf,
+    spec: Spec,
+    json: Value,
+}
+
+/// What a bundle stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A container that is a pod of its own.
+    Single,
+    /// A pod of Kubernetes: its container is never run.
+    Sandbox,
+    /// A container in a pod that exists already.
+    Member {
+        /// The pod.
+        sandbox: Id,
+    },
+}
+
+/// What the pod's machine and its sandbox are made from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodSpec {
+    /// Host name in the guest; empty: none was asked for.
+    pub hostname: String,
+    /// Network namespace that the machine takes over; none: loopback only.
+    pub netns: Option<PathBuf>,
+    /// Of the whole pod.
+    pub sysctls: BTreeMap<String, String>,
+    /// As containerd wrote it.
+    pub cgroups_path: Option<String>,
+    /// What the pod may use; the machine's size follows from it.
+    pub limits: Limits,
+    /// What the operator said about the machine.
+    pub overrides: Overrides,
+    /// For the processes of the pod on the host.
+    pub oom_score_adj: Option<i32>,
+    /// Containers may ask to see each other's processes.
+    pub shared_pid_namespace: bool,
+}
+
+/// Limits from which the machine's size follows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes; none: unlimited.
+    pub memory_bytes: Option<u64>,
+    /// Processors in thousandths; none: unlimited.
+    pub cpu_millis: Option<u64>,
+}
+
+/// One entry of `mounts`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Mount {
+    /// Inside the container.
+    pub destination: PathBuf,
+    /// File system type; absent for most binds.
+    #[serde(rename = "type", default)]
+    pub kind: Option<String>,
+    /// On the host.
+    #[serde(default)]
+    pub source: Option<PathBuf>,
+    /// As for mount(8).
+    #[serde(default)]
+    pub options: Option<Vec<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Spec {
+    hostname: Option<String>,
+    annotations: Option<BTreeMap<String, String>>,
+    root: Option<Root>,
+    mounts: Option<Vec<Mount>>,
+    process: Option<Process>,
+    linux: Option<Linux>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Root {
+    path: PathBuf,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Process {
+    oom_score_adj: Option<i32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Linux {
+    namespaces: Option<Vec<Namespace>>,
+    sysctl: Option<BTreeMap<String, String>>,
+    cgroups_path: Option<String>,
+    resources: Option<Resources>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Namespace {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    path: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Resources {
+    memory: Option<MemoryLimit>,
+    cpu: Option<CpuLimit>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct MemoryLimit {
+    limit: Option<i64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct CpuLimit {
+    quota: Option<i64>,
+    period: Option<u64>,
+}
+
+/// A bundle that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    /// `config.json` could not be read.
+    #[error("bundle's {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It is too large to cross to the guest.
+    #[error("bundle's {0} is larger than {LARGEST} bytes")]
+    TooLarge(PathBuf),
+    /// It is no OCI spec.
+    #[error("bundle's {path}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A container of a pod that does not name the pod.
+    #[error("annotation {0} is missing from a container of a pod")]
+    NoSandboxId(&'static str),
+    /// A pod's id that cannot be one.
+    #[error(transparent)]
+    Id(#[from] IdError),
+    /// An annotation for us that cannot be.
+    #[error(transparent)]
+    Annotation(#[from] AnnotationError),
+    /// A spec without a root file system.
+    #[error("root.path is missing")]
+    NoRoot,
+    /// The pod asks for the node's own network.
+    #[error(
+        "the spec has no network namespace, that is the host's network; a virtual machine cannot \
+         have it: give the pod a network of its own (no hostNetwork, no --net-host)"
+    )]
+    HostNetwork,
+    /// A memory limit no container can run under.
+    #[error(
+        "memory limit {0} is impossible; it must be from {MEMORY_LIMIT_MIN} to {MEMORY_LIMIT_MAX} \
+         bytes"
+    )]
+    MemoryLimit(i64),
+}
+
+impl Bundle {
+    /// Reads the bundle in `dir`.
+    ///
+    /// # Errors
+    /// There is no `config.json`, or it is no OCI spec, or an annotation for us
+    /// is wrong.
+    pub fn load(dir: &Path) -> Result<Self, BundleError> {
+        let path = dir.join("config.json");
+        let mut text = Vec::new();
+        File::open(&path)
+            .and_then(|file| file.take(LARGEST + 1).read_to_end(&mut text))
+            .map_err(|source| BundleError::Read {
+                path: path.clone(),
+                source,
+            })?;
+        if text.len() as u64 > LARGEST {
+            return Err(BundleError::TooLarge(path));
+        }
+        Self::parse(dir, &text).map_err(|source| BundleError::Parse { path, source })
+    }
+
+    fn parse(dir: &Path, text: &[u8]) -> Result<Self, serde_json::Error> {
+        Ok(Self {
+            dir: dir.to_owned(),
+            spec: serde_json::from_slice(text)?,
+            json: serde_json::from_slice(text)?,
+        })
+    }
+
+    /// What the bundle stands for.
+    ///
+    /// # Errors
+    /// A container of a pod whose id is missing or no id.
+    pub fn role(&self) -> Result<Role, BundleError> {
+        annotation::role(&self.annotations())
+    }
+
+    /// The pod that the bundle of a [`Role::Single`] or [`Role::Sandbox`] asks
+    /// for.
+    ///
+    /// # Errors
+    /// The first value that cannot be.
+    pub fn pod_spec(&self, role: &Role) -> Result<PodSpec, BundleError> {
+        let annotations = self.annotations();
+        let overrides = Overrides::read(&annotations)?;
+        let empty = Linux::default();
+        let linux = self.spec.linux.as_ref().unwrap_or(&empty);
+        let network = linux
+            .namespaces
+            .iter()
+            .flatten()
+            .find(|namespace| namespace.kind == "network")
+            .ok_or(BundleError::HostNetwork)?;
+        let netns = network
+            .path
+            .clone()
+            .filter(|path| !path.as_os_str().is_empty());
+        let limits = match role {
+            Role::Sandbox => annotation::sandbox_limits(&annotations)?,
+            Role::Single | Role::Member { .. } => self.container_limits()?,
+        };
+        let sysctls = match role {
+            Role::Sandbox => linux.sysctl.clone().unwrap_or_default(),
+            // They stay in the container's own spec.
+            Role::Single | Role::Member { .. } => BTreeMap::new(),
+        };
+        Ok(PodSpec {
+            hostname: self.spec.hostname.clone().unwrap_or_default(),
+            netns,
+            sysctls,
+            cgroups_path: linux.cgroups_path.clone().filter(|path| !path.is_empty()),
+            limits,
+            overrides,
+            oom_score_adj: self.spec.process.as_ref().and_then(|p| p.oom_score_adj),
+            // Which of them do is in their own specs, which come later.
+            shared_pid_namespace: *role == Role::Sandbox,
+        })
+    }
+
+    /// Checks what only matters for a container.
+    ///
+    /// # Errors
+    /// The first value that cannot be.
+    pub fn container_limits(&self) -> Result<Limits, BundleError> {
+        Overrides::read(&self.annotations())?;
+        let resources = self.spec.linux.as_ref().and_then(|l| l.resources.as_ref());
+        let memory = resources
+            .and_then(|r| r.memory.as_ref())
+            .and_then(|m| m.limit);
+        let cpu = resources.and_then(|r| r.cpu.as_ref());
+        Ok(Limits {
+            memory_bytes: memory_limit(memory)?,
+            cpu_millis: cpu.and_then(|cpu| cpu_millis(cpu.quota?, cpu.period?)),
+        })
+    }
+
+    /// Directory that is the container's root when containerd gives no mounts.
+    ///
+    /// # Errors
+    /// The spec names none.
+    pub fn root(&self) -> Result<PathBuf, BundleError> {
+        match &self.spec.root {
+            Some(root) if !root.path.as_os_str().is_empty() => Ok(self.dir.join(&root.path)),
+            _ => Err(BundleError::NoRoot),
+        }
+    }
+
+    /// The mounts of the container, in order.
+    pub fn mounts(&self) -> &[Mount] {
+        self.spec.mounts.as_deref().unwrap_or_default()
+    }
+
+    /// The spec as the agent gets it: guest paths for the root and for those
+    /// mounts that have an entry in `sources`, and nothing that only makes sense
+    /// on the host.
+    pub fn guest_spec(&self, root: &str, sources: &BTreeMap<usize, String>) -> Vec<u8> {
+        let mut json = self.json.clone();
+        json["root"]["path"] = root.into();
+        for (index, source) in sources {
+            json["mounts"][*index]["source"] = source.as_str().into();
+        }
+        if let Some(object) = json.as_object_mut() {
+            object.remove("hooks");
+        }
+        json.to_string().into_bytes()
+    }
+
+    fn annotations(&self) -> BTreeMap<String, String> {
+        self.spec.annotations.clone().unwrap_or_default()
+    }
+}
+
+/// Checks a limit as OCI and CRI write it: 0 and -1 mean none.
+fn memory_limit(bytes: Option<i64>) -> Result<Option<u64>, BundleError> {
+    match bytes {
+        None | Some(0 | -1) => Ok(None),
+        Some(bytes) if (MEMORY_LIMIT_MIN..=MEMORY_LIMIT_MAX).contains(&bytes) => {
+            Ok(Some(bytes.unsigned_abs()))
+        }
+        Some(bytes) => Err(BundleError::MemoryLimit(bytes)),
+    }
+}
+
+fn cpu_millis(quota: i64, period: u64) -> Option<u64> {
+    let quota = u64::try_from(quota).ok().filter(|quota| *quota > 0)?;
+    quota.checked_mul(1000)?.checked_div(period)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn bundle(json: Value) -> Bundle {
+        Bundle::parse(Path::new("/bundle"), json.to_string().as_bytes()).unwrap()
+    }
+
+    fn single(linux: Value) -> Bundle {
+        bundle(json!({"root": {"path": "rootfs"}, "linux": linux}))
+    }
+
+    #[test]
+    fn reads_a_plain_container() {
+        let bundle = single(json!({
+            "namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/netns/x"}],
+            "cgroupsPath": "/default/t1",
+            "resources": {"memory": {"limit": 67_108_864}, "cpu": {"quota": 150_000, "period": 100_000}},
+        }));
+        assert_eq!(bundle.role().unwrap(), Role::Single);
+        assert_eq!(bundle.root().unwrap(), Path::new("/bundle/rootfs"));
+        let pod = bundle.pod_spec(&Role::Single).unwrap();
+        assert_eq!(pod.netns.as_deref(), Some(Path::new("/run/netns/x")));
+        assert_eq!(pod.cgroups_path.as_deref(), Some("/default/t1"));
+        assert_eq!(
+            pod.limits,
+            Limits {
+                memory_bytes: Some(64 << 20),
+                cpu_millis: Some(1500)
+            }
+        );
+    }
+
+    #[test]
+    fn knows_a_namespace_without_path_from_none() {
+        let own = single(json!({"namespaces": [{"type": "network"}]}));
+        assert_eq!(own.pod_spec(&Role::Single).unwrap().netns, None);
+        let host = single(json!({"namespaces": [{"type": "pid"}]}));
+        assert!(matches!(
+            host.pod_spec(&Role::Single),
+            Err(BundleError::HostNetwork)
+        ));
+    }
+
+    #[test]
+    fn reads_a_pod_of_kubernetes() {
+        for (kind, sandbox) in [
+            (
+                "io.kubernetes.cri.container-type",
+                "io.kubernetes.cri.sandbox-id",
+            ),
+            (
+                "io.kubernetes.cri-o.ContainerType",
+                "io.kubernetes.cri-o.SandboxID",
+            ),
+        ] {
+            let pod = bundle(json!({"annotations": {kind: "sandbox", sandbox: "p"}}));
+            assert_eq!(pod.role().unwrap(), Role::Sandbox);
+            let member = bundle(json!({"annotations": {kind: "container", sandbox: "p"}}));
+            let expected = Role::Member {
+                sandbox: Id::new("sandbox", "p").unwrap(),
+            };
+            assert_eq!(member.role().unwrap(), expected);
+            let lost = bundle(json!({"annotations": {kind: "container"}}));
+            assert!(matches!(lost.role(), Err(BundleError::NoSandboxId(_))));
+            let bad = bundle(json!({"annotations": {kind: "container", sandbox: "../p"}}));
+            assert!(matches!(bad.role(), Err(BundleError::Id(_))));
+        }
+    }
+
+    #[test]
+    fn sizes_a_pod_by_its_annotations() {
+        let pod = bundle(json!({
+            "annotations": {
+                "io.kubernetes.cri.container-type": "sandbox",
+                "io.kubernetes.cri.sandbox-id": "p",
+                "io.kubernetes.cri.sandbox-memory": "134217728",
+                "io.kubernetes.cri.sandbox-cpu-quota": "200000",
+                "io.kubernetes.cri.sandbox-cpu-period": "100000",
+                "io.husk.vm.vcpus": "4",
+                "io.husk.vm.memory_mib": "1024",
+            },
+            "linux": {"namespaces": [{"type": "network"}], "sysctl": {"a.b": "1"}},
+        }));
+        let spec = pod.pod_spec(&pod.role().unwrap()).unwrap();
+        assert_eq!(spec.limits.memory_bytes, Some(128 << 20));
+        assert_eq!(spec.limits.cpu_millis, Some(2000));
+        assert_eq!(spec.overrides.vcpus, Some(4));
+        assert_eq!(spec.overrides.memory_mib, Some(1024));
+        assert_eq!(spec.sysctls["a.b"], "1");
+    }
+
+    #[test]
+    fn names_a_wrong_annotation() {
+        for (key, value) in [
+            ("io.husk.vm.vcpu", "1"),
+            ("io.husk.vm.vcpus", "0"),
+            ("io.husk.vm.vcpus", "many"),
+            ("io.husk.vm.memory_mib", "1"),
+            ("io.husk.vm.memory_mib", "99999999"),
+        ] {
+            let bundle = bundle(json!({
+                "annotations": {key: value},
+                "linux": {"namespaces": [{"type": "network"}]},
+            }));
+            let error = bundle.pod_spec(&Role::Single).unwrap_err().to_string();
+            assert!(error.contains(key), "{error}");
+            assert!(bundle.container_limits().is_err());
+        }
+    }
+
+    #[test]
+    fn refuses_impossible_memory() {
+        for limit in [1, MEMORY_LIMIT_MIN - 1, -2, i64::MAX] {
+            let bundle = single(json!({
+                "namespaces": [{"type": "network"}],
+                "resources": {"memory": {"limit": limit}},
+            }));
+            let error = bundle.pod_spec(&Role::Single).unwrap_err();
+            assert!(matches!(error, BundleError::MemoryLimit(l) if l == limit));
+        }
+        for limit in [0, -1] {
+            assert_eq!(memory_limit(Some(limit)).unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn gives_the_guest_its_own_paths() {
+        let bundle = bundle(json!({
+            "root": {"path": "rootfs", "readonly": true},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/v", "type": "bind", "source": "/srv", "options": ["rbind"]},
+            ],
+            "hooks": {"prestart": [{"path": "/bin/hook"}]},
+            "surprise": {"kept": [1, 2]},
+        }));
+        let sources = BTreeMap::from([(1, "/guest/v".to_owned())]);
+        let guest: Value =
+            serde_json::from_slice(&bundle.guest_spec("/guest/root", &sources)).unwrap();
+        assert_eq!(
+            guest["root"],
+            json!({"path": "/guest/root", "readonly": true})
+        );
+        assert_eq!(guest["mounts"][0]["source"], "proc");
+        assert_eq!(guest["mounts"][1]["source"], "/guest/v");
+        assert_eq!(guest["surprise"], json!({"kept": [1, 2]}));
+        assert!(guest.get("hooks").is_none());
+    }
+}

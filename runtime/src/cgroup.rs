@@ -1,0 +1,238 @@
+//! The pod's cgroup on the host: shim, VMM and file server sit in it, so that
+//! the node's accounting is true. cgroup v2 only.
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::statfs;
+
+mod stats;
+
+/// Where cgroup v2 is mounted on the nodes we know.
+const MOUNT: &str = "/sys/fs/cgroup";
+
+/// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
+const MAGIC: i64 = 0x6367_7270;
+
+/// Controllers whose counters we report.
+const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
+
+/// The cgroup of a pod. It stays until [`PodCgroup::leave`].
+#[derive(Debug)]
+pub struct PodCgroup {
+    /// Below the mount point.
+    path: PathBuf,
+    /// Where this process came from.
+    origin: PathBuf,
+}
+
+/// A cgroup that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// A path that is none.
+    #[error("linux.cgroupsPath {0:?} is neither a path nor of the form slice:prefix:name")]
+    Path(String),
+    /// The kernel refused.
+    #[error("pod's cgroup {path}")]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl PodCgroup {
+    /// Makes the cgroup that `cgroups_path` of the spec asks for and moves this
+    /// process into it. None where the node has no cgroup v2.
+    ///
+    /// # Errors
+    /// The path is none, or the kernel refuses.
+    pub fn enter(cgroups_path: &str) -> Result<Option<Self>, CgroupError> {
+        let path = host_path(cgroups_path)?;
+        if !statfs(MOUNT).is_ok_and(|fs| fs.f_type == MAGIC) {
+            tracing::info!("no cgroup v2 at {MOUNT}: the pod gets no cgroup of its own");
+            return Ok(None);
+        }
+        let Some(origin) = own_path() else {
+            return Ok(None);
+        };
+        let cgroup = Self { path, origin };
+        let dir = cgroup.dir();
+        fs::create_dir_all(&dir).map_err(|source| CgroupError::Io {
+            path: dir.clone(),
+            source,
+        })?;
+        cgroup.enable_controllers();
+        let procs = dir.join("cgroup.procs");
+        fs::write(&procs, std::process::id().to_string()).map_err(|source| {
+            remove(&cgroup.path);
+            CgroupError::Io {
+                path: procs,
+                source,
+            }
+        })?;
+        Ok(Some(cgroup))
+    }
+
+    /// Below the mount point, for the state file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Moves this process back and removes the cgroup.
+    pub fn leave(self) {
+        let procs = under_mount(&self.origin).join("cgroup.procs");
+        if let Err(error) = fs::write(&procs, std::process::id().to_string()) {
+            tracing::warn!(path = %procs.display(), %error, "the shim stays in the pod's cgroup");
+        }
+        remove(&self.path);
+    }
+
+    /// Counters as `io.containerd.cgroups.v2.Metrics`.
+    pub fn metrics(&self) -> containerd_shim_protos::cgroups_v2::metrics::Metrics {
+        stats::read(&self.dir())
+    }
+
+    fn dir(&self) -> PathBuf {
+        under_mount(&self.path)
+    }
+
+    /// Best effort: a controller that the node keeps elsewhere is not counted.
+    fn enable_controllers(&self) {
+        let mut dir = PathBuf::from(MOUNT);
+        let parents = self.path.parent().into_iter().flat_map(Path::components);
+        for component in std::iter::once(Component::CurDir).chain(parents) {
+            if let Component::Normal(name) = component {
+                dir.push(name);
+            }
+            for controller in CONTROLLERS {
+                let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
+            }
+        }
+    }
+}
+
+/// Ends what is left in a pod's cgroup and removes it.
+pub fn remove(path: &Path) {
+    let dir = under_mount(path);
+    let _ = fs::write(dir.join("cgroup.kill"), "1");
+    for _ in 0..100 {
+        match fs::remove_dir(&dir) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %dir.display(), %error, "pod's cgroup stays");
+                return;
+            }
+            _ => return,
+        }
+    }
+    tracing::warn!(path = %dir.display(), "pod's cgroup stays: it is busy");
+}
+
+fn under_mount(path: &Path) -> PathBuf {
+    Path::new(MOUNT).join(path.strip_prefix("/").unwrap_or(path))
+}
+
+/// This process's own cgroup below the mount point.
+fn own_path() -> Option<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("0::"))
+        .map(PathBuf::from)
+}
+
+/// `/a/b` as it is; systemd's `slice:prefix:name` as systemd would lay it out.
+fn host_path(text: &str) -> Result<PathBuf, CgroupError> {
+    let fail = || CgroupError::Path(text.chars().take(256).collect());
+    let path = match text.split(':').collect::<Vec<_>>()[..] {
+        [path] => PathBuf::from(path),
+        [slice, prefix, name] => {
+            let slice = if slice.is_empty() {
+                "system.slice"
+            } else {
+                slice
+            };
+            let scope = if name.ends_with(".slice") {
+                name.to_owned()
+            } else {
+                format!("{prefix}-{name}.scope")
+            };
+            expand_slice(slice).ok_or_else(fail)?.join(scope)
+        }
+        _ => return Err(fail()),
+    };
+    let mut absolute = PathBuf::from("/");
+    for component in path.components() {
+        match component {
+            Component::Normal(name) => absolute.push(name),
+            Component::RootDir | Component::CurDir => {}
+            Component::ParentDir | Component::Prefix(_) => return Err(fail()),
+        }
+    }
+    if absolute == Path::new("/") {
+        return Err(fail());
+    }
+    Ok(absolute)
+}
+
+/// `a-b.slice` is `a.slice/a-b.slice`.
+fn expand_slice(slice: &str) -> Option<PathBuf> {
+    let stem = slice.strip_suffix(".slice")?;
+    let mut path = PathBuf::new();
+    if stem == "-" {
+        return Some(path);
+    }
+    let mut so_far = String::new();
+    for part in stem.split('-') {
+        if part.is_empty() || part.contains('/') {
+            return None;
+        }
+        so_far.push_str(part);
+        path.push(format!("{so_far}.slice"));
+        so_far.push('-');
+    }
+    Some(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lays_paths_out() {
+        for (text, expected) in [
+            ("/default/t1", "/default/t1"),
+            ("kubepods/pod1/c", "/kubepods/pod1/c"),
+            (
+                "kubepods-besteffort-podx.slice:cri-containerd:abc",
+                "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podx.slice/cri-containerd-abc.scope",
+            ),
+            (":docker:abc", "/system.slice/docker-abc.scope"),
+            ("-.slice:docker:abc", "/docker-abc.scope"),
+        ] {
+            assert_eq!(host_path(text).unwrap(), Path::new(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn refuses_what_leaves_the_tree() {
+        for text in [
+            "",
+            "/",
+            "/a/../../b",
+            "a:b",
+            "x:y:z",
+            "a/b.slice:p:n",
+            "a:b:c:d",
+        ] {
+            assert!(host_path(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! A program of ours that the shim runs beside itself: the VMM, the file server.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::oneshot;
+
+use crate::process::Process;
+
+/// Descriptor number of the socket that each program is given.
+const SOCKET: i32 = husk_vmm_spec::CONTROL_FD;
+
+/// A running program. It is told to end by hanging up its socket; dropping this
+/// ends it the hard way.
+#[derive(Debug)]
+pub struct Child {
+    process: Process,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    reaped: AtomicBool,
+}
+
+/// The process namespaces a program is born into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PidNamespace {
+    /// The shim's.
+    Same,
+    /// Its own, of which it is the first process.
+    New,
+}
+
+impl Child {
+    /// Starts `command` with `socket` as descriptor 3.
+    ///
+    /// # Errors
+    /// The program is not there or cannot be executed.
+    pub async fn spawn(
+        command: Command,
+        socket: OwnedFd,
+        namespace: PidNamespace,
+    ) -> io::Result<Self> {
+        let (sender, receiver) = oneshot::channel();
+        // A thread of its own: unsharing the PID namespace marks it for good.
+        thread::Builder::new()
+            .name("spawn".into())
+            .spawn(move || sender.send(spawn(command, &socket, namespace)))?;
+        let (process, pidfd) = receiver.await.map_err(io::Error::other)??;
+        // SAFETY: an OwnedFd is the same open descriptor until it is dropped.
+        let pidfd = unsafe { AsyncFd::register(pidfd)? };
+        Ok(Self {
+            process,
+            pidfd: Arc::new(pidfd),
+            reaped: AtomicBool::new(false),
+        })
+    }
+
+    /// The process on the node.
+    pub fn process(&self) -> Process {
+        self.process
+    }
+
+    /// Ends it at once.
+    pub fn kill(&self) {
+        // It may have ended already.
+        let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
+    }
+
+    /// Waits for its end and reaps it. May be called again.
+    pub async fn wait(&self) {
+        reap(&self.pidfd).await;
+        self.reaped.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if self.reaped.load(Ordering::Relaxed) {
+            return;
+        }
+        self.kill();
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let pidfd = Arc::clone(&self.pidfd);
+            runtime.spawn(async move { reap(&pidfd).await });
+        }
+    }
+}
+
+async fn reap(pidfd: &AsyncFd<OwnedFd>) {
+    // Readable once it has ended (pidfd_open(2)); reaping twice does no harm.
+    let _ = pidfd.readable().await;
+    let _ = waitid(
+        WaitId::PidFd(pidfd.get_ref().as_fd()),
+        WaitIdOptions::EXITED,
+    );
+}
+
+fn spawn(
+    mut command: Command,
+    socket: &OwnedFd,
+    namespace: PidNamespace,
+) -> io::Result<(Process, OwnedFd)> {
+    if namespace == PidNamespace::New {
+        // SAFETY: no shared descriptor table is given up.
+        unsafe { unshare_unsafe(UnshareFlags::NEWPID)? };
+    }
+    let socket = socket.as_raw_fd();
+    // SAFETY: between fork and exec only dup2(2) is called, which is
+    // async-signal-safe. 3 is held by the shim, so the descriptors that Command
+    // opens for itself are others, and `socket`, being another, loses its
+    // close-on-exec flag by the copy.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(socket, SOCKET) {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    let child = command.spawn()?;
+    // Not reaped before this type does it, so the number is still its own.
+    let missing = || io::Error::from(io::ErrorKind::NotFound);
+    let process = Process::find(child.id()).ok_or_else(missing)?;
+    let pid = Pid::from_child(&child);
+    Ok((process, pidfd_open(pid, PidfdFlags::empty())?))
+}

@@ -1,0 +1,124 @@
+//! The node's configuration: one optional file.
+
+use std::env;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// Where the file is looked for when [`VARIABLE`] is not set.
+const DEFAULT_FILE: &str = "/etc/husk/config.toml";
+
+/// Environment variable that names another file.
+const VARIABLE: &str = "HUSK_CONFIG";
+
+/// Values of the configuration file, or their defaults.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The VMM's program.
+    pub vmm: PathBuf,
+    /// The file server's program.
+    pub file_server: PathBuf,
+    /// Uncompressed guest kernel.
+    pub kernel: PathBuf,
+    /// Initramfs with the agent.
+    pub initramfs: PathBuf,
+    /// One directory a pod below it, while the pod exists.
+    pub state_dir: PathBuf,
+    /// Each VMM runs under a user and group of its own: this number plus the
+    /// process id of its shim.
+    pub first_uid: u32,
+    /// Longest time from a VM's start to the agent's first answer.
+    pub boot_timeout_seconds: u32,
+    /// Kernel command line parameters added to our own.
+    pub kernel_parameters: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            vmm: "/usr/libexec/husk/husk-vmm".into(),
+            file_server: "/usr/libexec/husk/husk-fs".into(),
+            kernel: "/usr/share/husk/vmlinux".into(),
+            initramfs: "/usr/share/husk/initramfs.cpio".into(),
+            state_dir: "/run/husk".into(),
+            first_uid: 1_000_000_000,
+            boot_timeout_seconds: 60,
+            kernel_parameters: String::new(),
+        }
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("configuration {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("configuration {path}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: toml::de::Error,
+    },
+}
+
+impl Config {
+    /// Reads the node's configuration file, if there is one.
+    ///
+    /// # Errors
+    /// A file that was asked for is not there, or its content is wrong.
+    pub fn load() -> Result<Self, ConfigError> {
+        match env::var_os(VARIABLE) {
+            Some(path) => Self::read(Path::new(&path)),
+            None => match Self::read(Path::new(DEFAULT_FILE)) {
+                Err(ConfigError::Read { source, .. })
+                    if source.kind() == io::ErrorKind::NotFound =>
+                {
+                    Ok(Self::default())
+                }
+                other => other,
+            },
+        }
+    }
+
+    fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keeps_defaults_of_what_is_not_said() {
+        let config: Config = toml::from_str("kernel = '/k'").unwrap();
+        assert_eq!(config.kernel, Path::new("/k"));
+        assert_eq!(config.vmm, Config::default().vmm);
+    }
+
+    #[test]
+    fn refuses_unknown_keys() {
+        let error = toml::from_str::<Config>("kernal = '/k'").unwrap_err();
+        assert!(error.to_string().contains("kernal"), "{error}");
+    }
+}

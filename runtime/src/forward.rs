@@ -1,0 +1,84 @@
+//! Port forwarding: connections to localhost in the pod's network namespace on
+//! the node are carried to localhost in the guest.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::Semaphore;
+
+use crate::agent_client::Agent;
+use crate::error::Error;
+use crate::network::PortForward;
+use crate::ports::Ports;
+use crate::stdio::StdioError;
+use crate::vm_process::Vm;
+
+/// Most connections at a time.
+const CONNECTIONS: usize = 256;
+
+/// Forwards until the machine has ended. A node whose kernel cannot do this has
+/// pods all the same.
+pub async fn serve(netns: PathBuf, vm: Vm, agent: Agent, ports: Ports) {
+    let opened = tokio::task::spawn_blocking(move || PortForward::open(&netns)).await;
+    let (listener, _attachment) = match opened {
+        Ok(Ok(forward)) => forward.into_parts(),
+        Ok(Err(error)) => {
+            tracing::warn!("no port forwarding: {}", crate::error::chain(&error));
+            return;
+        }
+        Err(_) => return,
+    };
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::warn!(%error, "no port forwarding");
+            return;
+        }
+    };
+    let end_vm = vm.clone();
+    tokio::select! {
+        () = accept(listener, vm, agent, ports) => {}
+        _ = end_vm.ended() => {}
+    }
+}
+
+async fn accept(listener: TcpListener, vm: Vm, agent: Agent, ports: Ports) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::debug!(%error, "port forwarding");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (vm, agent, port) = (vm.clone(), agent.clone(), ports.take(1));
+        tokio::spawn(async move {
+            if let Err(error) = carry(stream, &vm, &agent, port).await {
+                tracing::debug!("port forwarding: {}", crate::error::chain(&error));
+            }
+            drop(place);
+        });
+    }
+}
+
+async fn carry(mut stream: TcpStream, vm: &Vm, agent: &Agent, port: u32) -> Result<(), Error> {
+    let fail = |source: io::Error| StdioError::Socket {
+        stream: "forwarded port",
+        source,
+    };
+    let wanted = stream.local_addr().map_err(fail)?.port();
+    let (near, far) = std::os::unix::net::UnixStream::pair().map_err(fail)?;
+    near.set_nonblocking(true).map_err(fail)?;
+    far.set_nonblocking(true).map_err(fail)?;
+    vm.add_host_ports(vec![(port, far.into())]).await?;
+    agent.dial(wanted, port).await?;
+    let mut guest = UnixStream::from_std(near).map_err(fail)?;
+    // Either side may just hang up.
+    let _ = copy_bidirectional(&mut stream, &mut guest).await;
+    Ok(())
+}

@@ -1,0 +1,316 @@
+//! A pod's machine: everything on the node that belongs to it, from start to
+//! end.
+
+use std::fs::OpenOptions;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_protocol::agent::{CreateSandboxRequest, Network, Storage, VirtioFsStorage};
+use husk_protocol::path;
+use tokio::time::timeout;
+
+use crate::agent_client::{Agent, AgentError};
+use crate::bundle::PodSpec;
+use crate::clock;
+use crate::config::Config;
+use crate::error::Error;
+use crate::file_server::FileServer;
+use crate::network::PodNetwork;
+use crate::shared_tree::SharedTree;
+use crate::state_dir::{State, StateDir};
+use crate::vm_plan::{self, Disk, HostFacts, VmParts};
+use crate::vm_process::{Vm, VmEnd, VmError, Vmm};
+use crate::volume;
+
+/// How long a machine whose agent has gone may take to say why.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What a machine is made from.
+#[derive(Debug)]
+pub struct MachineRequest {
+    /// The node's configuration.
+    pub config: Arc<Config>,
+    /// The pod.
+    pub pod: PodSpec,
+    /// Its directory.
+    pub state_dir: StateDir,
+    /// What is on the node already; more is noted as it comes.
+    pub state: State,
+    /// Log more.
+    pub debug: bool,
+}
+
+/// The parts that can be had without knowing the containers.
+#[derive(Debug)]
+pub struct MachineParts {
+    request: MachineRequest,
+    size: vm_plan::VmSize,
+    kvm: OwnedFd,
+    kernel: OwnedFd,
+    initramfs: OwnedFd,
+    tree: SharedTree,
+    vmm: Vmm,
+    file_server: FileServer,
+    file_server_socket: OwnedFd,
+    network: Option<PodNetwork>,
+}
+
+/// A machine whose agent has set the sandbox up.
+pub struct Machine {
+    vm: Vm,
+    agent: Agent,
+    tree: SharedTree,
+    file_server: Arc<FileServer>,
+    netns: Option<PathBuf>,
+}
+
+impl MachineParts {
+    /// Starts the VMM and prepares tree, file server and network, all at once.
+    ///
+    /// # Errors
+    /// Something is missing; nothing stays.
+    pub async fn prepare(request: MachineRequest) -> Result<Self, Error> {
+        let config = &request.config;
+        let size = vm_plan::size(&request.pod, host_facts())?;
+        // Whatever is missing is told before anything has begun.
+        let kvm = open("KVM", Path::new("/dev/kvm"), true)?;
+        let kernel = open("guest kernel", &config.kernel, false)?;
+        let initramfs = open("initramfs", &config.initramfs, false)?;
+        let tree = SharedTree::create(request.state_dir.path())?;
+
+        let uid = config.first_uid.wrapping_add(std::process::id());
+        let (vmm, network) = tokio::join!(
+            Vmm::spawn(&config.vmm, uid),
+            attach(request.pod.netns.clone())
+        );
+        let vmm = vmm?;
+        let (file_server, network) = match network {
+            Err(error) => (Err(error), None),
+            Ok(network) => {
+                let complaints = vmm.console_input()?;
+                let spawned = FileServer::spawn(&config.file_server, tree.path(), complaints).await;
+                (spawned.map_err(Error::from), network)
+            }
+        };
+        let (file_server, file_server_socket) = match file_server {
+            Ok(spawned) => spawned,
+            Err(error) => {
+                vmm.end().await;
+                return Err(error);
+            }
+        };
+        Ok(Self {
+            size,
+            kvm,
+            kernel,
+            initramfs,
+            tree,
+            vmm,
+            file_server,
+            file_server_socket,
+            network,
+            request,
+        })
+    }
+
+    /// Where containers' files go.
+    pub fn tree(&self) -> &Path {
+        self.tree.path()
+    }
+
+    /// Ends what was started.
+    pub async fn end(self) {
+        self.vmm.end().await;
+        drop(self.file_server_socket);
+        self.file_server.end().await;
+    }
+
+    /// Boots the machine with `disks` and has the agent set the sandbox up.
+    ///
+    /// # Errors
+    /// The machine did not start, or the agent could not; nothing stays.
+    pub async fn boot(self, disks: Vec<Disk>) -> Result<(Machine, State), Error> {
+        let Self { request, .. } = self;
+        let mut state = request.state;
+        state.vmm = Some(self.vmm.process());
+        state.file_server = Some(self.file_server.process());
+        request.state_dir.write(&state)?;
+        for process in [state.vmm, state.file_server].into_iter().flatten() {
+            process.set_oom_score_adj(request.pod.oom_score_adj.unwrap_or(0));
+        }
+
+        let (near, far) = UnixStream::pair().map_err(AgentError::Connect)?;
+        let agent = Agent::new(near)?;
+        let (nics, network) = match self.network {
+            Some(network) => (network.nics, network.guest),
+            None => (Vec::new(), Network::default()),
+        };
+        for nic in &nics {
+            tracing::info!(name = nic.name, mac = %nic.mac, mtu = nic.mtu, "interface");
+        }
+        let parts = VmParts {
+            kvm: self.kvm,
+            kernel: self.kernel,
+            initramfs: self.initramfs,
+            console: self.vmm.console_input()?,
+            agent: far.into(),
+            nics,
+            file_server: Some(self.file_server_socket),
+            disks,
+        };
+        let line = vm_plan::command_line(&request.config.kernel_parameters, request.debug);
+        let (spec, descriptors) = vm_plan::plan(self.size, line, parts)?;
+        let (vm, timeline) = match self.vmm.start(&spec, descriptors).await {
+            Ok(started) => started,
+            Err(error) => {
+                self.file_server.end().await;
+                return Err(error.into());
+            }
+        };
+        state.timeline.vmm_exec_ns = timeline.exec_ns;
+        state.timeline.vmm_spec_ns = timeline.spec_ns;
+        state.timeline.guest_entered_ns = timeline.entered_ns;
+
+        let machine = Machine {
+            vm,
+            agent,
+            tree: self.tree,
+            file_server: Arc::new(self.file_server),
+            netns: request.pod.netns.clone(),
+        };
+        let patience = Duration::from_secs(request.config.boot_timeout_seconds.into());
+        let sandbox = sandbox_request(&request.pod, network);
+        match machine.set_up(&sandbox, patience).await {
+            Ok(()) => {
+                state.timeline.agent_ready_ns = clock::monotonic_ns();
+                Ok((machine, state))
+            }
+            Err(error) => {
+                machine.end().await;
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Machine {
+    /// The virtual machine.
+    pub fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// Its agent.
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// Where containers' files go.
+    pub fn tree(&self) -> &Path {
+        self.tree.path()
+    }
+
+    /// The server of those files.
+    pub fn file_server(&self) -> &Arc<FileServer> {
+        &self.file_server
+    }
+
+    /// The namespace whose interfaces the machine took over.
+    pub fn netns(&self) -> Option<&Path> {
+        self.netns.as_deref()
+    }
+
+    /// Ends the machine at once, and all that belongs to it.
+    pub async fn end(self) {
+        self.vm.kill().await;
+        if let Ok(server) = Arc::try_unwrap(self.file_server) {
+            server.end().await;
+        }
+    }
+
+    async fn set_up(
+        &self,
+        sandbox: &CreateSandboxRequest,
+        patience: Duration,
+    ) -> Result<(), Error> {
+        let answer = tokio::select! {
+            answer = self.agent.create_sandbox(sandbox, patience) => answer,
+            end = self.vm.ended() => return Err(VmError::Ended(end).into()),
+        };
+        match answer {
+            Ok(sandbox) => {
+                tracing::info!(
+                    agent = sandbox.agent_version,
+                    kernel = sandbox.kernel_release,
+                    "machine is ready"
+                );
+                Ok(())
+            }
+            // The machine's own word says more than the lost connection.
+            Err(AgentError::Gone) => match timeout(LAST_WORDS, self.vm.ended()).await {
+                Ok(end) => Err(VmError::Ended(end).into()),
+                Err(_) => Err(AgentError::Gone.into()),
+            },
+            Err(error @ AgentError::Deadline(_)) => {
+                let end: VmEnd = self.vm.kill().await;
+                tracing::error!(console = end.console, "the machine did not get ready");
+                Err(error.into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn sandbox_request(pod: &PodSpec, network: Network) -> CreateSandboxRequest {
+    let mut shared = Storage {
+        mount_point: path::SHARED.to_owned(),
+        ..Storage::default()
+    };
+    shared.set_virtio_fs(VirtioFsStorage {
+        tag: path::SHARED_TAG.to_owned(),
+        ..VirtioFsStorage::default()
+    });
+    CreateSandboxRequest {
+        hostname: pod.hostname.clone(),
+        sysctls: pod.sysctls.clone().into_iter().collect(),
+        network: Some(network).into(),
+        storages: vec![shared, volume::shm_storage()],
+        shared_pid_namespace: pod.shared_pid_namespace,
+        wall_clock_ns: clock::wall_ns(),
+        ..CreateSandboxRequest::default()
+    }
+}
+
+async fn attach(netns: Option<PathBuf>) -> Result<Option<PodNetwork>, Error> {
+    let Some(netns) = netns else { return Ok(None) };
+    let attached = tokio::task::spawn_blocking(move || PodNetwork::attach(&netns)).await;
+    match attached {
+        Ok(network) => Ok(Some(network?)),
+        Err(_) => Err(Error::ShuttingDown),
+    }
+}
+
+fn open(what: &'static str, path: &Path, write: bool) -> Result<OwnedFd, VmError> {
+    OpenOptions::new()
+        .read(true)
+        .write(write)
+        .open(path)
+        .map(OwnedFd::from)
+        .map_err(|source| VmError::Open {
+            what,
+            path: path.to_owned(),
+            source,
+        })
+}
+
+fn host_facts() -> HostFacts {
+    let info = rustix::system::sysinfo();
+    let bytes = info.totalram.saturating_mul(u64::from(info.mem_unit));
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    HostFacts {
+        memory_mib: u32::try_from(bytes >> 20).unwrap_or(u32::MAX),
+        cpus: u8::try_from(cpus).unwrap_or(u8::MAX),
+    }
+}

@@ -1,0 +1,64 @@
+//! containerd's shim for Husk: one process a pod, which runs the pod's
+//! containers in a virtual machine.
+
+use std::env;
+use std::error::Error;
+use std::process::ExitCode;
+
+use flags::Invocation;
+
+mod agent_client;
+mod bundle;
+mod cgroup;
+mod child;
+mod cleanup;
+mod clock;
+mod config;
+mod container;
+mod container_files;
+mod error;
+mod event;
+mod file_server;
+mod flags;
+mod forward;
+mod host_mount;
+mod id;
+mod info;
+mod log;
+mod machine;
+mod network;
+mod pod;
+mod ports;
+mod process;
+mod rootfs;
+mod serve;
+mod shared_tree;
+mod socket;
+mod start;
+mod state_dir;
+mod stdio;
+mod task_service;
+mod vm_plan;
+mod vm_process;
+mod volume;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("containerd-shim-husk-v2: {}", error::chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    match flags::parse(env::args().skip(1))? {
+        Invocation::Version => println!("containerd-shim-husk-v2 {}", env!("CARGO_PKG_VERSION")),
+        Invocation::Info => info::print()?,
+        Invocation::Start(flags) => start::start(&flags)?,
+        Invocation::Delete(flags) => cleanup::delete(&flags)?,
+        Invocation::Serve(flags) => serve::serve(&flags)?,
+    }
+    Ok(())
+}

@@ -1,0 +1,374 @@
+//! The pod: one task owns its machine and its containers.
+//!
+//! Everybody else sends that task steps: functions that look at the pod, change
+//! it and return at once. What takes time runs beside it and comes back as
+//! another step, so a container that hangs holds up nobody else. A request is a
+//! first step and its answer a later one; when whoever asked is gone by then, the
+//! work is done all the same.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_protos::events::task::TaskOOM;
+use containerd_shim_protos::topics;
+use husk_protocol::agent::event::Kind as EventKind;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{sleep, timeout};
+
+use crate::agent_client::{Agent, Exit};
+use crate::cgroup::PodCgroup;
+use crate::clock;
+use crate::config::Config;
+use crate::container::{Container, Kind, Process};
+use crate::error::Error;
+use crate::event::EventSender;
+use crate::forward;
+use crate::id::Id;
+use crate::machine::Machine;
+use crate::ports::Ports;
+use crate::state_dir::{State, StateDir};
+use crate::vm_process::{Vm, VmEnd};
+
+mod create;
+mod delete;
+mod exit;
+mod query;
+mod run;
+
+pub use create::CreateRequest;
+pub use run::ExecRequest;
+
+/// Exit code of a process whose machine went away.
+const MACHINE_GONE: u32 = 137;
+
+/// Least time between two events of a guest, so that it cannot flood containerd.
+const EVENT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a machine may go on without its agent.
+const WITHOUT_AGENT: Duration = Duration::from_secs(1);
+
+/// A function that looks at the pod or changes it.
+type Step = Box<dyn FnOnce(&mut Pod) + Send>;
+
+/// A way to send steps to the pod's task.
+#[derive(Clone)]
+pub struct PodHandle {
+    steps: mpsc::UnboundedSender<Step>,
+}
+
+/// The other end of a request.
+pub struct Reply<T>(oneshot::Sender<Result<T, Error>>);
+
+/// What the pod is made with.
+pub struct PodSettings {
+    /// containerd's namespace.
+    pub namespace: Id,
+    /// The pod's name.
+    pub id: Id,
+    /// The node's configuration.
+    pub config: Arc<Config>,
+    /// Log more.
+    pub debug: bool,
+}
+
+/// A pod.
+pub struct Pod {
+    settings: PodSettings,
+    state_dir: StateDir,
+    state: State,
+    events: EventSender,
+    handle: PodHandle,
+    machine: MachineState,
+    cgroup: Option<PodCgroup>,
+    containers: BTreeMap<String, Container>,
+    /// Deletions that are under way.
+    deleting: usize,
+    /// Code with which the sandbox ends, once it was asked to.
+    sandbox_exit: Option<u32>,
+    ports: Ports,
+    next_disk: u32,
+    over: bool,
+}
+
+/// The pod's machine.
+enum MachineState {
+    /// There is none yet.
+    None,
+    /// It is being made.
+    Booting,
+    /// It runs.
+    Running(Machine),
+    /// It has ended; what belonged to it is still there.
+    Ended(Machine, VmEnd),
+}
+
+impl<T> Reply<T> {
+    /// Answers the request.
+    fn send(self, answer: Result<T, Error>) {
+        // Nobody may wait any more.
+        let _ = self.0.send(answer);
+    }
+}
+
+impl PodHandle {
+    /// Lets the pod's task act, and waits for the answer.
+    ///
+    /// # Errors
+    /// As the action answers.
+    pub async fn ask<T: Send + 'static>(
+        &self,
+        act: impl FnOnce(&mut Pod, Reply<T>) + Send + 'static,
+    ) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Box::new(move |pod| act(pod, Reply(reply))));
+        answer.await.unwrap_or(Err(Error::ShuttingDown))
+    }
+
+    fn send(&self, step: Step) {
+        // The pod may be over.
+        let _ = self.steps.send(step);
+    }
+}
+
+impl Pod {
+    /// Starts the pod's task; it ends, and with it the returned future, when the
+    /// pod is shut down.
+    pub fn start(
+        settings: PodSettings,
+        events: EventSender,
+    ) -> (PodHandle, impl Future<Output = ()>) {
+        let (steps, receiver) = mpsc::unbounded_channel();
+        let handle = PodHandle { steps };
+        let state_dir = StateDir::new(
+            &settings.config.state_dir,
+            &settings.namespace,
+            &settings.id,
+        );
+        let pod = Self {
+            settings,
+            state_dir,
+            state: State::default(),
+            events,
+            handle: handle.clone(),
+            machine: MachineState::None,
+            cgroup: None,
+            containers: BTreeMap::new(),
+            deleting: 0,
+            sandbox_exit: None,
+            ports: Ports::default(),
+            next_disk: 0,
+            over: false,
+        };
+        (handle, pod.run(receiver))
+    }
+
+    async fn run(mut self, mut steps: mpsc::UnboundedReceiver<Step>) {
+        while !self.over {
+            match steps.recv().await {
+                Some(step) => step(&mut self),
+                None => break,
+            }
+        }
+        // Whatever is still there goes with the pod.
+        match std::mem::replace(&mut self.machine, MachineState::None) {
+            MachineState::Running(machine) | MachineState::Ended(machine, _) => machine.end().await,
+            MachineState::None | MachineState::Booting => {}
+        }
+        self.release();
+    }
+
+    /// Does `work` beside the pod's task and its result as a step of it.
+    fn later<F, S>(&self, work: F)
+    where
+        F: Future<Output = S> + Send + 'static,
+        S: FnOnce(&mut Pod) + Send + 'static,
+    {
+        let handle = self.handle.clone();
+        tokio::spawn(async move {
+            let step = work.await;
+            handle.send(Box::new(step));
+        });
+    }
+
+    /// Gives back what the pod has on the node apart from the machine.
+    fn release(&mut self) {
+        if let Some(cgroup) = self.cgroup.take() {
+            cgroup.leave();
+        }
+        self.state_dir.remove();
+        self.state = State::default();
+    }
+
+    fn container(&self, id: &str) -> Result<&Container, Error> {
+        self.containers.get(id).ok_or_else(|| not_found(id))
+    }
+
+    fn container_mut(&mut self, id: &str) -> Result<&mut Container, Error> {
+        self.containers.get_mut(id).ok_or_else(|| not_found(id))
+    }
+
+    fn process(&self, id: &str, exec: &str) -> Result<&Process, Error> {
+        let container = self.container(id)?;
+        container.process(exec).ok_or_else(|| no_process(exec))
+    }
+
+    fn process_mut(&mut self, id: &str, exec: &str) -> Result<&mut Process, Error> {
+        let container = self.container_mut(id)?;
+        container.process_mut(exec).ok_or_else(|| no_process(exec))
+    }
+
+    /// The running machine.
+    fn machine(&self) -> Result<(Vm, Agent), Error> {
+        match &self.machine {
+            MachineState::Running(machine) => Ok((machine.vm().clone(), machine.agent().clone())),
+            MachineState::Ended(_, end) => Err(Error::MachineGone(end.to_string())),
+            MachineState::None | MachineState::Booting => {
+                Err(Error::Argument("the pod has no machine yet"))
+            }
+        }
+    }
+
+    /// What containerd is told as the process id of everything in the pod: the
+    /// VMM's, since no process of the guest has a number here.
+    fn pid(&self) -> u32 {
+        match &self.machine {
+            MachineState::Running(machine) | MachineState::Ended(machine, _) => {
+                machine.vm().process().pid
+            }
+            MachineState::None | MachineState::Booting => 0,
+        }
+    }
+
+    fn take_disk(&mut self) -> String {
+        self.next_disk += 1;
+        format!("disk-{}", self.next_disk)
+    }
+
+    fn write_state(&self) {
+        if let Err(error) = self.state_dir.write(&self.state) {
+            tracing::warn!(%error, "pod's state");
+        }
+    }
+
+    /// Notes a moment of the start, the first time.
+    fn note(&mut self, moment: impl FnOnce(&mut State) -> &mut u64) {
+        let noted = moment(&mut self.state);
+        if *noted == 0 {
+            *noted = clock::monotonic_ns();
+            self.write_state();
+        }
+    }
+
+    /// Follows a machine that has just become ready.
+    fn follow_machine(&mut self, machine: Machine) {
+        let (vm, agent) = (machine.vm().clone(), machine.agent().clone());
+        let file_server = Arc::clone(machine.file_server());
+        let server_vm = vm.clone();
+        tokio::spawn(async move {
+            // It outlives the machine, unless it fails.
+            tokio::select! {
+                () = file_server.ended() => {
+                    tracing::error!("the file server has ended; so does the machine");
+                    server_vm.kill().await;
+                }
+                _ = server_vm.ended() => {}
+            }
+        });
+        let end_vm = vm.clone();
+        self.later(async move {
+            let end = end_vm.ended().await;
+            move |pod: &mut Pod| pod.machine_ended(end)
+        });
+        tokio::spawn(follow_agent(agent.clone(), vm.clone(), self.handle.clone()));
+        if let Some(netns) = machine.netns() {
+            let netns = netns.to_owned();
+            tokio::spawn(forward::serve(netns, vm, agent, self.ports.clone()));
+        }
+        self.machine = MachineState::Running(machine);
+    }
+
+    fn machine_ended(&mut self, end: VmEnd) {
+        let MachineState::Running(machine) =
+            std::mem::replace(&mut self.machine, MachineState::None)
+        else {
+            return;
+        };
+        let asked = self.sandbox_exit.is_some();
+        if asked {
+            tracing::info!("machine: {end}");
+        } else {
+            tracing::error!("machine: {end}");
+        }
+        self.machine = MachineState::Ended(machine, end);
+        let at_ns = clock::wall_ns();
+        let sandbox_code = self.sandbox_exit.unwrap_or(MACHINE_GONE);
+        let mut ended = Vec::new();
+        for (id, container) in &self.containers {
+            let is_sandbox = matches!(container.kind, Kind::Sandbox);
+            let code = if is_sandbox {
+                sandbox_code
+            } else {
+                MACHINE_GONE
+            };
+            for exec in container.execs.keys() {
+                ended.push((false, id.clone(), exec.clone(), MACHINE_GONE));
+            }
+            ended.push((is_sandbox, id.clone(), String::new(), code));
+        }
+        // The sandbox last: it stands for the pod.
+        ended.sort_by_key(|(is_sandbox, ..)| *is_sandbox);
+        for (_, id, exec, code) in ended {
+            self.process_exited(&id, &exec, Exit { code, at_ns });
+        }
+    }
+
+    fn agent_event(&mut self, kind: Option<EventKind>) {
+        match kind {
+            Some(EventKind::Oom(oom)) if self.containers.contains_key(&oom.container_id) => {
+                let event = TaskOOM {
+                    container_id: oom.container_id,
+                    ..TaskOOM::default()
+                };
+                self.events.send(topics::TASK_OOM_EVENT_TOPIC, &event);
+            }
+            _ => tracing::debug!("the agent tells something unknown"),
+        }
+    }
+}
+
+/// Passes on what the agent tells, and ends a machine that lost its agent.
+async fn follow_agent(agent: Agent, vm: Vm, pod: PodHandle) {
+    loop {
+        match agent.next_event().await {
+            Ok(event) => {
+                pod.send(Box::new(move |pod| pod.agent_event(event.kind)));
+                sleep(EVENT_PAUSE).await;
+            }
+            Err(crate::agent_client::AgentError::Gone) => break,
+            Err(error) => {
+                tracing::warn!(%error, "the agent tells no events");
+                return;
+            }
+        }
+    }
+    if timeout(WITHOUT_AGENT, vm.ended()).await.is_err() {
+        tracing::error!("the agent is gone; so is the machine");
+        vm.kill().await;
+    }
+}
+
+fn not_found(id: &str) -> Error {
+    Error::NotFound {
+        what: "container",
+        id: id.to_owned(),
+    }
+}
+
+fn no_process(exec: &str) -> Error {
+    Error::NotFound {
+        what: "process",
+        id: exec.to_owned(),
+    }
+}

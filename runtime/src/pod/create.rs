@@ -1,0 +1,447 @@
+//! Creating containers; the first brings the machine up.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use containerd_shim_protos::topics;
+use containerd_shim_protos::types::mount::Mount;
+use husk_protocol::agent::CreateContainerRequest;
+use husk_protocol::limit;
+use protobuf::MessageField;
+use tokio::time::timeout;
+
+use super::{MachineState, Pod, PodHandle, Reply};
+use crate::agent_client::{Agent, AgentError};
+use crate::bundle::{Bundle, Role};
+use crate::cgroup::PodCgroup;
+use crate::clock;
+use crate::container::{Container, Kind, Process, State as ProcessState};
+use crate::container_files::{ContainerFiles, FilesRequest, GuestFiles};
+use crate::error::Error;
+use crate::id::Id;
+use crate::machine::{Machine, MachineParts, MachineRequest};
+use crate::process::Process as HostProcess;
+use crate::rootfs::RootfsPlan;
+use crate::state_dir::State;
+use crate::stdio::{self, OnFirstOutput, Stdio, StdioPaths};
+use crate::vm_process::{Vm, VmError};
+
+/// How long a machine whose agent has gone may take to say why.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What containerd asks for.
+pub struct CreateRequest {
+    /// The container.
+    pub id: Id,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// What its root is made of.
+    pub rootfs: Vec<Mount>,
+    /// Where its streams go.
+    pub paths: StdioPaths,
+}
+
+/// A container that the guest has prepared.
+struct Prepared {
+    files: ContainerFiles,
+    stdio: Stdio,
+}
+
+/// The streams of a container that is about to be made.
+struct Streams {
+    paths: StdioPaths,
+    first_port: u32,
+    on_first_output: OnFirstOutput,
+}
+
+impl Pod {
+    /// Creates a container and, for the first, the machine. Answers the pid.
+    pub fn create(&mut self, request: CreateRequest, reply: Reply<u32>) {
+        if let Err(error) = self.begin_create(&request, reply) {
+            let (reply, error) = *error;
+            self.containers.remove(request.id.as_str());
+            reply.send(Err(error));
+        }
+    }
+
+    fn begin_create(
+        &mut self,
+        request: &CreateRequest,
+        reply: Reply<u32>,
+    ) -> Result<(), Box<(Reply<u32>, Error)>> {
+        let id = request.id.as_str();
+        if self.containers.contains_key(id) {
+            let error = Error::Exists {
+                what: "container",
+                id: id.to_owned(),
+            };
+            // The one that is there stays.
+            reply.send(Err(error));
+            return Ok(());
+        }
+        let fail = |reply, error| Err(Box::new((reply, error)));
+        if self.containers.len() >= limit::CONTAINERS {
+            return fail(reply, Error::TooMany("containers"));
+        }
+        let bundle = match Bundle::load(&request.bundle) {
+            Ok(bundle) => bundle,
+            Err(error) => return fail(reply, error.into()),
+        };
+        let role = match bundle.role() {
+            Ok(role) => role,
+            Err(error) => return fail(reply, error.into()),
+        };
+        let outcome = match role {
+            Role::Member { .. } => self.plan_member(request, bundle).map(Plan::Member),
+            role => self.plan_first(request, bundle, &role),
+        };
+        let plan = match outcome {
+            Ok(plan) => plan,
+            Err(error) => return fail(reply, error),
+        };
+        let kind = match plan {
+            Plan::Sandbox(_) => Kind::Sandbox,
+            Plan::Single(..) | Plan::Member(_) => Kind::Guest(None),
+        };
+        let container = Container {
+            bundle: request.bundle.clone(),
+            kind,
+            init: Process::new(request.paths.clone(), ProcessState::Creating),
+            execs: Default::default(),
+            paused: false,
+        };
+        self.containers.insert(id.to_owned(), container);
+        self.carry_out(request, plan, reply);
+        Ok(())
+    }
+
+    /// The container of a pod that is there.
+    fn plan_member(&mut self, request: &CreateRequest, bundle: Bundle) -> Result<Files, Error> {
+        bundle.container_limits()?;
+        let tree = match &self.machine {
+            MachineState::Running(machine) => machine.tree().to_owned(),
+            _ => {
+                // Says why.
+                self.machine()?;
+                return Err(Error::ShuttingDown);
+            }
+        };
+        self.plan_files(request, bundle).map(|plan| plan(tree))
+    }
+
+    /// The container with which the pod begins.
+    fn plan_first(
+        &mut self,
+        request: &CreateRequest,
+        bundle: Bundle,
+        role: &Role,
+    ) -> Result<Plan, Error> {
+        if !matches!(self.machine, MachineState::None) || request.id != self.settings.id {
+            return Err(Error::Argument(
+                "this shim serves another pod; its containers must name it in their annotations",
+            ));
+        }
+        let pod = bundle.pod_spec(role)?;
+        let files = match role {
+            Role::Sandbox => None,
+            Role::Single | Role::Member { .. } => {
+                bundle.container_limits()?;
+                Some(self.plan_files(request, bundle)?)
+            }
+        };
+        self.state_dir.create()?;
+        self.state = State {
+            shim: HostProcess::find(std::process::id()),
+            ..State::default()
+        };
+        self.state.timeline.request_ns = clock::monotonic_ns();
+        if let Some(path) = &pod.cgroups_path {
+            self.cgroup = PodCgroup::enter(path).inspect_err(|_| self.state_dir.remove())?;
+            self.state.cgroup = self.cgroup.as_ref().map(|cgroup| cgroup.path().to_owned());
+        }
+        self.write_state();
+        let request = MachineRequest {
+            config: self.settings.config.clone(),
+            pod,
+            state_dir: self.state_dir.clone(),
+            state: self.state.clone(),
+            debug: self.settings.debug,
+        };
+        Ok(match files {
+            None => Plan::Sandbox(request),
+            Some(files) => Plan::Single(request, Box::new(files)),
+        })
+    }
+
+    fn plan_files(
+        &mut self,
+        request: &CreateRequest,
+        bundle: Bundle,
+    ) -> Result<impl FnOnce(PathBuf) -> Files + Send + use<>, Error> {
+        let root = match request.rootfs.is_empty() {
+            true => bundle.root()?,
+            false => PathBuf::new(),
+        };
+        let rootfs = RootfsPlan::new(&request.rootfs, root)?;
+        let (id, serial) = (request.id.clone(), self.take_disk());
+        let streams = Streams {
+            paths: request.paths.clone(),
+            first_port: self.ports.take(stdio::PORTS),
+            on_first_output: self.report_first_output(),
+        };
+        Ok(move |tree| Files {
+            files: FilesRequest {
+                id,
+                bundle,
+                rootfs,
+                tree,
+                serial,
+            },
+            streams,
+        })
+    }
+
+    fn report_first_output(&self) -> OnFirstOutput {
+        let handle: PodHandle = self.handle.clone();
+        Box::new(move || {
+            handle.send(Box::new(|pod| {
+                pod.note(|state| &mut state.timeline.first_output_ns);
+            }));
+        })
+    }
+
+    fn carry_out(&mut self, request: &CreateRequest, plan: Plan, reply: Reply<u32>) {
+        let created = Created {
+            id: request.id.as_str().to_owned(),
+            rootfs: request.rootfs.clone(),
+            reply,
+        };
+        match plan {
+            Plan::Sandbox(machine) => {
+                self.machine = MachineState::Booting;
+                self.later(async move {
+                    let outcome = boot_sandbox(machine).await;
+                    |pod: &mut Pod| pod.sandbox_created(created, outcome)
+                });
+            }
+            Plan::Single(machine, files) => {
+                self.machine = MachineState::Booting;
+                self.later(async move {
+                    let outcome = boot_single(machine, files).await;
+                    |pod: &mut Pod| pod.single_created(created, outcome)
+                });
+            }
+            Plan::Member(files) => match self.machine() {
+                Ok((vm, agent)) => self.later(async move {
+                    let outcome = create_member(vm, agent, files).await;
+                    |pod: &mut Pod| pod.member_created(created, outcome)
+                }),
+                Err(error) => self.create_failed(created, error),
+            },
+        }
+    }
+
+    fn sandbox_created(&mut self, created: Created, outcome: Result<(Machine, State), Error>) {
+        match outcome {
+            Ok((machine, state)) => {
+                self.machine_ready(machine, state);
+                self.container_created(created, None);
+            }
+            Err(error) => self.boot_failed(created, error),
+        }
+    }
+
+    fn single_created(
+        &mut self,
+        created: Created,
+        outcome: Result<(Machine, State, Prepared), Error>,
+    ) {
+        match outcome {
+            Ok((machine, state, prepared)) => {
+                self.machine_ready(machine, state);
+                self.container_created(created, Some(prepared));
+            }
+            Err(error) => self.boot_failed(created, error),
+        }
+    }
+
+    fn member_created(&mut self, created: Created, outcome: Result<Prepared, Error>) {
+        match outcome {
+            Ok(prepared) => self.container_created(created, Some(prepared)),
+            Err(error) => self.create_failed(created, error),
+        }
+    }
+
+    fn machine_ready(&mut self, machine: Machine, state: State) {
+        self.state = state;
+        self.follow_machine(machine);
+    }
+
+    fn boot_failed(&mut self, created: Created, error: Error) {
+        self.machine = MachineState::None;
+        self.release();
+        self.create_failed(created, error);
+    }
+
+    fn create_failed(&mut self, created: Created, error: Error) {
+        self.containers.remove(&created.id);
+        created.reply.send(Err(error));
+    }
+
+    fn container_created(&mut self, created: Created, prepared: Option<Prepared>) {
+        let Created { id, rootfs, reply } = created;
+        let pid = self.pid();
+        let Some(container) = self.containers.get_mut(&id) else {
+            reply.send(Err(Error::ShuttingDown));
+            return;
+        };
+        let (files, stdio) = match prepared {
+            Some(prepared) => (Some(prepared.files), Some(prepared.stdio)),
+            None => (None, None),
+        };
+        if let Kind::Guest(slot) = &mut container.kind {
+            *slot = files;
+        }
+        container.init.created(stdio);
+        let paths = &container.init.paths;
+        let event = TaskCreate {
+            container_id: id.clone(),
+            bundle: container.bundle.display().to_string(),
+            rootfs,
+            io: MessageField::some(TaskIO {
+                stdin: paths.stdin.clone(),
+                stdout: paths.stdout.clone(),
+                stderr: paths.stderr.clone(),
+                terminal: paths.terminal,
+                ..TaskIO::default()
+            }),
+            pid,
+            ..TaskCreate::default()
+        };
+        let is_guest = matches!(container.kind, Kind::Guest(_));
+        self.events.send(topics::TASK_CREATE_EVENT_TOPIC, &event);
+        if is_guest {
+            self.note(|state| &mut state.timeline.container_created_ns);
+            self.follow_process(&id, "");
+        } else {
+            self.write_state();
+        }
+        reply.send(Ok(pid));
+    }
+}
+
+/// What is to be made.
+enum Plan {
+    /// The machine of a pod.
+    Sandbox(MachineRequest),
+    /// A machine and its one container.
+    Single(MachineRequest, Box<dyn FnOnce(PathBuf) -> Files + Send>),
+    /// A container more.
+    Member(Files),
+}
+
+/// A container's files and streams.
+struct Files {
+    files: FilesRequest,
+    streams: Streams,
+}
+
+/// Whom to tell.
+struct Created {
+    id: String,
+    rootfs: Vec<Mount>,
+    reply: Reply<u32>,
+}
+
+async fn boot_sandbox(request: MachineRequest) -> Result<(Machine, State), Error> {
+    MachineParts::prepare(request).await?.boot(Vec::new()).await
+}
+
+async fn boot_single(
+    request: MachineRequest,
+    files: Box<dyn FnOnce(PathBuf) -> Files + Send>,
+) -> Result<(Machine, State, Prepared), Error> {
+    let parts = MachineParts::prepare(request).await?;
+    let Files { files, streams } = files(parts.tree().to_owned());
+    let id = files.id.clone();
+    let (files, mut guest) = match files.prepare().await {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            parts.end().await;
+            return Err(error);
+        }
+    };
+    let disks = guest.disk.take().into_iter().collect();
+    let (machine, state) = match parts.boot(disks).await {
+        Ok(booted) => booted,
+        Err(error) => {
+            files.detach(None).await;
+            return Err(error);
+        }
+    };
+    match create_in_guest(machine.vm(), machine.agent(), &id, guest, streams).await {
+        Ok(stdio) => Ok((machine, state, Prepared { files, stdio })),
+        Err(error) => {
+            machine.end().await;
+            files.detach(None).await;
+            Err(error)
+        }
+    }
+}
+
+async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<Prepared, Error> {
+    let Files { files, streams } = files;
+    let id = files.id.clone();
+    let (files, mut guest) = files.prepare().await?;
+    let outcome = match guest.disk.take() {
+        Some(disk) => plug(&vm, &agent, disk).await,
+        None => Ok(()),
+    };
+    let outcome = match outcome {
+        Ok(()) => create_in_guest(&vm, &agent, &id, guest, streams).await,
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Ok(stdio) => Ok(Prepared { files, stdio }),
+        Err(error) => {
+            files.detach(Some((&vm, &agent))).await;
+            Err(error)
+        }
+    }
+}
+
+async fn plug(vm: &Vm, agent: &Agent, disk: crate::vm_plan::Disk) -> Result<(), Error> {
+    vm.add_disk(disk).await?;
+    Ok(agent.rescan_devices().await?)
+}
+
+async fn create_in_guest(
+    vm: &Vm,
+    agent: &Agent,
+    id: &Id,
+    guest: GuestFiles,
+    streams: Streams,
+) -> Result<Stdio, Error> {
+    let terminal = streams.paths.terminal;
+    let (stdio, guest_streams) =
+        Stdio::open(&streams.paths, streams.first_port, streams.on_first_output)?;
+    vm.add_host_ports(guest_streams.host_ports).await?;
+    let request = CreateContainerRequest {
+        container_id: id.as_str().to_owned(),
+        oci_spec: guest.oci_spec,
+        storages: guest.storages,
+        streams: Some(guest_streams.ports).into(),
+        terminal,
+        ..CreateContainerRequest::default()
+    };
+    match agent.create_container(&request).await {
+        Ok(()) => Ok(stdio),
+        // The machine's own word says more than the lost connection.
+        Err(AgentError::Gone) => match timeout(LAST_WORDS, vm.ended()).await {
+            Ok(end) => Err(VmError::Ended(end).into()),
+            Err(_) => Err(AgentError::Gone.into()),
+        },
+        Err(error) => Err(error.into()),
+    }
+}

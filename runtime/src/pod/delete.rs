@@ -1,0 +1,167 @@
+//! Deleting containers; the last takes the machine with it.
+
+use containerd_shim_protos::events::task::TaskDelete;
+use containerd_shim_protos::topics;
+use protobuf::MessageField;
+
+use super::{MachineState, Pod, Reply, no_process, not_found};
+use crate::agent_client::{AgentError, Exit};
+use crate::clock;
+use crate::container::{Container, Kind, State};
+use crate::error::Error;
+
+/// A process that is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deleted {
+    /// What was told as its pid.
+    pub pid: u32,
+    /// How it ended.
+    pub exit: Exit,
+}
+
+impl Pod {
+    /// Forgets a container that has ended, or with `exec` a process of it.
+    pub fn delete(&mut self, id: String, exec: String, reply: Reply<Deleted>) {
+        let outcome = if exec.is_empty() {
+            self.begin_delete(&id)
+        } else {
+            return self.delete_exec(&id, exec, reply);
+        };
+        match outcome {
+            Ok(container) => self.delete_container(id, container, reply),
+            Err(error) => reply.send(Err(error)),
+        }
+    }
+
+    fn begin_delete(&mut self, id: &str) -> Result<Container, Error> {
+        let container = self.container(id)?;
+        match container.init.state() {
+            State::Stopped(_) | State::Created => {}
+            State::Creating | State::Starting | State::Running => {
+                return Err(container.init.refuse("delete", id));
+            }
+        }
+        self.containers.remove(id).ok_or_else(|| not_found(id))
+    }
+
+    fn delete_container(&mut self, id: String, container: Container, reply: Reply<Deleted>) {
+        let pid = self.pid();
+        let exit = match container.init.state() {
+            State::Stopped(exit) => exit,
+            // It was never run: deleting it is what ends it.
+            _ => Exit {
+                code: 137,
+                at_ns: clock::wall_ns(),
+            },
+        };
+        let deleted = Deleted { pid, exit };
+        let running = self.machine().ok();
+        let is_last = self.containers.is_empty();
+        let machine = match std::mem::replace(&mut self.machine, MachineState::None) {
+            MachineState::Running(machine) | MachineState::Ended(machine, _) if is_last => {
+                Some(machine)
+            }
+            other => {
+                self.machine = other;
+                None
+            }
+        };
+        self.deleting += 1;
+        self.later(async move {
+            let Container {
+                init, execs, kind, ..
+            } = container;
+            for process in execs.into_values().map(|exec| exec.process).chain([init]) {
+                if let Some(mut stdio) = process.stdio {
+                    stdio.drain().await;
+                }
+            }
+            if let Kind::Guest(files) = kind {
+                if let Some((_, agent)) = &running {
+                    report(agent.delete_container(&id).await);
+                }
+                if let Some(files) = files {
+                    let running = running.as_ref().map(|(vm, agent)| (vm, agent));
+                    files.detach(running).await;
+                }
+            }
+            if let Some(machine) = machine {
+                machine.end().await;
+            }
+            move |pod: &mut Pod| pod.container_deleted(&id, deleted, reply)
+        });
+    }
+
+    fn container_deleted(&mut self, id: &str, deleted: Deleted, reply: Reply<Deleted>) {
+        self.deleting -= 1;
+        if matches!(self.machine, MachineState::None) && self.containers.is_empty() {
+            self.release();
+        }
+        let event = TaskDelete {
+            container_id: id.to_owned(),
+            pid: deleted.pid,
+            exit_status: deleted.exit.code,
+            exited_at: MessageField::some(clock::timestamp(deleted.exit.at_ns)),
+            ..TaskDelete::default()
+        };
+        self.events.send(topics::TASK_DELETE_EVENT_TOPIC, &event);
+        reply.send(Ok(deleted));
+    }
+
+    fn delete_exec(&mut self, id: &str, exec: String, reply: Reply<Deleted>) {
+        let pid = self.pid();
+        let container = match self.container_mut(id) {
+            Ok(container) => container,
+            Err(error) => return reply.send(Err(error)),
+        };
+        let state = container.execs.get(&exec).map(|e| e.process.state());
+        let exit = match state {
+            None => return reply.send(Err(no_process(&exec))),
+            Some(State::Stopped(exit)) => Some(exit),
+            Some(State::Created) => None,
+            Some(state) => {
+                return reply.send(Err(Error::State {
+                    action: "delete",
+                    id: exec,
+                    state: state.name(),
+                }));
+            }
+        };
+        let removed = container.execs.remove(&exec);
+        let running = self.machine().ok();
+        let id = id.to_owned();
+        tokio::spawn(async move {
+            if let Some(mut stdio) = removed.and_then(|exec| exec.process.stdio) {
+                stdio.drain().await;
+            }
+            // One that never ran is unknown to the guest.
+            if let (Some(_), Some((_, agent))) = (exit, running) {
+                report(agent.delete_process(&id, &exec).await);
+            }
+            let exit = exit.unwrap_or(Exit {
+                code: 0,
+                at_ns: clock::wall_ns(),
+            });
+            reply.send(Ok(Deleted { pid, exit }));
+        });
+    }
+
+    /// Ends the shim, unless it still has something to do; with `now` anyway.
+    pub fn shut_down(&mut self, now: bool, reply: Reply<()>) {
+        let idle = self.containers.is_empty()
+            && self.deleting == 0
+            && !matches!(self.machine, MachineState::Booting);
+        if idle || now {
+            self.over = true;
+        }
+        reply.send(Ok(()));
+    }
+}
+
+/// The guest's part of a deletion may fail: it has no say in whether things are
+/// gone.
+fn report(outcome: Result<(), AgentError>) {
+    if let Err(error) = outcome {
+        tracing::warn!(%error, "deletion in the guest");
+    }
+}

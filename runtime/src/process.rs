@@ -1,0 +1,75 @@
+//! A process of the node, told from a later one with the same number.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+
+/// A process and when it began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// As the node numbers it.
+    pub pid: u32,
+    /// Clock ticks from the node's boot to its start.
+    pub start_ticks: u64,
+}
+
+impl Process {
+    /// The process `pid`, if there is one.
+    pub fn find(pid: u32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name may hold anything; what follows its parenthesis does not.
+        let (_, fields) = stat.rsplit_once(')')?;
+        // proc_pid_stat(5): field 22, and field 3 follows the name.
+        let start_ticks = fields.split_ascii_whitespace().nth(22 - 3)?.parse().ok()?;
+        Some(Self { pid, start_ticks })
+    }
+
+    /// Ends it, if it still is the same, and waits for that.
+    pub fn kill(self, patience: Duration) {
+        let Some(pidfd) = self.open() else { return };
+        // It may end on its own in between.
+        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+        let timeout = Timespec::try_from(patience).ok();
+        let _ = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], timeout.as_ref());
+    }
+
+    /// How soon it ends when the node runs out of memory; where that may be said.
+    pub fn set_oom_score_adj(self, score: i32) {
+        let path = format!("/proc/{}/oom_score_adj", self.pid);
+        if let Err(error) = fs::write(path, score.to_string()) {
+            tracing::debug!(pid = self.pid, %error, "oom_score_adj");
+        }
+    }
+
+    fn open(self) -> Option<OwnedFd> {
+        let pid = Pid::from_raw(i32::try_from(self.pid).ok()?)?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+        // Looked at after opening: what is open now cannot be another.
+        (Self::find(self.pid) == Some(self)).then_some(pidfd)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn kills_only_the_same_process() {
+        let mut child = Command::new("sleep").arg("100").spawn().unwrap();
+        let process = Process::find(child.id()).unwrap();
+        let later = Process {
+            start_ticks: process.start_ticks + 1,
+            ..process
+        };
+        later.kill(Duration::from_millis(100));
+        assert!(child.try_wait().unwrap().is_none());
+        process.kill(Duration::from_secs(5));
+        assert!(!child.wait().unwrap().success());
+        assert_eq!(Process::find(child.id()), None);
+    }
+}

@@ -1,0 +1,148 @@
+//! The shim of a pod: serves containerd until the pod is gone.
+
+use std::env;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use tokio::time::{sleep, timeout};
+use ttrpc::asynchronous::Server;
+use ttrpc::asynchronous::transport::Listener;
+
+use crate::config::{Config, ConfigError};
+use crate::event::Publisher;
+use crate::flags::Flags;
+use crate::id::{Id, IdError};
+use crate::log;
+use crate::pod::{Pod, PodSettings};
+use crate::task_service::TaskService;
+
+/// Environment variable with the address for events.
+pub const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
+
+/// How long the last events may take.
+const LAST_EVENTS: Duration = Duration::from_secs(10);
+
+/// How long the last answers may take.
+const LAST_ANSWERS: Duration = Duration::from_millis(500);
+
+/// A shim that could not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A name that cannot be.
+    #[error(transparent)]
+    Id(#[from] IdError),
+    /// The node's configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The kernel refused.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The server.
+    #[error("server")]
+    Server(#[from] ttrpc::Error),
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> ServeError {
+    move |source| ServeError::Io { what, source }
+}
+
+/// Serves on the socket that is the standard input, with the bundle as working
+/// directory. Returns when the pod is gone.
+///
+/// # Errors
+/// Something that every pod needs could not be had.
+pub fn serve(flags: &Flags) -> Result<(), ServeError> {
+    log::start(Path::new("."), flags.debug);
+    let served = try_serve(flags);
+    if let Err(error) = &served {
+        tracing::error!("{}", crate::error::chain(error));
+    }
+    served
+}
+
+fn try_serve(flags: &Flags) -> Result<(), ServeError> {
+    let listener = take_listener().map_err(io_error("taking the socket"))?;
+    hold_descriptor_3().map_err(io_error("/dev/null"))?;
+    // Not a leader yet unless started by hand, and then it may stay.
+    let _ = rustix::process::setsid();
+    own_mounts().map_err(io_error("making a mount namespace"))?;
+    let settings = PodSettings {
+        namespace: Id::new("namespace", &flags.namespace)?,
+        id: Id::new("pod id", &flags.id)?,
+        config: Arc::new(Config::load()?),
+        debug: flags.debug,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()
+        .map_err(io_error("runtime"))?;
+    runtime.block_on(run(listener, settings))
+}
+
+async fn run(listener: UnixListener, settings: PodSettings) -> Result<(), ServeError> {
+    let address = env::var(TTRPC_ADDRESS).unwrap_or_default();
+    let (events, publisher) = Publisher::start(&address, settings.namespace.as_str());
+    tracing::info!(pod = %settings.id, pid = std::process::id(), "shim serves");
+    let (pod, over) = Pod::start(settings, events);
+    let listener = Listener::try_from(listener).map_err(io_error("socket"))?;
+    let mut server = Server::new()
+        .add_listener(listener)
+        .register_service(TaskService::new(pod).services());
+    server.start().await?;
+    over.await;
+
+    // Events are promised even to a containerd that is away; answers are not.
+    publisher.finish(LAST_EVENTS).await;
+    if timeout(LAST_ANSWERS, server.shutdown()).await.is_err() {
+        tracing::debug!("somebody still waits for an answer");
+    }
+    // The connections' writers end in their own time.
+    sleep(Duration::from_millis(10)).await;
+    Ok(())
+}
+
+/// The listening socket comes as standard input; nobody else shall read there.
+fn take_listener() -> io::Result<UnixListener> {
+    let listener: OwnedFd = io::stdin().as_fd().try_clone_to_owned()?;
+    let null = File::open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    Ok(listener.into())
+}
+
+/// Puts something on descriptor 3, where it is free, for good: programs get
+/// their socket there, and what `Command` opens for itself while it spawns must
+/// not come to lie there.
+fn hold_descriptor_3() -> io::Result<()> {
+    loop {
+        let file = File::open("/dev/null")?;
+        if file.as_raw_fd() > 3 {
+            return Ok(());
+        }
+        let _: i32 = file.into_raw_fd();
+    }
+}
+
+/// Whatever this process mounts goes with it; what the node mounts still
+/// arrives.
+fn own_mounts() -> io::Result<()> {
+    // SAFETY: no shared descriptor table is given up.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS)? };
+    let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    mount_change("/", flags)?;
+    Ok(())
+}

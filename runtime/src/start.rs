@@ -1,0 +1,276 @@
+//! `start`: answers the address of the shim that serves a bundle, and starts
+//! that shim where there is none.
+
+use std::env;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
+use containerd_shim_protos::protobuf::Message;
+
+use crate::bundle::{Bundle, BundleError, Role};
+use crate::config::{Config, ConfigError};
+use crate::flags::Flags;
+use crate::process::Process;
+use crate::serve::TTRPC_ADDRESS;
+use crate::socket::{DEFAULT_DIR, ShimSocket, SocketError};
+
+/// Most that containerd may send, bytes.
+const INPUT: u64 = 10 << 20;
+
+/// Log levels of the newer protocol: this and below is more than usual.
+const DEBUG_LEVEL: i32 = -4;
+
+/// File in the bundle with the shim's address, where containerd looks after a
+/// restart.
+const ADDRESS_FILE: &str = "address";
+
+/// File in the bundle with the shim's process id.
+const PID_FILE: &str = "shim.pid";
+
+/// A shim that could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The node's configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The bundle.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The shim's socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// A container of a pod that is not there.
+    #[error("pod {0} has no shim: it has ended or was never started")]
+    NoPod(String),
+    /// Something of the system's.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> StartError {
+    move |source| StartError::Io { what, source }
+}
+
+/// What containerd wants, by whichever protocol.
+#[derive(Debug, PartialEq, Eq)]
+struct Wish {
+    /// Where sockets go.
+    socket_dir: PathBuf,
+    /// Address for events.
+    ttrpc_address: Option<String>,
+    debug: bool,
+    /// It speaks the protocol of containerd 2.3.
+    modern: bool,
+}
+
+/// Runs in the bundle, prints the answer.
+///
+/// # Errors
+/// There is no shim and none could be started; nothing stays.
+pub fn start(flags: &Flags) -> Result<(), StartError> {
+    // Told here already, where the error reaches whoever asked.
+    Config::load()?;
+    let mut input = Vec::new();
+    io::stdin()
+        .take(INPUT)
+        .read_to_end(&mut input)
+        .map_err(io_error("reading standard input"))?;
+    let wish = Wish::read(&input, flags);
+    let bundle = env::current_dir().map_err(io_error("working directory"))?;
+    let role = Bundle::load(&bundle)?.role()?;
+    let pod = match &role {
+        Role::Member { sandbox } => sandbox.as_str(),
+        Role::Single | Role::Sandbox => &flags.id,
+    };
+    let socket = ShimSocket::new(&wish.socket_dir, &flags.address, &flags.namespace, pod);
+    match role {
+        Role::Member { .. } if !socket.answers() => {
+            return Err(StartError::NoPod(pod.to_owned()));
+        }
+        Role::Member { .. } => write(&bundle, ADDRESS_FILE, &socket.address())?,
+        Role::Single | Role::Sandbox => start_shim(flags, &wish, &bundle, &socket)?,
+    }
+    io::stdout()
+        .write_all(&answer(&wish, &socket))
+        .map_err(io_error("writing the answer"))
+}
+
+fn start_shim(
+    flags: &Flags,
+    wish: &Wish,
+    bundle: &Path,
+    socket: &ShimSocket,
+) -> Result<(), StartError> {
+    let listener = socket.listen()?;
+    let started = spawn(flags, wish, listener.into()).and_then(|pid| {
+        let written = write(bundle, ADDRESS_FILE, &socket.address())
+            .and_then(|()| write(bundle, PID_FILE, &pid.to_string()));
+        if written.is_err()
+            && let Some(process) = Process::find(pid)
+        {
+            process.kill(std::time::Duration::from_secs(1));
+        }
+        written
+    });
+    if started.is_err() {
+        socket.remove();
+    }
+    started
+}
+
+fn spawn(flags: &Flags, wish: &Wish, listener: OwnedFd) -> Result<u32, StartError> {
+    let program = env::current_exe().map_err(io_error("own program"))?;
+    let mut command = Command::new(program);
+    command
+        .args(["-namespace", &flags.namespace])
+        .args(["-id", &flags.id])
+        .args(["-address", &flags.address])
+        .args(["-publish-binary", &flags.publish_binary]);
+    if wish.debug {
+        command.arg("-debug");
+    }
+    if let Some(address) = &wish.ttrpc_address {
+        command.env(TTRPC_ADDRESS, address);
+    }
+    // Whoever asked waits until nobody holds our output any more.
+    let child = command
+        .stdin(Stdio::from(listener))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(io_error("starting the shim"))?;
+    raise_oom_score(child.id());
+    Ok(child.id())
+}
+
+/// One above containerd's own, as containerd's shims have it.
+fn raise_oom_score(pid: u32) {
+    let read = |pid: &str| fs::read_to_string(format!("/proc/{pid}/oom_score_adj"));
+    let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().to_string());
+    let score = parent
+        .and_then(|parent| read(&parent).ok())
+        .and_then(|text| text.trim().parse::<i32>().ok());
+    if let Some(score) = score {
+        // Not everywhere allowed, nowhere vital.
+        let _ = fs::write(
+            format!("/proc/{pid}/oom_score_adj"),
+            (score + 1).min(1000).to_string(),
+        );
+    }
+}
+
+fn write(bundle: &Path, name: &'static str, text: &str) -> Result<(), StartError> {
+    let new = bundle.join(format!(".{name}.new"));
+    File::create(&new)
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .and_then(|()| fs::rename(&new, bundle.join(name)))
+        .map_err(io_error(name))
+}
+
+/// containerd 2.3 gets a message. Everybody before, from 1.5 to 2.2, and CRI-O
+/// take a bare address and then ask for the Task service by its older name.
+fn answer(wish: &Wish, socket: &ShimSocket) -> Vec<u8> {
+    let address = socket.address();
+    if !wish.modern {
+        return address.into_bytes();
+    }
+    let result = BootstrapResult {
+        version: containerd_shim_protos::TASK_API_VERSION,
+        address: address.clone(),
+        protocol: "ttrpc".to_owned(),
+        ..BootstrapResult::default()
+    };
+    result
+        .write_to_bytes()
+        .unwrap_or_else(|_| address.into_bytes())
+}
+
+impl Wish {
+    /// The newer protocol's message parses from the older's options too; names
+    /// that agree with the flags tell it apart.
+    fn read(input: &[u8], flags: &Flags) -> Self {
+        let modern = BootstrapParams::parse_from_bytes(input)
+            .ok()
+            .filter(|params| {
+                !input.is_empty()
+                    && params.instance_id == flags.id
+                    && params.namespace == flags.namespace
+            });
+        let default_dir = PathBuf::from(DEFAULT_DIR);
+        match modern {
+            None => Self {
+                socket_dir: default_dir,
+                ttrpc_address: None,
+                debug: flags.debug,
+                modern: false,
+            },
+            Some(params) => Self {
+                socket_dir: match params.socket_dir.as_deref() {
+                    None | Some("") => default_dir,
+                    Some(dir) => PathBuf::from(dir),
+                },
+                ttrpc_address: Some(params.containerd_ttrpc_address)
+                    .filter(|address| !address.is_empty()),
+                debug: flags.debug || params.log_level.value() <= DEBUG_LEVEL,
+                modern: true,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protobuf::well_known_types::any::Any;
+
+    fn flags() -> Flags {
+        Flags {
+            namespace: "default".into(),
+            id: "t1".into(),
+            ..Flags::default()
+        }
+    }
+
+    #[test]
+    fn tells_the_protocols_apart() {
+        let params = BootstrapParams {
+            instance_id: "t1".into(),
+            namespace: "default".into(),
+            containerd_ttrpc_address: "/run/c.ttrpc".into(),
+            ..BootstrapParams::default()
+        };
+        let wish = Wish::read(&params.write_to_bytes().unwrap(), &flags());
+        assert!(wish.modern);
+        assert_eq!(wish.ttrpc_address.as_deref(), Some("/run/c.ttrpc"));
+
+        let options = Any {
+            type_url: "containerd.runc.v1.Options".into(),
+            value: b"default".to_vec(),
+            ..Any::default()
+        };
+        assert!(!Wish::read(&options.write_to_bytes().unwrap(), &flags()).modern);
+        assert!(!Wish::read(&[], &flags()).modern);
+        assert!(!Wish::read(b"\xff\xff", &flags()).modern);
+    }
+
+    #[test]
+    fn answers_in_the_askers_protocol() {
+        let socket = ShimSocket::new(Path::new("/s"), "/c", "default", "t1");
+        let mut wish = Wish::read(&[], &flags());
+        assert_eq!(answer(&wish, &socket), socket.address().into_bytes());
+        wish.modern = true;
+        let result = BootstrapResult::parse_from_bytes(&answer(&wish, &socket)).unwrap();
+        assert_eq!(result.address, socket.address());
+        assert_eq!((result.version, result.protocol.as_str()), (3, "ttrpc"));
+    }
+}

@@ -1,0 +1,156 @@
+//! A pod's directory on the node, with the small file from which `delete`
+//! cleans up after a shim that was killed.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::Id;
+use crate::process::Process;
+
+const FILE: &str = "state.json";
+
+/// The directory of a pod. It stays until [`StateDir::remove`].
+#[derive(Clone, Debug)]
+pub struct StateDir {
+    path: PathBuf,
+}
+
+/// What is on the node for a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct State {
+    /// The pod's shim.
+    pub shim: Option<Process>,
+    /// Its VMM.
+    pub vmm: Option<Process>,
+    /// Its file server.
+    pub file_server: Option<Process>,
+    /// Its cgroup, below the mount point of cgroup v2.
+    pub cgroup: Option<PathBuf>,
+    /// Its start.
+    pub timeline: Timeline,
+}
+
+/// Moments of a pod's start, `CLOCK_MONOTONIC` in nanoseconds; 0: not yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Timeline {
+    /// containerd's request came.
+    pub request_ns: u64,
+    /// The VMM's program began.
+    pub vmm_exec_ns: u64,
+    /// It had read what to do.
+    pub vmm_spec_ns: u64,
+    /// The guest's first instruction.
+    pub guest_entered_ns: u64,
+    /// The agent had set the sandbox up.
+    pub agent_ready_ns: u64,
+    /// The first container was created.
+    pub container_created_ns: u64,
+    /// Its program was executed.
+    pub container_started_ns: u64,
+    /// Its first output came.
+    pub first_output_ns: u64,
+}
+
+/// The directory could not be used.
+#[derive(Debug, thiserror::Error)]
+#[error("pod's directory {path}")]
+pub struct StateDirError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+impl StateDir {
+    /// The directory of a pod, made or not.
+    pub fn new(root: &Path, namespace: &Id, pod: &Id) -> Self {
+        Self {
+            path: root.join(namespace.as_str()).join(pod.as_str()),
+        }
+    }
+
+    /// Makes it.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn create(&self) -> Result<(), StateDirError> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(&self.path)
+            .and_then(|()| fs::set_permissions(&self.path, Permissions::from_mode(0o700)))
+            .map_err(|source| self.error(source))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Replaces the state in one step.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn write(&self, state: &State) -> Result<(), StateDirError> {
+        let new = self.path.join("state.new");
+        serde_json::to_vec(state)
+            .map_err(io::Error::from)
+            .and_then(|text| fs::write(&new, text))
+            .and_then(|()| fs::rename(&new, self.path.join(FILE)))
+            .map_err(|source| self.error(source))
+    }
+
+    /// What was last written; none without the directory.
+    pub fn read(&self) -> Option<State> {
+        let text = fs::read(self.path.join(FILE)).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
+    /// Removes it, and the namespace's when it was the last. Nothing may be
+    /// mounted below it.
+    pub fn remove(&self) {
+        if let Err(error) = fs::remove_dir_all(&self.path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %self.path.display(), %error, "pod's directory stays");
+        }
+        if let Some(namespace) = self.path.parent() {
+            // It fails while there are other pods, as it should.
+            let _ = fs::remove_dir(namespace);
+        }
+    }
+
+    fn error(&self, source: io::Error) -> StateDirError {
+        StateDirError {
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keeps_state_until_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let id = Id::new("id", "p").unwrap();
+        let dir = StateDir::new(root.path(), &id, &id);
+        assert_eq!(dir.read(), None);
+        dir.create().unwrap();
+        let state = State {
+            cgroup: Some("/a/b".into()),
+            ..State::default()
+        };
+        dir.write(&state).unwrap();
+        assert_eq!(dir.read(), Some(state));
+        dir.remove();
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+}

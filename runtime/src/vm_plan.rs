@@ -1,0 +1,339 @@
+//! From a pod's spec and the node's facts to the virtual machine asked for.
+//! Nothing here touches the system.
+
+use std::os::fd::OwnedFd;
+
+use husk_protocol::{path, port};
+use husk_vmm_spec::{
+    BlockSpec, BootSpec, ConsoleSpec, Descriptor, FsSpec, HostPort, MEMORY_MAX_MIB, MemorySpec,
+    NetSpec, SpecError, VCPU_MAX, ValidVmSpec, VcpuSpec, VmSpec, VsockSpec,
+};
+use ttrpc::Code;
+
+use crate::bundle::PodSpec;
+use crate::network::Nic;
+
+/// Guest memory where nothing limits the pod, MiB. Only what is touched costs.
+const DEFAULT_MEMORY_MIB: u32 = 512;
+
+/// What kernel and agent need beside the pod's limit, MiB.
+const OVERHEAD_MIB: u32 = 96;
+
+/// vCPUs where nothing limits the pod.
+const DEFAULT_VCPUS: u8 = 1;
+
+/// Context id of every guest: each has a vsock of its own, so none clash.
+const CID: u32 = 3;
+
+/// What the node has.
+#[derive(Clone, Copy, Debug)]
+pub struct HostFacts {
+    /// Memory, MiB.
+    pub memory_mib: u32,
+    /// Processors.
+    pub cpus: u8,
+}
+
+/// How large a machine is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmSize {
+    /// Memory, MiB.
+    pub memory_mib: u32,
+    /// Processors.
+    pub vcpus: u8,
+}
+
+/// The descriptors that a machine is made of.
+#[derive(Debug)]
+pub struct VmParts {
+    /// `/dev/kvm`.
+    pub kvm: OwnedFd,
+    /// The kernel.
+    pub kernel: OwnedFd,
+    /// The initramfs.
+    pub initramfs: OwnedFd,
+    /// Where the console's output goes.
+    pub console: OwnedFd,
+    /// The far end of the agent's connection.
+    pub agent: OwnedFd,
+    /// Its interfaces.
+    pub nics: Vec<Nic>,
+    /// The file server, where there is one.
+    pub file_server: Option<OwnedFd>,
+    /// Its disks.
+    pub disks: Vec<Disk>,
+}
+
+/// A disk of the machine.
+#[derive(Debug)]
+pub struct Disk {
+    /// Its id and serial.
+    pub serial: String,
+    /// Its content.
+    pub file: OwnedFd,
+    /// The guest may not write to it.
+    pub read_only: bool,
+}
+
+/// A machine that cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// More than the node has.
+    #[error("the pod asks for {asked} MiB of memory; this node has {node} MiB")]
+    Memory {
+        /// As the pod asks.
+        asked: u64,
+        /// What the node has.
+        node: u32,
+    },
+    /// A value of the spec.
+    #[error("machine's specification")]
+    Spec(#[from] SpecError),
+}
+
+impl PlanError {
+    /// What containerd is told.
+    pub fn code(&self) -> Code {
+        Code::INVALID_ARGUMENT
+    }
+}
+
+/// How large the machine of `pod` is on a node with `host`.
+///
+/// # Errors
+/// The pod asks for more memory than the node has.
+pub fn size(pod: &PodSpec, host: HostFacts) -> Result<VmSize, PlanError> {
+    let asked = match (pod.overrides.memory_mib, pod.limits.memory_bytes) {
+        (Some(memory_mib), _) => u64::from(memory_mib),
+        (None, Some(bytes)) => bytes.div_ceil(1 << 20) + u64::from(OVERHEAD_MIB),
+        (None, None) => u64::from(DEFAULT_MEMORY_MIB.min(host.memory_mib)),
+    };
+    let memory_mib = u32::try_from(asked)
+        .ok()
+        .filter(|mib| *mib <= host.memory_mib.saturating_add(OVERHEAD_MIB))
+        .filter(|mib| *mib <= MEMORY_MAX_MIB)
+        .ok_or(PlanError::Memory {
+            asked,
+            node: host.memory_mib,
+        })?;
+    let limited = pod.limits.cpu_millis.map(|millis| {
+        let whole = u8::try_from(millis.div_ceil(1000)).unwrap_or(u8::MAX);
+        whole.clamp(1, host.cpus.max(1))
+    });
+    let vcpus = pod.overrides.vcpus.or(limited).unwrap_or(DEFAULT_VCPUS);
+    Ok(VmSize {
+        memory_mib,
+        vcpus: vcpus.clamp(1, VCPU_MAX),
+    })
+}
+
+/// The kernel's command line: `extra` comes last, and with `debug` the guest
+/// tells more.
+pub fn command_line(extra: &str, debug: bool) -> String {
+    // The agent's own output is on the console as well.
+    let mut line = "console=hvc0 panic=-1 reboot=t".to_owned();
+    line.push_str(if debug {
+        " loglevel=7 husk.log=debug"
+    } else {
+        " quiet loglevel=4 husk.log=info"
+    });
+    if !extra.is_empty() {
+        line.push(' ');
+        line.push_str(extra);
+    }
+    line
+}
+
+/// The machine's specification and the descriptors that go beside it.
+///
+/// # Errors
+/// A value that the VMM would refuse.
+pub fn plan(
+    size: VmSize,
+    command_line: String,
+    parts: VmParts,
+) -> Result<(ValidVmSpec, Vec<OwnedFd>), PlanError> {
+    let mut descriptors = Descriptors(Vec::new());
+    let spec = VmSpec {
+        kvm: descriptors.push(parts.kvm),
+        vcpus: VcpuSpec {
+            boot: size.vcpus,
+            max: size.vcpus,
+        },
+        memory: MemorySpec {
+            boot_mib: size.memory_mib,
+        },
+        boot: BootSpec {
+            kernel: descriptors.push(parts.kernel),
+            initramfs: Some(descriptors.push(parts.initramfs)),
+            command_line,
+        },
+        console: Some(ConsoleSpec {
+            output: descriptors.push(parts.console),
+        }),
+        vsock: Some(VsockSpec {
+            cid: CID,
+            host_ports: vec![HostPort {
+                port: port::AGENT,
+                stream: descriptors.push(parts.agent),
+            }],
+        }),
+        blocks: parts
+            .disks
+            .into_iter()
+            .map(|disk| descriptors.disk(disk))
+            .collect(),
+        nets: parts
+            .nics
+            .into_iter()
+            .map(|nic| descriptors.nic(nic))
+            .collect(),
+        filesystems: parts
+            .file_server
+            .map(|socket| descriptors.file_system(socket))
+            .into_iter()
+            .collect(),
+    };
+    let valid = ValidVmSpec::new(spec, descriptors.0.len())?;
+    Ok((valid, descriptors.0))
+}
+
+/// Descriptors of one packet, in order.
+#[derive(Debug, Default)]
+pub struct Descriptors(pub Vec<OwnedFd>);
+
+impl Descriptors {
+    /// Adds one and tells its index.
+    pub fn push(&mut self, descriptor: OwnedFd) -> Descriptor {
+        // A packet has at most 64, which the check of the whole spec holds.
+        let index = u32::try_from(self.0.len()).unwrap_or(u32::MAX);
+        self.0.push(descriptor);
+        Descriptor(index)
+    }
+
+    /// A disk as the VMM wants it.
+    pub fn disk(&mut self, disk: Disk) -> BlockSpec {
+        BlockSpec {
+            id: disk.serial.clone(),
+            file: self.push(disk.file),
+            read_only: disk.read_only,
+            serial: disk.serial,
+        }
+    }
+
+    fn nic(&mut self, nic: Nic) -> NetSpec {
+        NetSpec {
+            id: nic_id(&nic),
+            tap: self.push(nic.tap),
+            mac: nic.mac,
+            mtu: nic.mtu,
+        }
+    }
+
+    fn file_system(&mut self, socket: OwnedFd) -> FsSpec {
+        FsSpec {
+            id: path::SHARED_TAG.to_owned(),
+            socket: self.push(socket),
+            tag: path::SHARED_TAG.to_owned(),
+        }
+    }
+}
+
+/// Interface names may have characters that device ids may not.
+fn nic_id(nic: &Nic) -> String {
+    let [_, _, c, d, e, f] = nic.mac.0;
+    format!("net-{c:02x}{d:02x}{e:02x}{f:02x}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::{Limits, Overrides};
+    use husk_vmm_spec::MacAddress;
+    use std::fs::File;
+
+    const HOST: HostFacts = HostFacts {
+        memory_mib: 8192,
+        cpus: 4,
+    };
+
+    fn pod(memory_bytes: Option<u64>, cpu_millis: Option<u64>, overrides: Overrides) -> PodSpec {
+        PodSpec {
+            limits: Limits {
+                memory_bytes,
+                cpu_millis,
+            },
+            overrides,
+            ..PodSpec::default()
+        }
+    }
+
+    fn null() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
+
+    #[test]
+    fn sizes_by_limits() {
+        let none = Overrides::default();
+        let some = Overrides {
+            vcpus: Some(8),
+            memory_mib: Some(300),
+        };
+        for (memory, cpu, overrides, memory_mib, vcpus) in [
+            (None, None, none, 512, 1),
+            (Some(1), None, none, 97, 1),
+            (Some(64 << 20), Some(1500), none, 160, 2),
+            (None, Some(100), none, 512, 1),
+            (None, Some(64_000), none, 512, 4),
+            (Some(64 << 20), Some(1500), some, 300, 8),
+        ] {
+            let size = size(&pod(memory, cpu, overrides), HOST).unwrap();
+            assert_eq!(size, VmSize { memory_mib, vcpus });
+        }
+    }
+
+    #[test]
+    fn refuses_more_memory_than_the_node_has() {
+        let none = Overrides::default();
+        assert!(size(&pod(Some(8192 << 20), None, none), HOST).is_ok());
+        let error = size(&pod(Some(9000 << 20), None, none), HOST).unwrap_err();
+        assert!(error.to_string().contains("8192 MiB"), "{error}");
+    }
+
+    #[test]
+    fn plans_a_machine_the_vmm_takes() {
+        let nic = Nic {
+            name: "eth0".into(),
+            tap: null(),
+            mac: MacAddress([2, 0, 0, 0, 0, 1]),
+            mtu: 1500,
+        };
+        let disk = Disk {
+            serial: "disk-0".into(),
+            file: null(),
+            read_only: true,
+        };
+        let parts = VmParts {
+            kvm: null(),
+            kernel: null(),
+            initramfs: null(),
+            console: null(),
+            agent: null(),
+            nics: vec![nic],
+            file_server: Some(null()),
+            disks: vec![disk],
+        };
+        let size = VmSize {
+            memory_mib: 128,
+            vcpus: 2,
+        };
+        let (spec, descriptors) = plan(size, command_line("a=b", false), parts).unwrap();
+        let spec = spec.spec();
+        assert_eq!(descriptors.len(), 8);
+        assert_eq!(spec.memory.boot_mib, 128);
+        assert_eq!(spec.vcpus, VcpuSpec { boot: 2, max: 2 });
+        assert!(spec.boot.command_line.ends_with(" a=b"));
+        assert_eq!(spec.filesystems[0].tag, "husk");
+        assert_eq!(spec.vsock.as_ref().unwrap().host_ports[0].port, 1024);
+    }
+}

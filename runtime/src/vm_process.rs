@@ -1,0 +1,425 @@
+//! The VMM process: start, requests, end.
+//!
+//! One task owns the control socket, the console and the process. It ends with
+//! the process, and then tells everybody why.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use husk_vmm_spec::{
+    DeviceId, DeviceSpec, ExitReason, Failure, HostPort, Message, Reply, Request, Timeline,
+    ValidVmSpec,
+};
+use rustix::pipe::{PipeFlags, pipe_with};
+use tokio::net::unix::pipe;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::child::{Child, PidNamespace};
+use crate::process::Process;
+use crate::vm_plan::{Descriptors, Disk};
+
+mod console;
+mod control;
+
+use console::Console;
+use control::ControlSocket;
+
+/// Longest time for the VMM to start a machine.
+const START_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Longest time for the VMM to answer a request.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a VMM that was asked to end may take before it is killed.
+const KILL_PATIENCE: Duration = Duration::from_millis(500);
+
+/// A VMM that has not been told yet what to run.
+#[derive(Debug)]
+pub struct Vmm {
+    child: Child,
+    control: ControlSocket,
+    console: pipe::Receiver,
+    console_input: OwnedFd,
+}
+
+/// A running machine. Ends when the last of its handles is dropped.
+#[derive(Clone, Debug)]
+pub struct Vm {
+    process: Process,
+    calls: mpsc::Sender<Call>,
+    end: watch::Receiver<Option<VmEnd>>,
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmEnd {
+    /// As the VMM said; none: it said nothing.
+    pub reason: Option<ExitReason>,
+    /// The last of what the guest's console showed.
+    pub console: String,
+}
+
+/// A VMM that does not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The program did not start.
+    #[error("VMM {path}")]
+    Spawn {
+        /// The program.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file that a machine is made of.
+    #[error("{what} {path}")]
+    Open {
+        /// What it is for.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it could not be opened.
+        #[source]
+        source: io::Error,
+    },
+    /// Something between us and the VMM.
+    #[error("{what}")]
+    Io {
+        /// What was done.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// No answer in time.
+    #[error("the VMM did not answer {0} in time")]
+    Deadline(&'static str),
+    /// It answered that it could not.
+    #[error("the VMM could not {what}")]
+    Refused {
+        /// What was asked.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: Failure,
+    },
+    /// The machine has ended.
+    #[error("the machine has ended: {0}")]
+    Ended(VmEnd),
+}
+
+enum Call {
+    Request {
+        request: Request,
+        descriptors: Vec<OwnedFd>,
+        reply: oneshot::Sender<Result<Reply, Failure>>,
+    },
+    Kill,
+}
+
+impl Vmm {
+    /// Starts the program under `uid`; it confines itself and then waits for the
+    /// machine's specification.
+    ///
+    /// # Errors
+    /// The program is not there or cannot be executed.
+    pub async fn spawn(path: &PathBuf, uid: u32) -> Result<Self, VmError> {
+        let io_error = |what| move |source| VmError::Io { what, source };
+        let (control, far_control) =
+            ControlSocket::pair().map_err(io_error("VMM's control socket"))?;
+        let (console, console_input) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
+            .map_err(io::Error::from)
+            .map_err(io_error("console's pipe"))?;
+        let console = pipe::Receiver::from_owned_fd(console).map_err(io_error("console's pipe"))?;
+        let complaints = console_input
+            .try_clone()
+            .map_err(io_error("console's pipe"))?;
+        let mut command = Command::new(path);
+        command
+            .args(["--uid", &uid.to_string(), "--gid", &uid.to_string()])
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(complaints);
+        let child = Child::spawn(command, far_control, PidNamespace::New)
+            .await
+            .map_err(|source| VmError::Spawn {
+                path: path.clone(),
+                source,
+            })?;
+        Ok(Self {
+            child,
+            control,
+            console,
+            console_input,
+        })
+    }
+
+    /// The process on the node.
+    pub fn process(&self) -> Process {
+        self.child.process()
+    }
+
+    /// Where output for the console's log goes in; for the machine's own
+    /// console and for helpers that have something to say.
+    ///
+    /// # Errors
+    /// No descriptor is free.
+    pub fn console_input(&self) -> Result<OwnedFd, VmError> {
+        self.console_input
+            .try_clone()
+            .map_err(|source| VmError::Io {
+                what: "console's pipe",
+                source,
+            })
+    }
+
+    /// Ends the program before it was told anything.
+    pub async fn end(self) {
+        drop(self.control);
+        finish(&self.child).await;
+    }
+
+    /// Starts the machine.
+    ///
+    /// # Errors
+    /// The VMM could not, or did not answer in time; it has ended then.
+    pub async fn start(
+        self,
+        spec: &ValidVmSpec,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(Vm, Timeline), VmError> {
+        let process = self.process();
+        self.control
+            .send(spec.spec(), &descriptors)
+            .await
+            .map_err(|source| VmError::Io {
+                what: "sending the machine's specification to the VMM",
+                source,
+            })?;
+        drop(descriptors);
+        let (calls, call_receiver) = mpsc::channel(16);
+        let (started, start) = oneshot::channel();
+        let (end_sender, end) = watch::channel(None);
+        let owner = Owner {
+            child: self.child,
+            control: self.control,
+            console: Console::new(self.console),
+            calls: call_receiver,
+            started: Some(started),
+            unanswered: VecDeque::new(),
+        };
+        drop(self.console_input);
+        tokio::spawn(owner.run(end_sender));
+        let vm = Vm {
+            process,
+            calls,
+            end,
+        };
+        match timeout(START_DEADLINE, start).await {
+            Ok(Ok(timeline)) => Ok((vm, timeline)),
+            Ok(Err(_)) => Err(VmError::Ended(vm.ended().await)),
+            Err(_) => {
+                vm.kill().await;
+                Err(VmError::Deadline("its start"))
+            }
+        }
+    }
+}
+
+impl Vm {
+    /// The VMM on the node.
+    pub fn process(&self) -> Process {
+        self.process
+    }
+
+    /// Lets the guest dial each of these ports once.
+    ///
+    /// # Errors
+    /// The VMM could not.
+    pub async fn add_host_ports(&self, ports: Vec<(u32, OwnedFd)>) -> Result<(), VmError> {
+        if ports.is_empty() {
+            return Ok(());
+        }
+        let mut descriptors = Descriptors::default();
+        let ports = ports
+            .into_iter()
+            .map(|(port, stream)| HostPort {
+                port,
+                stream: descriptors.push(stream),
+            })
+            .collect();
+        self.request("open ports", Request::AddHostPorts(ports), descriptors.0)
+            .await
+    }
+
+    /// Plugs a disk.
+    ///
+    /// # Errors
+    /// The VMM could not.
+    pub async fn add_disk(&self, disk: Disk) -> Result<(), VmError> {
+        let mut descriptors = Descriptors::default();
+        let device = DeviceSpec::Block(descriptors.disk(disk));
+        self.request("plug a disk", Request::AddDevice(device), descriptors.0)
+            .await
+    }
+
+    /// Unplugs a device that the agent has let go of.
+    ///
+    /// # Errors
+    /// The VMM could not.
+    pub async fn remove_device(&self, id: DeviceId) -> Result<(), VmError> {
+        self.request("unplug a device", Request::RemoveDevice(id), Vec::new())
+            .await
+    }
+
+    /// Ends the machine and waits until its process is gone.
+    pub async fn kill(&self) -> VmEnd {
+        // When nobody takes the call, it has ended.
+        let _ = self.calls.send(Call::Kill).await;
+        self.ended().await
+    }
+
+    /// Waits for the machine's end.
+    pub async fn ended(&self) -> VmEnd {
+        let mut end = self.end.clone();
+        let unknown = || VmEnd {
+            reason: None,
+            console: String::new(),
+        };
+        match end.wait_for(Option::is_some).await {
+            Ok(end) => end.clone().unwrap_or_else(unknown),
+            Err(_) => unknown(),
+        }
+    }
+
+    async fn request(
+        &self,
+        what: &'static str,
+        request: Request,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), VmError> {
+        let (reply, answer) = oneshot::channel();
+        let call = Call::Request {
+            request,
+            descriptors,
+            reply,
+        };
+        if self.calls.send(call).await.is_err() {
+            return Err(VmError::Ended(self.ended().await));
+        }
+        match timeout(REQUEST_DEADLINE, answer).await {
+            Ok(Ok(Ok(_))) => Ok(()),
+            Ok(Ok(Err(source))) => Err(VmError::Refused { what, source }),
+            Ok(Err(_)) => Err(VmError::Ended(self.ended().await)),
+            Err(_) => Err(VmError::Deadline(what)),
+        }
+    }
+}
+
+/// Owns a running VMM.
+struct Owner {
+    child: Child,
+    control: ControlSocket,
+    console: Console,
+    calls: mpsc::Receiver<Call>,
+    started: Option<oneshot::Sender<Timeline>>,
+    unanswered: VecDeque<oneshot::Sender<Result<Reply, Failure>>>,
+}
+
+impl Owner {
+    async fn run(mut self, end: watch::Sender<Option<VmEnd>>) {
+        let reason = self.serve().await;
+        // Whatever happened, the process ends now.
+        drop(self.control);
+        finish(&self.child).await;
+        self.console.drain();
+        end.send_replace(Some(VmEnd {
+            reason,
+            console: self.console.tail(),
+        }));
+    }
+
+    /// Returns when the machine has ended or is to end.
+    async fn serve(&mut self) -> Option<ExitReason> {
+        let mut deadline: Option<Instant> = None;
+        loop {
+            tokio::select! {
+                message = self.control.receive() => match message {
+                    Ok(Some(Message::Started(timeline))) => {
+                        if let Some(started) = self.started.take() {
+                            // Nobody waits any more after the deadline.
+                            let _ = started.send(timeline);
+                        }
+                    }
+                    Ok(Some(Message::Reply(answer))) => match self.unanswered.pop_front() {
+                        Some(reply) => drop(reply.send(answer)),
+                        None => tracing::warn!("the VMM answered what was not asked"),
+                    },
+                    Ok(Some(Message::Exited(reason))) => return Some(reason),
+                    Ok(None) => return None,
+                    Err(error) => {
+                        tracing::warn!(%error, "VMM's control socket");
+                        return None;
+                    }
+                },
+                () = self.console.read() => {}
+                call = self.calls.recv(), if deadline.is_none() => match call {
+                    Some(Call::Request { request, descriptors, reply }) => {
+                        match self.control.send(&request, &descriptors).await {
+                            Ok(()) => self.unanswered.push_back(reply),
+                            Err(error) => tracing::warn!(%error, "VMM's control socket"),
+                        }
+                    }
+                    Some(Call::Kill) | None => {
+                        deadline = Some(Instant::now() + KILL_PATIENCE);
+                        if self.control.send(&Request::Kill, &[]).await.is_err() {
+                            return None;
+                        }
+                    }
+                },
+                () = until(deadline) => return None,
+            }
+        }
+    }
+}
+
+/// Waits for a program that was told to end, but not for long.
+async fn finish(child: &Child) {
+    if timeout(KILL_PATIENCE, child.wait()).await.is_err() {
+        child.kill();
+        child.wait().await;
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl fmt::Display for VmEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.reason {
+            Some(ExitReason::Shutdown) => f.write_str("the guest powered itself off")?,
+            Some(ExitReason::Reset) => f.write_str("the guest reset itself")?,
+            Some(ExitReason::Panic) => f.write_str("the guest's kernel panicked")?,
+            Some(ExitReason::Killed) => f.write_str("the shim ended it")?,
+            Some(ExitReason::Failed(failure)) => write!(f, "{failure}")?,
+            None => f.write_str("the VMM ended without a word")?,
+        }
+        let tail = console::last_lines(&self.console);
+        match (&self.reason, tail.is_empty()) {
+            (Some(ExitReason::Shutdown | ExitReason::Killed), _) | (_, true) => Ok(()),
+            _ => write!(f, "; its console's last lines: {tail}"),
+        }
+    }
+}

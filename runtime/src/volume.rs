@@ -1,0 +1,247 @@
+//! Volumes: binds of the host's files and directories go through the shared
+//! tree; what the kernel provides is mounted in the guest and left alone here.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use husk_protocol::agent::{Storage, TmpfsStorage};
+use husk_protocol::path;
+use rustix::mount::MountFlags;
+use ttrpc::Code;
+
+use crate::bundle::Mount;
+use crate::host_mount::HostMount;
+use crate::shared_tree::{ContainerTree, MOUNTS, SharedTreeError};
+
+/// Size of a pod's `/dev/shm`, as container engines make it.
+const SHM_BYTES: u64 = 64 << 20;
+
+/// What is done about one mount of the spec.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VolumePlan {
+    /// The guest mounts it as the spec says.
+    Guest,
+    /// The pod's `/dev/shm`, which the guest has.
+    Shm,
+    /// Shown to the guest through the shared tree.
+    Tree {
+        /// On the host.
+        source: PathBuf,
+        /// With what is mounted below it.
+        recursive: bool,
+        /// Not to be written to.
+        read_only: bool,
+    },
+}
+
+/// A volume that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// Its source is not there.
+    #[error("volume for {destination}: {path}")]
+    Source {
+        /// In the container.
+        destination: PathBuf,
+        /// On the host.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A device node: the guest has devices of its own.
+    #[error("volume for {destination}: {path} is a device of the host, which a guest cannot have")]
+    Device {
+        /// In the container.
+        destination: PathBuf,
+        /// On the host.
+        path: PathBuf,
+    },
+    /// The shared tree.
+    #[error(transparent)]
+    Tree(#[from] SharedTreeError),
+}
+
+impl VolumeError {
+    /// What containerd is told.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Source { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Code::NOT_FOUND
+            }
+            Self::Device { .. } => Code::INVALID_ARGUMENT,
+            Self::Source { .. } | Self::Tree(_) => Code::UNKNOWN,
+        }
+    }
+}
+
+impl VolumePlan {
+    /// What to do about `mount`.
+    pub fn new(mount: &Mount) -> Self {
+        let options = mount.options.as_deref().unwrap_or_default();
+        let has = |name: &str| options.iter().any(|option| option == name);
+        let kind = mount.kind.as_deref().unwrap_or_default();
+        let bind = matches!(kind, "bind" | "rbind") || has("bind") || has("rbind");
+        match &mount.source {
+            Some(source) if bind && is_shm(&mount.destination, source) => Self::Shm,
+            Some(source) if bind => Self::Tree {
+                source: source.clone(),
+                recursive: kind == "rbind" || has("rbind"),
+                read_only: has("ro") || has("rro"),
+            },
+            _ => Self::Guest,
+        }
+    }
+}
+
+/// The engines keep a pod's shared memory in a tmpfs named so.
+fn is_shm(destination: &Path, source: &Path) -> bool {
+    destination == Path::new("/dev/shm") && source.file_name().is_some_and(|name| name == "shm")
+}
+
+/// The pod's `/dev/shm` as a storage of the sandbox.
+pub fn shm_storage() -> Storage {
+    let mut storage = Storage {
+        mount_point: shm_path(),
+        options: ["nosuid", "nodev", "noexec"].map(str::to_owned).to_vec(),
+        ..Storage::default()
+    };
+    storage.set_tmpfs(TmpfsStorage {
+        size_bytes: SHM_BYTES,
+        mode: 0o1777,
+        ..TmpfsStorage::default()
+    });
+    storage
+}
+
+fn shm_path() -> String {
+    format!("{}/shm", path::SANDBOX)
+}
+
+/// Brings the volumes into the tree; the guest's paths of those mounts that have
+/// one. Blocks.
+///
+/// # Errors
+/// A source is not there or not for a guest, or the kernel refuses.
+pub fn mount_volumes(
+    tree: &mut ContainerTree,
+    mounts: &[Mount],
+) -> Result<BTreeMap<usize, String>, VolumeError> {
+    let mut sources = BTreeMap::new();
+    for (index, mount) in mounts.iter().enumerate() {
+        match VolumePlan::new(mount) {
+            VolumePlan::Guest => {}
+            VolumePlan::Shm => {
+                sources.insert(index, shm_path());
+            }
+            VolumePlan::Tree {
+                source,
+                recursive,
+                read_only,
+            } => {
+                let guest = bind(tree, index, mount, &source, recursive, read_only)?;
+                sources.insert(index, guest);
+            }
+        }
+    }
+    Ok(sources)
+}
+
+fn bind(
+    tree: &mut ContainerTree,
+    index: usize,
+    mount: &Mount,
+    source: &Path,
+    recursive: bool,
+    read_only: bool,
+) -> Result<String, VolumeError> {
+    let fail = |error| VolumeError::Source {
+        destination: mount.destination.clone(),
+        path: source.to_owned(),
+        source: error,
+    };
+    let kind = fs::metadata(source).map_err(fail)?.file_type();
+    if kind.is_block_device() || kind.is_char_device() {
+        return Err(VolumeError::Device {
+            destination: mount.destination.clone(),
+            path: source.to_owned(),
+        });
+    }
+    tree.add_dir(MOUNTS)?;
+    let name = format!("{MOUNTS}/{index}");
+    let (target, guest) = if kind.is_dir() {
+        tree.add_dir(&name)?
+    } else {
+        tree.add_file(&name)?
+    };
+    let flags = if read_only {
+        MountFlags::RDONLY
+    } else {
+        MountFlags::empty()
+    };
+    let mounted = HostMount::bind(source, &target, recursive, flags).map_err(fail)?;
+    tree.keep(mounted);
+    Ok(guest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::Id;
+
+    fn mount(kind: &str, source: &str, destination: &str, options: &[&str]) -> Mount {
+        Mount {
+            destination: destination.into(),
+            kind: (!kind.is_empty()).then(|| kind.to_owned()),
+            source: Some(source.into()),
+            options: Some(options.iter().map(|&o| o.to_owned()).collect()),
+        }
+    }
+
+    #[test]
+    fn leaves_the_kernels_own_to_the_guest() {
+        for (kind, destination) in [
+            ("proc", "/proc"),
+            ("sysfs", "/sys"),
+            ("tmpfs", "/dev"),
+            ("devpts", "/dev/pts"),
+            ("mqueue", "/dev/mqueue"),
+            ("cgroup", "/sys/fs/cgroup"),
+            ("tmpfs", "/dev/shm"),
+        ] {
+            let plan = VolumePlan::new(&mount(kind, kind, destination, &["nosuid"]));
+            assert_eq!(plan, VolumePlan::Guest, "{destination}");
+        }
+    }
+
+    #[test]
+    fn shares_binds() {
+        let read_only = mount("", "/srv", "/v", &["rbind", "ro"]);
+        let expected = VolumePlan::Tree {
+            source: "/srv".into(),
+            recursive: true,
+            read_only: true,
+        };
+        assert_eq!(VolumePlan::new(&read_only), expected);
+        let shm = mount("bind", "/run/containerd/x/shm", "/dev/shm", &["rbind"]);
+        assert_eq!(VolumePlan::new(&shm), VolumePlan::Shm);
+        let volume = mount("bind", "/var/lib/volume", "/dev/shm", &["rbind"]);
+        assert!(matches!(VolumePlan::new(&volume), VolumePlan::Tree { .. }));
+    }
+
+    #[test]
+    fn names_a_volume_it_cannot_have() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = Id::new("container", "c").unwrap();
+        let mut tree = ContainerTree::create(dir.path(), &id).unwrap();
+        let missing = mount("bind", "/no/such", "/v", &["rbind"]);
+        let error = mount_volumes(&mut tree, &[missing]).unwrap_err();
+        assert_eq!(error.code(), Code::NOT_FOUND);
+        assert!(error.to_string().contains("/no/such"), "{error}");
+        let device = mount("bind", "/dev/null", "/v", &["bind"]);
+        let error = mount_volumes(&mut tree, &[device]).unwrap_err();
+        assert!(matches!(error, VolumeError::Device { .. }), "{error}");
+    }
+}
