@@ -18,8 +18,11 @@ use crate::area::Area;
 use crate::host::{self, Identity};
 use crate::name::Name;
 
-/// How many references are looked at to close one.
-const EVICTION_STEPS: usize = 64;
+/// How many references are looked at for closing at a time.
+const EVICTION_STEPS: usize = 256;
+
+/// How many references are closed when the process runs out of descriptors.
+const EVICTION_BATCH: usize = 64;
 
 /// Number of a node.
 pub type NodeId = u64;
@@ -359,20 +362,23 @@ impl NodeTable {
             self.open
                 .retain(|id| nodes.get(id).is_some_and(|n| n.reference.is_some()));
         }
-        if self.opened > self.budget {
-            self.evict_one();
-        }
+        let excess = self.opened.saturating_sub(self.budget);
+        self.evict(excess);
     }
 
     /// Closes references to make room for other descriptors.
     pub fn make_room(&mut self) {
-        for _ in 0..self.opened.min(EVICTION_STEPS) {
-            self.evict_one();
-        }
+        self.evict(self.opened.min(EVICTION_BATCH));
     }
 
-    fn evict_one(&mut self) {
+    /// Closes up to `count` references that were not used since they were last
+    /// looked at, and gives the used ones another chance.
+    fn evict(&mut self, count: usize) {
+        let mut left = count;
         for _ in 0..EVICTION_STEPS {
+            if left == 0 {
+                return;
+            }
             let Some(id) = self.open.pop_front() else {
                 return;
             };
@@ -388,7 +394,159 @@ impl NodeTable {
             }
             node.reference = None;
             self.opened -= 1;
-            return;
+            left -= 1;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::{open_reference, stat};
+    use std::fs;
+    use std::path::Path;
+
+    /// A table of a directory, and that directory.
+    fn table(budget: usize) -> (NodeTable, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let top = fs::File::open(dir.path()).unwrap();
+        (NodeTable::new(top.into(), budget).unwrap(), dir)
+    }
+
+    fn name(text: &std::ffi::CStr) -> Name<'_> {
+        Name::new(text).unwrap()
+    }
+
+    fn look(table: &mut NodeTable, parent: NodeId, text: &std::ffi::CStr) -> NodeId {
+        let dir = table.reference(parent).unwrap();
+        let found = open_reference(dir.as_fd(), name(text)).unwrap();
+        let stat = stat(found.as_fd()).unwrap();
+        table.remember(parent, name(text), found, &stat).unwrap()
+    }
+
+    /// Closes every reference that can be closed.
+    fn close_all(table: &mut NodeTable) {
+        for _ in 0..3 {
+            table.evict(usize::MAX);
+        }
+    }
+
+    fn inode(table: &mut NodeTable, id: NodeId) -> Result<u64, Errno> {
+        Ok(stat(table.reference(id)?.as_fd())?.stx_ino)
+    }
+
+    fn inode_of(path: &Path) -> u64 {
+        std::os::unix::fs::MetadataExt::ino(&fs::symlink_metadata(path).unwrap())
+    }
+
+    #[test]
+    fn closed_nodes_are_found_again_or_given_up() {
+        let (mut table, dir) = table(1000);
+        let at = |path: &str| dir.path().join(path);
+        fs::create_dir_all(at("a/b")).unwrap();
+        fs::write(at("a/b/c"), "").unwrap();
+        let a = look(&mut table, ROOT_ID, c"a");
+        let b = look(&mut table, a, c"b");
+        let c = look(&mut table, b, c"c");
+        close_all(&mut table);
+        assert_eq!(table.opened(), 0);
+        assert_eq!(inode(&mut table, c), Ok(inode_of(&at("a/b/c"))));
+        assert_eq!(table.opened(), 3);
+        // Moved behind its back: another file has its name.
+        close_all(&mut table);
+        fs::rename(at("a/b/c"), at("elsewhere")).unwrap();
+        assert_eq!(inode(&mut table, c), Err(Errno::STALE));
+        fs::write(at("a/b/c"), "").unwrap();
+        assert_eq!(inode(&mut table, c), Err(Errno::STALE));
+        fs::rename(at("elsewhere"), at("a/b/c")).unwrap();
+        assert_eq!(inode(&mut table, c), Ok(inode_of(&at("a/b/c"))));
+        // A link in place of a directory is not followed.
+        close_all(&mut table);
+        fs::rename(at("a"), at("real")).unwrap();
+        std::os::unix::fs::symlink("real", at("a")).unwrap();
+        assert_eq!(inode(&mut table, c), Err(Errno::STALE));
+        // Looked up at its new place, it is known under its old number.
+        let moved = look(&mut table, ROOT_ID, c"real");
+        assert_eq!(moved, a);
+        assert_eq!(inode(&mut table, c), Ok(inode_of(&at("real/b/c"))));
+    }
+
+    #[test]
+    fn removed_names_keep_their_node_open() {
+        let (mut table, dir) = table(1000);
+        let path = dir.path().join("file");
+        fs::write(&path, "").unwrap();
+        let id = look(&mut table, ROOT_ID, c"file");
+        let expected = inode_of(&path);
+        close_all(&mut table);
+        assert_eq!(table.pin(ROOT_ID, name(c"file")), Ok(Some(id)));
+        fs::remove_file(&path).unwrap();
+        table.lost_name(id, ROOT_ID, name(c"file"));
+        close_all(&mut table);
+        assert_eq!(inode(&mut table, id), Ok(expected));
+        table.forget(id, 1);
+        assert_eq!(table.opened(), 0);
+        assert_eq!(table.count(), 1);
+    }
+
+    #[test]
+    fn directories_stay_while_something_in_them_is_known() {
+        let (mut table, dir) = table(1000);
+        fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        fs::write(dir.path().join("a/b/c"), "").unwrap();
+        let a = look(&mut table, ROOT_ID, c"a");
+        let b = look(&mut table, a, c"b");
+        let c = look(&mut table, b, c"c");
+        table.forget(a, 1);
+        table.forget(b, u64::MAX);
+        assert_eq!(table.count(), 4);
+        close_all(&mut table);
+        assert!(table.reference(c).is_ok());
+        look(&mut table, b, c"c");
+        table.forget(c, 1);
+        assert_eq!(table.count(), 4);
+        table.forget(c, 1);
+        assert_eq!(table.count(), 1);
+        assert_eq!(table.opened(), 0);
+        table.forget(c, 1);
+        table.forget(ROOT_ID, 100);
+        assert!(table.reference(ROOT_ID).is_ok());
+    }
+
+    #[test]
+    fn places_never_form_a_ring() {
+        let (mut table, dir) = table(1000);
+        let at = |path: &str| dir.path().join(path);
+        fs::create_dir_all(at("x/y")).unwrap();
+        let x = look(&mut table, ROOT_ID, c"x");
+        let y = look(&mut table, x, c"y");
+        // The host turns them over: y/x instead of x/y.
+        fs::rename(at("x/y"), at("y")).unwrap();
+        fs::rename(at("x"), at("y/x")).unwrap();
+        assert_eq!(look(&mut table, y, c"x"), x);
+        close_all(&mut table);
+        // y has no place until it is seen again, but x does not wait for ever.
+        assert!(inode(&mut table, x).is_ok());
+        assert_eq!(look(&mut table, ROOT_ID, c"y"), y);
+        close_all(&mut table);
+        assert_eq!(inode(&mut table, x), Ok(inode_of(&at("y/x"))));
+        table.forget(x, 2);
+        table.forget(y, 2);
+        assert_eq!(table.count(), 1);
+    }
+
+    #[test]
+    fn a_session_leaves_nothing_behind() {
+        let (mut table, dir) = table(2);
+        for index in 0..50 {
+            fs::write(dir.path().join(format!("{index}")), "").unwrap();
+            let text = std::ffi::CString::new(format!("{index}")).unwrap();
+            look(&mut table, ROOT_ID, &text);
+        }
+        assert_eq!(table.count(), 51);
+        assert!(table.opened() <= 3, "{}", table.opened());
+        table.clear();
+        assert_eq!((table.count(), table.opened()), (1, 0));
+        assert!(table.reference(ROOT_ID).is_ok());
     }
 }

@@ -19,6 +19,32 @@ use vm_memory::VolatileSlice;
 /// Room for the largest request or answer.
 const MESSAGE_BYTES: usize = DATA_BYTES as usize + 4096;
 
+/// A place to test in.
+pub struct Place {
+    /// Its path as the guest sees it.
+    pub guest: PathBuf,
+    /// The same directory as the host sees it.
+    pub host: PathBuf,
+    /// Whether the guest alone changes it.
+    pub is_own: bool,
+}
+
+/// Runs a test in both areas, with room for all references and for almost none.
+pub fn everywhere(test: impl Fn(&Place)) {
+    for budget in [1000, 2] {
+        for (area, is_own) in [("web/rootfs", true), ("web/mounts/0", false)] {
+            let Some(mount) = Mount::new(budget) else {
+                return;
+            };
+            test(&Place {
+                guest: mount.guest(area),
+                host: mount.host(area),
+                is_own,
+            });
+        }
+    }
+}
+
 /// A served tree and where it is mounted; both vanish with it.
 pub struct Mount {
     /// Holds both directories.
@@ -118,6 +144,9 @@ fn serve(mut device: File, top: &Path, reference_budget: usize) -> (usize, usize
         reference_budget,
     })
     .unwrap();
+    // What the program may not do, the thread may not do either: it would kill
+    // the test.
+    husk_fs::seccomp::install().unwrap();
     let mut request = vec![0; MESSAGE_BYTES];
     let mut reply = vec![0; MESSAGE_BYTES];
     let mut counts = server.counts();
