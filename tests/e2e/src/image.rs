@@ -1,0 +1,195 @@
+//! The images that the cases run, made offline: busybox, the probe and a few
+//! files as an OCI archive.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tar::{Builder, EntryType, Header};
+
+use crate::node::Node;
+use crate::process;
+
+/// The image that most cases run.
+pub const BASE: &str = "husk.test/base:1";
+
+const FILES: &[(&str, &str)] = &[
+    (
+        "etc/passwd",
+        "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000:web:/home/web:/bin/sh\n",
+    ),
+    ("etc/group", "root:x:0:\nweb:x:1000:\nextra:x:2000:web\n"),
+    ("etc/motd", "a file of the image\n"),
+];
+
+/// Makes the images and gives them to both namespaces of `node`.
+pub fn install(node: &Node, probe: &Path, busybox: &Path, pause_name: &str) -> Result<()> {
+    let base = node.work.join("base.tar");
+    archive(&base, BASE, &base_layer(probe, busybox)?, &["/bin/sh"])?;
+    let pause = node.work.join("pause.tar");
+    archive(
+        &pause,
+        pause_name,
+        &pause_layer(probe)?,
+        &["/probe", "pause"],
+    )?;
+    for namespace in [crate::node::NAMESPACE, crate::node::CRI_NAMESPACE] {
+        for file in [&base, &pause] {
+            let mut command = Command::new("ctr");
+            command
+                .arg("--address")
+                .arg(&node.socket)
+                .args(["--namespace", namespace]);
+            command.args(["images", "import"]).arg(file);
+            process::run(&mut command, Duration::from_secs(60) * node.slowness)?.ok()?;
+        }
+    }
+    Ok(())
+}
+
+fn base_layer(probe: &Path, busybox: &Path) -> Result<Vec<u8>> {
+    let mut layer = Builder::new(Vec::new());
+    for folder in [
+        "bin", "dev", "etc", "home", "mnt", "proc", "root", "run", "sys", "usr", "var",
+    ] {
+        entry(&mut layer, folder, EntryType::Directory, 0o755, &[])?;
+    }
+    entry(&mut layer, "tmp", EntryType::Directory, 0o1777, &[])?;
+    for (path, text) in FILES {
+        entry(&mut layer, path, EntryType::Regular, 0o644, text.as_bytes())?;
+    }
+    entry(
+        &mut layer,
+        "bin/not-executable",
+        EntryType::Regular,
+        0o644,
+        b"#!/bin/sh\n",
+    )?;
+    entry(
+        &mut layer,
+        "bin/busybox",
+        EntryType::Regular,
+        0o755,
+        &read(busybox)?,
+    )?;
+    entry(
+        &mut layer,
+        "bin/probe",
+        EntryType::Regular,
+        0o755,
+        &read(probe)?,
+    )?;
+    let applets = process::run(Command::new(busybox).arg("--list"), Duration::from_secs(30))?
+        .ok()?
+        .out();
+    for applet in applets.lines().filter(|name| *name != "busybox") {
+        link(&mut layer, &format!("bin/{applet}"), "busybox")?;
+    }
+    Ok(layer.into_inner()?)
+}
+
+fn pause_layer(probe: &Path) -> Result<Vec<u8>> {
+    let mut layer = Builder::new(Vec::new());
+    entry(
+        &mut layer,
+        "probe",
+        EntryType::Regular,
+        0o755,
+        &read(probe)?,
+    )?;
+    Ok(layer.into_inner()?)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("read {}", path.display()))
+}
+
+fn entry(
+    tar: &mut Builder<Vec<u8>>,
+    path: &str,
+    kind: EntryType,
+    mode: u32,
+    bytes: &[u8],
+) -> Result<()> {
+    let mut header = Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_mode(mode);
+    header.set_size(bytes.len() as u64);
+    Ok(tar.append_data(&mut header, path, bytes)?)
+}
+
+fn link(tar: &mut Builder<Vec<u8>>, path: &str, target: &str) -> Result<()> {
+    let mut header = Header::new_gnu();
+    header.set_entry_type(EntryType::Symlink);
+    header.set_mode(0o777);
+    header.set_size(0);
+    Ok(tar.append_link(&mut header, path, target)?)
+}
+
+/// Writes an OCI image layout of one layer as a tar archive.
+fn archive(file: &Path, name: &str, layer: &[u8], entrypoint: &[&str]) -> Result<()> {
+    let config = json!({
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {
+            "Entrypoint": entrypoint,
+            "Env": ["PATH=/bin", "FROM_IMAGE=yes"],
+            "WorkingDir": "/",
+        },
+        "rootfs": { "type": "layers", "diff_ids": [digest(layer)] },
+    });
+    let config = serde_json::to_vec(&config)?;
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": descriptor("application/vnd.oci.image.config.v1+json", &config),
+        "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", layer)],
+    });
+    let manifest = serde_json::to_vec(&manifest)?;
+    let mut in_index = descriptor("application/vnd.oci.image.manifest.v1+json", &manifest);
+    in_index["platform"] = json!({ "architecture": "amd64", "os": "linux" });
+    in_index["annotations"] = json!({ "io.containerd.image.name": name });
+    let index = serde_json::to_vec(&json!({ "schemaVersion": 2, "manifests": [in_index] }))?;
+
+    let mut tar = Builder::new(Vec::new());
+    entry(
+        &mut tar,
+        "oci-layout",
+        EntryType::Regular,
+        0o644,
+        br#"{"imageLayoutVersion":"1.0.0"}"#,
+    )?;
+    entry(&mut tar, "index.json", EntryType::Regular, 0o644, &index)?;
+    for blob in [layer, &config, &manifest] {
+        let path = format!(
+            "blobs/sha256/{}",
+            digest(blob).trim_start_matches("sha256:")
+        );
+        entry(&mut tar, &path, EntryType::Regular, 0o644, blob)?;
+    }
+    let bytes = tar.into_inner()?;
+    fs::File::create(file)
+        .and_then(|mut file| file.write_all(&bytes))
+        .with_context(|| format!("write {}", file.display()))
+}
+
+fn descriptor(media_type: &str, blob: &[u8]) -> Value {
+    json!({ "mediaType": media_type, "digest": digest(blob), "size": blob.len() })
+}
+
+/// SHA-256 in hexadecimal.
+pub fn sha256(blob: &[u8]) -> String {
+    Sha256::digest(blob)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+fn digest(blob: &[u8]) -> String {
+    format!("sha256:{}", sha256(blob))
+}

@@ -1,0 +1,207 @@
+//! `husk-e2e`: the end-to-end cases, run as root on a node with containerd.
+//!
+//! Every case runs for runc too, which proves the case; after each the node
+//! must look as it did before.
+
+mod case;
+mod clean;
+mod cri;
+mod ctr;
+mod host;
+mod image;
+mod node;
+mod pod;
+mod process;
+mod runner;
+mod stream;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use case::Case;
+use node::{Node, Runtime};
+
+const USAGE: &str = "\
+usage: husk-e2e [--runtime husk,runc] [--filter TEXT]... [--skip TEXT]... [--list]
+  --filter TEXT    only cases whose name contains a TEXT
+  --skip TEXT      no cases whose name contains a TEXT
+  --socket PATH    containerd's socket (/run/containerd/containerd.sock)
+  --root DIR       containerd's root (/var/lib/containerd)
+  --state DIR      containerd's state (/run/containerd)
+  --work DIR       where the cases keep files (/var/tmp/husk-e2e)
+  --probe FILE     the program for the test image (husk-probe beside this one)
+  --busybox FILE   static busybox for the test image (/bin/busybox)
+  --restart TEXT   shell command that starts containerd after it was killed
+  --slowness N     how much longer to wait than on hardware (1)
+  --bulk-mib N     size of bulk transfers (100)";
+
+struct Options {
+    node: Node,
+    runtimes: Vec<Runtime>,
+    filters: Vec<String>,
+    skips: Vec<String>,
+    list: bool,
+    one: Option<String>,
+    probe: PathBuf,
+    busybox: PathBuf,
+}
+
+impl Options {
+    fn parse(mut words: impl Iterator<Item = String>) -> Result<Self> {
+        let beside = std::env::current_exe()?.with_file_name("husk-probe");
+        let mut options = Self {
+            node: Node {
+                socket: "/run/containerd/containerd.sock".into(),
+                root: "/var/lib/containerd".into(),
+                state: "/run/containerd".into(),
+                work: "/var/tmp/husk-e2e".into(),
+                restart: None,
+                slowness: 1,
+                bulk_mib: 100,
+            },
+            runtimes: vec![Runtime::Husk, Runtime::Runc],
+            filters: Vec::new(),
+            skips: Vec::new(),
+            list: false,
+            one: None,
+            probe: beside,
+            busybox: "/bin/busybox".into(),
+        };
+        while let Some(word) = words.next() {
+            if word == "--list" {
+                options.list = true;
+                continue;
+            }
+            ensure!(word != "--help" && word != "-h", "{USAGE}");
+            let value = words
+                .next()
+                .with_context(|| format!("{word} wants a value\n{USAGE}"))?;
+            match word.as_str() {
+                "--runtime" => {
+                    let names = value.split(',').map(|name| {
+                        Runtime::from_name(name)
+                            .with_context(|| format!("no runtime {name}\n{USAGE}"))
+                    });
+                    options.runtimes = names.collect::<Result<_>>()?;
+                }
+                "--filter" => options.filters.push(value),
+                "--skip" => options.skips.push(value),
+                "--one" => options.one = Some(value),
+                "--socket" => options.node.socket = value.into(),
+                "--root" => options.node.root = value.into(),
+                "--state" => options.node.state = value.into(),
+                "--work" => options.node.work = value.into(),
+                "--probe" => options.probe = value.into(),
+                "--busybox" => options.busybox = value.into(),
+                "--restart" => options.node.restart = Some(value),
+                "--slowness" => options.node.slowness = value.parse()?,
+                "--bulk-mib" => options.node.bulk_mib = value.parse()?,
+                _ => bail!("no option {word}\n{USAGE}"),
+            }
+        }
+        Ok(options)
+    }
+
+    fn chosen(&self) -> Vec<&'static Case> {
+        let matches = |case: &&Case| {
+            (self.filters.is_empty() || self.filters.iter().any(|text| case.name.contains(text)))
+                && !self.skips.iter().any(|text| case.name.contains(text))
+        };
+        case::all().into_iter().filter(matches).collect()
+    }
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("husk-e2e: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run() -> Result<ExitCode> {
+    let options = Options::parse(std::env::args().skip(1))?;
+    if options.list {
+        for case in options.chosen() {
+            let names: Vec<_> = [Runtime::Husk, Runtime::Runc]
+                .into_iter()
+                .filter(|r| case.is_for(*r))
+                .map(Runtime::name)
+                .collect();
+            println!("{:<28} {}", case.name, names.join(" "));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(name) = &options.one {
+        let case = case::all()
+            .into_iter()
+            .find(|case| case.name == name)
+            .with_context(|| format!("no case {name}"))?;
+        let runtime = *options.runtimes.first().context("no runtime")?;
+        return Ok(ExitCode::from(u8::try_from(runner::run_here(
+            case,
+            &options.node,
+            runtime,
+        ))?));
+    }
+    prepare(&options)?;
+    let all = runner::run_all(&options.chosen(), &options.runtimes, &options.node)?;
+    Ok(if runner::report(&all) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Checks that the node is there and gives it what the cases run.
+fn prepare(options: &Options) -> Result<()> {
+    let node = &options.node;
+    std::fs::create_dir_all(&node.work)?;
+    std::fs::copy(&options.probe, node.work.join("probe"))
+        .with_context(|| format!("copy {}", options.probe.display()))?;
+    let cri = cri::Cri::connect(node.socket.clone(), Duration::from_secs(30) * node.slowness)?;
+    let version = cri.version()?;
+    let status = cri.status()?;
+    let pause = pause_image(&status).context("the CRI names no sandbox image")?;
+    image::install(node, &options.probe, &options.busybox, &pause)?;
+    println!(
+        "{} {}, {} cases",
+        version.runtime_name,
+        version.runtime_version,
+        options.chosen().len()
+    );
+    for condition in status
+        .status
+        .into_iter()
+        .flat_map(|status| status.conditions)
+    {
+        ensure!(
+            condition.status,
+            "not {}: {} {}",
+            condition.r#type,
+            condition.reason,
+            condition.message
+        );
+    }
+    // The first container makes folders that stay: cgroups, the bridge.
+    for runtime in &options.runtimes {
+        if let Err(error) = case::WARM_UP.run(node, *runtime) {
+            println!("{}: warming up failed: {error:#}", runtime.name());
+        }
+    }
+    clean::remove_all(node)?;
+    host::await_rest(node, Duration::from_secs(20) * node.slowness)
+}
+
+/// The sandbox image that containerd is configured with.
+fn pause_image(status: &cri::api::StatusResponse) -> Option<String> {
+    let config: serde_json::Value = serde_json::from_str(status.info.get("config")?).ok()?;
+    ["/sandboxImage", "/pinnedImages/sandbox"]
+        .iter()
+        .find_map(|path| config.pointer(path)?.as_str().map(str::to_owned))
+}
