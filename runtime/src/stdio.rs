@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use husk_protocol::agent::Streams as StreamPorts;
@@ -17,7 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use ttrpc::Code;
 
 /// One read or write at most, bytes.
@@ -26,6 +26,9 @@ const CHUNK: usize = 32 << 10;
 /// Output counts as complete, though somebody holds it open, when nothing came
 /// for so long after the process ended.
 const QUIET: Duration = Duration::from_millis(500);
+
+/// How often that is looked at.
+const TICK: Duration = Duration::from_millis(50);
 
 /// How many ports one process may need.
 pub const PORTS: u32 = 3;
@@ -71,9 +74,13 @@ struct Input {
     keeper: Option<OwnedFd>,
 }
 
+/// What the copies of one process's output are at.
 #[derive(Debug, Default)]
 struct Progress {
+    /// Taken from the guest.
     bytes: AtomicU64,
+    /// Copies that wait for whoever reads slowly.
+    writing: AtomicU32,
 }
 
 enum Sink {
@@ -196,21 +203,26 @@ impl Stdio {
     }
 
     /// Ends the input and waits for the output: until it ends, or until nothing
-    /// comes any more because another process holds it open.
-    pub async fn drain(&mut self) {
+    /// comes any more because another process holds it open, or until nobody has
+    /// read what is there for as long as `patience`.
+    pub async fn drain(&mut self, patience: Duration) {
         self.input = None;
         let mut seen = self.progress.bytes.load(Ordering::Relaxed);
+        let mut since = Instant::now();
         loop {
-            match timeout(QUIET, self.outputs.join_next()).await {
-                Ok(Some(_)) => {}
+            match timeout(TICK, self.outputs.join_next()).await {
+                Ok(Some(_)) => continue,
                 Ok(None) => return,
-                Err(_) => {
-                    let now = self.progress.bytes.load(Ordering::Relaxed);
-                    if now == seen {
-                        return;
-                    }
-                    seen = now;
-                }
+                Err(_) => {}
+            }
+            let now = self.progress.bytes.load(Ordering::Relaxed);
+            if now != seen {
+                (seen, since) = (now, Instant::now());
+            }
+            let blocked = self.progress.writing.load(Ordering::Relaxed) > 0;
+            let limit = if blocked { patience } else { QUIET };
+            if since.elapsed() >= limit {
+                return;
             }
         }
     }
@@ -342,11 +354,14 @@ async fn copy_out(
         if let Some(report) = on_first_output.take() {
             report();
         }
-        if let Err(error) = sink.write(&buffer[..count]).await {
+        progress.bytes.fetch_add(count as u64, Ordering::Relaxed);
+        progress.writing.fetch_add(1, Ordering::Relaxed);
+        let written = sink.write(&buffer[..count]).await;
+        progress.writing.fetch_sub(1, Ordering::Relaxed);
+        if let Err(error) = written {
             tracing::warn!(%error, "output");
             break;
         }
-        progress.bytes.fetch_add(count as u64, Ordering::Relaxed);
     }
     // Nobody takes more: the process shall know.
     let _ = shutdown_read(&socket);
@@ -437,7 +452,7 @@ mod tests {
             err.write_all(b"complaint").unwrap();
         });
         writer.await.unwrap();
-        stdio.drain().await;
+        stdio.drain(Duration::from_secs(60)).await;
         let err = std::fs::read(dir.path().join("err")).unwrap();
         assert_eq!(err, b"complaint");
         assert_eq!(reader.await.unwrap().len(), 1 << 20);
@@ -451,10 +466,40 @@ mod tests {
             ..StdioPaths::default()
         };
         let (mut stdio, guest) = Stdio::open(&paths, 70, nothing()).unwrap();
-        timeout(Duration::from_secs(5), stdio.drain())
+        timeout(Duration::from_secs(5), stdio.drain(Duration::from_secs(60)))
             .await
             .unwrap();
         drop(guest);
+    }
+
+    #[tokio::test]
+    async fn drain_waits_for_a_slow_reader_as_long_as_it_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = StdioPaths {
+            stdout: fifo(dir.path(), "out"),
+            ..StdioPaths::default()
+        };
+        let (mut stdio, mut guest) = Stdio::open(&paths, 70, nothing()).unwrap();
+        let mut out = far(&mut guest, 70);
+        // More than the fifo holds, and the process has gone.
+        let size = 100 << 10;
+        out.write_all(&vec![7; size]).unwrap();
+        drop(out);
+        let began = Instant::now();
+        stdio.drain(Duration::from_secs(1)).await;
+        assert!(began.elapsed() >= Duration::from_secs(1));
+
+        let path = paths.stdout.clone();
+        let reader = tokio::task::spawn_blocking(move || {
+            let mut file = File::open(path).unwrap();
+            std::thread::sleep(Duration::from_secs(1));
+            let mut text = Vec::new();
+            file.read_to_end(&mut text).unwrap();
+            text.len()
+        });
+        stdio.drain(Duration::from_secs(60)).await;
+        drop(stdio);
+        assert_eq!(reader.await.unwrap(), size);
     }
 
     #[tokio::test]

@@ -1,5 +1,7 @@
 //! Deleting containers; the last takes the machine with it.
 
+use std::time::Duration;
+
 use containerd_shim_protos::events::task::TaskDelete;
 use containerd_shim_protos::topics;
 use protobuf::MessageField;
@@ -9,6 +11,9 @@ use crate::agent_client::{AgentError, Exit};
 use crate::clock;
 use crate::container::{Container, Kind, State};
 use crate::error::Error;
+
+/// How long a deletion waits for somebody to go on reading the output.
+const SLOW_READER: Duration = Duration::from_secs(10);
 
 /// A process that is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +78,7 @@ impl Pod {
             } = container;
             for process in execs.into_values().map(|exec| exec.process).chain([init]) {
                 if let Some(mut stdio) = process.stdio {
-                    stdio.drain().await;
+                    stdio.drain(SLOW_READER).await;
                 }
             }
             if let Kind::Guest(files) = kind {
@@ -132,7 +137,7 @@ impl Pod {
         let id = id.to_owned();
         tokio::spawn(async move {
             if let Some(mut stdio) = removed.and_then(|exec| exec.process.stdio) {
-                stdio.drain().await;
+                stdio.drain(SLOW_READER).await;
             }
             // One that never ran is unknown to the guest.
             if let (Some(_), Some((_, agent))) = (exit, running) {

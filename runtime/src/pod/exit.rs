@@ -18,6 +18,10 @@ use crate::stdio::Stdio;
 /// end with it.
 const OTHERS: Duration = Duration::from_secs(1);
 
+/// How long a process's end waits for somebody to read its output. The output
+/// is kept for them all the same.
+const SLOW_READER: Duration = Duration::from_millis(500);
+
 impl Pod {
     /// Waits beside the pod for the end of a process.
     pub(super) fn follow_process(&self, id: &str, exec: &str) {
@@ -93,6 +97,6 @@ impl Pod {
 
 async fn drain(stdio: Option<Stdio>) -> Option<Stdio> {
     let mut stdio = stdio?;
-    stdio.drain().await;
+    stdio.drain(SLOW_READER).await;
     Some(stdio)
 }
