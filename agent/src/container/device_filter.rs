@@ -1,0 +1,346 @@
+//! The device rules of a container, as a BPF program on its cgroup.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
+
+use crate::error::{Doing, OsError};
+
+// linux/bpf.h
+const BPF_PROG_LOAD: i32 = 5;
+const BPF_PROG_ATTACH: i32 = 8;
+const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_CGROUP_DEVICE: u32 = 6;
+const MKNOD: u32 = 1;
+const READ: u32 = 2;
+const WRITE: u32 = 4;
+const BLOCK: u32 = 1;
+const CHARACTER: u32 = 2;
+
+/// Which accesses to which devices a rule speaks of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rule {
+    allow: bool,
+    kind: Option<u32>,
+    major: Option<u32>,
+    minor: Option<u32>,
+    access: u32,
+}
+
+const ALL: u32 = MKNOD | READ | WRITE;
+
+/// What every container may use, as its `/dev` has it.
+const ALWAYS: [(Option<u32>, Option<u32>, u32); 9] = [
+    (None, None, MKNOD),
+    (Some(1), Some(3), ALL),
+    (Some(1), Some(5), ALL),
+    (Some(1), Some(7), ALL),
+    (Some(1), Some(8), ALL),
+    (Some(1), Some(9), ALL),
+    (Some(5), Some(0), ALL),
+    (Some(5), Some(2), ALL),
+    (Some(136), None, ALL),
+];
+
+/// Replaces the cgroup's filter by one for these rules.
+pub fn apply(cgroup: &Path, rules: &[LinuxDeviceCgroup]) -> Result<(), OsError> {
+    let mut parsed: Vec<Rule> = rules.iter().map(Rule::from_spec).collect();
+    if parsed.is_empty() || allows_everything(&parsed) {
+        return Ok(());
+    }
+    parsed.extend(ALWAYS.iter().map(|(major, minor, access)| Rule {
+        allow: true,
+        kind: Some(CHARACTER),
+        major: *major,
+        minor: *minor,
+        access: *access,
+    }));
+    let program = load(&assemble(&parsed)).doing("load", "the device filter")?;
+    let directory = File::open(cgroup).doing("open", cgroup.display())?;
+    attach(&program, &directory).doing("attach the device filter to", cgroup.display())
+}
+
+impl Rule {
+    fn from_spec(rule: &LinuxDeviceCgroup) -> Self {
+        let kind = match rule.typ() {
+            Some(LinuxDeviceType::B) => Some(BLOCK),
+            Some(LinuxDeviceType::C | LinuxDeviceType::U) => Some(CHARACTER),
+            _ => None,
+        };
+        let number = |number: Option<i64>| number.and_then(|number| u32::try_from(number).ok());
+        let access = rule.access().as_deref().unwrap_or("rwm");
+        let bits = access.chars().fold(0, |bits, letter| {
+            bits | match letter {
+                'r' => READ,
+                'w' => WRITE,
+                'm' => MKNOD,
+                _ => 0,
+            }
+        });
+        Self {
+            allow: rule.allow(),
+            kind,
+            major: number(rule.major()),
+            minor: number(rule.minor()),
+            access: if access.is_empty() { ALL } else { bits },
+        }
+    }
+
+    fn is_for_everything(self) -> bool {
+        (self.kind, self.major, self.minor, self.access) == (None, None, None, ALL)
+    }
+}
+
+/// Whether all rules that count say yes.
+fn allows_everything(rules: &[Rule]) -> bool {
+    let counting = rules.iter().rev().take_while(|rule| rule.allow);
+    counting.into_iter().any(|rule| rule.is_for_everything())
+}
+
+/// `struct bpf_insn`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Instruction {
+    code: u8,
+    /// Source register high, destination low.
+    registers: u8,
+    offset: i16,
+    immediate: i32,
+}
+
+const fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
+    Instruction {
+        code,
+        registers: from << 4 | to,
+        offset,
+        immediate,
+    }
+}
+
+const fn load_word(to: u8, offset: i16) -> Instruction {
+    instruction(0x61, to, 1, offset, 0) // BPF_LDX | BPF_MEM | BPF_W
+}
+
+const fn copy(to: u8, from: u8) -> Instruction {
+    instruction(0xbf, to, from, 0, 0) // BPF_ALU64 | BPF_MOV | BPF_X
+}
+
+const fn and(to: u8, value: u32) -> Instruction {
+    instruction(0x57, to, 0, 0, value.cast_signed()) // BPF_ALU64 | BPF_AND | BPF_K
+}
+
+const fn shift_right(to: u8, value: i32) -> Instruction {
+    instruction(0x77, to, 0, 0, value) // BPF_ALU64 | BPF_RSH | BPF_K
+}
+
+const fn set(to: u8, value: i32) -> Instruction {
+    instruction(0xb7, to, 0, 0, value) // BPF_ALU64 | BPF_MOV | BPF_K
+}
+
+const fn exit() -> Instruction {
+    instruction(0x95, 0, 0, 0, 0) // BPF_JMP | BPF_EXIT
+}
+
+const JUMP_IF_EQUAL: u8 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
+const JUMP_UNLESS_EQUAL: u8 = 0x55; // BPF_JMP | BPF_JNE | BPF_K
+
+// Registers: what is accessed.
+const KIND: u8 = 2;
+const ACCESS: u8 = 3;
+const MAJOR: u8 = 4;
+const MINOR: u8 = 5;
+const SCRATCH: u8 = 1;
+
+/// The last rule that speaks of all that is asked for decides, as with the
+/// lists of cgroup v1; an access none speaks of is refused.
+fn assemble(rules: &[Rule]) -> Vec<Instruction> {
+    let mut program = vec![
+        load_word(KIND, 0),
+        copy(ACCESS, KIND),
+        and(KIND, 0xffff),
+        shift_right(ACCESS, 16),
+        load_word(MAJOR, 4),
+        load_word(MINOR, 8),
+    ];
+    for rule in rules.iter().rev() {
+        let mut body = Vec::new();
+        let fields = [(KIND, rule.kind), (MAJOR, rule.major), (MINOR, rule.minor)];
+        for (register, value) in fields {
+            if let Some(value) = value {
+                body.push(instruction(
+                    JUMP_UNLESS_EQUAL,
+                    register,
+                    0,
+                    0,
+                    value.cast_signed(),
+                ));
+            }
+        }
+        if rule.access != ALL || !rule.allow {
+            body.push(copy(SCRATCH, ACCESS));
+            if rule.allow {
+                // Not when more is asked for than it allows.
+                body.push(and(SCRATCH, ALL & !rule.access));
+                body.push(instruction(JUMP_UNLESS_EQUAL, SCRATCH, 0, 0, 0));
+            } else {
+                // As soon as something is asked for that it forbids.
+                body.push(and(SCRATCH, rule.access));
+                body.push(instruction(JUMP_IF_EQUAL, SCRATCH, 0, 0, 0));
+            }
+        }
+        body.push(set(0, rule.allow.into()));
+        body.push(exit());
+        let length = body.len();
+        for (at, step) in body.iter_mut().enumerate() {
+            if matches!(step.code, JUMP_IF_EQUAL | JUMP_UNLESS_EQUAL) {
+                // A rule has ten instructions at most.
+                step.offset = (length - at - 1) as i16;
+            }
+        }
+        program.extend(body);
+    }
+    program.extend([set(0, 0), exit()]);
+    program
+}
+
+/// The head of `union bpf_attr` for BPF_PROG_LOAD.
+#[repr(C)]
+#[derive(Default)]
+struct LoadAttributes {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+}
+
+/// The head of `union bpf_attr` for BPF_PROG_ATTACH.
+#[repr(C)]
+struct AttachAttributes {
+    target: u32,
+    program: u32,
+    kind: u32,
+    flags: u32,
+}
+
+fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
+    let attributes = LoadAttributes {
+        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
+        count: u32::try_from(program.len()).map_err(io::Error::other)?,
+        instructions: program.as_ptr().expose_provenance() as u64,
+        license: c"Apache-2.0".as_ptr().expose_provenance() as u64,
+        ..Default::default()
+    };
+    let fd = bpf(BPF_PROG_LOAD, &attributes)?;
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn attach(program: &OwnedFd, cgroup: &File) -> io::Result<()> {
+    let attributes = AttachAttributes {
+        target: cgroup.as_raw_fd().cast_unsigned(),
+        program: program.as_raw_fd().cast_unsigned(),
+        kind: BPF_CGROUP_DEVICE,
+        // Without flags it replaces the one before.
+        flags: 0,
+    };
+    bpf(BPF_PROG_ATTACH, &attributes).map(|_| ())
+}
+
+fn bpf<T>(command: i32, attributes: &T) -> io::Result<i32> {
+    // SAFETY: the struct is the command's, its size is told, and what it points
+    // to outlives the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attributes),
+            size_of::<T>(),
+        )
+    };
+    match i32::try_from(result) {
+        Ok(value) if value >= 0 => Ok(value),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs the few instructions that `assemble` uses.
+    fn run(program: &[Instruction], kind: u32, access: u32, major: u32, minor: u32) -> bool {
+        let context = [access << 16 | kind, major, minor];
+        let mut registers = [0_u64; 11];
+        let mut at = 0;
+        loop {
+            let step = program[at];
+            let (to, from) = (
+                usize::from(step.registers & 15),
+                usize::from(step.registers >> 4),
+            );
+            let value = step.immediate as u64;
+            at += 1;
+            let mut jump = |taken: bool| {
+                at += if taken {
+                    usize::try_from(step.offset).unwrap()
+                } else {
+                    0
+                }
+            };
+            match step.code {
+                0x61 => registers[to] = context[usize::try_from(step.offset).unwrap() / 4].into(),
+                0xbf => registers[to] = registers[from],
+                0x57 => registers[to] &= value,
+                0x77 => registers[to] >>= value,
+                0xb7 => registers[to] = value,
+                JUMP_IF_EQUAL => jump(registers[to] == value),
+                JUMP_UNLESS_EQUAL => jump(registers[to] != value),
+                0x95 => return registers[0] != 0,
+                code => panic!("unknown instruction {code:#x}"),
+            }
+        }
+    }
+
+    fn rules(json: &str) -> Vec<Rule> {
+        let rules: Vec<LinuxDeviceCgroup> = serde_json::from_str(json).unwrap();
+        rules.iter().map(Rule::from_spec).collect()
+    }
+
+    #[test]
+    fn the_last_rule_that_covers_an_access_decides() {
+        let program = assemble(&rules(
+            r#"[{"allow":false,"access":"rwm"},
+                {"allow":true,"type":"c","major":1,"minor":3,"access":"rwm"},
+                {"allow":true,"type":"b","major":254,"access":"r"},
+                {"allow":false,"type":"c","major":1,"minor":3,"access":"w"}]"#,
+        ));
+        assert!(run(&program, CHARACTER, READ, 1, 3));
+        assert!(!run(&program, CHARACTER, WRITE, 1, 3));
+        assert!(!run(&program, CHARACTER, READ | WRITE, 1, 3));
+        assert!(!run(&program, BLOCK, READ, 1, 3));
+        assert!(run(&program, BLOCK, READ, 254, 77));
+        assert!(!run(&program, BLOCK, READ | WRITE, 254, 77));
+        assert!(!run(&program, CHARACTER, READ, 10, 200));
+    }
+
+    #[test]
+    fn a_filter_that_allows_everything_is_none() {
+        assert!(allows_everything(&rules(
+            r#"[{"allow":false,"access":"rwm"},{"allow":true,"access":"rwm"}]"#
+        )));
+        assert!(!allows_everything(&rules(
+            r#"[{"allow":true,"access":"rwm"},{"allow":false,"type":"b","access":"w"}]"#
+        )));
+        assert!(!allows_everything(&rules(
+            r#"[{"allow":true,"type":"c","access":"rwm"}]"#
+        )));
+    }
+}

@@ -1,0 +1,71 @@
+//! User and group ids of a container, as the guest's first user namespace has
+//! them.
+
+use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec, User};
+
+use crate::error::Error;
+use crate::init::namespaces;
+
+/// The maps of a container's user namespace; without one, ids are themselves.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct IdMaps {
+    maps: Option<(Vec<LinuxIdMapping>, Vec<LinuxIdMapping>)>,
+}
+
+impl IdMaps {
+    /// Those of a spec.
+    pub fn from_spec(spec: &Spec) -> Result<Self, Error> {
+        if namespaces::find(spec, LinuxNamespaceType::User).is_none() {
+            return Ok(Self::default());
+        }
+        let linux = spec.linux().as_ref();
+        let users = linux.and_then(|linux| linux.uid_mappings().clone());
+        let groups = linux.and_then(|linux| linux.gid_mappings().clone());
+        match (users, groups) {
+            (Some(users), Some(groups)) if !users.is_empty() && !groups.is_empty() => Ok(Self {
+                maps: Some((users, groups)),
+            }),
+            _ => Err(Error::Invalid {
+                field: "linux.uidMappings",
+                reason: "a user namespace needs maps of users and groups".to_owned(),
+            }),
+        }
+    }
+
+    /// A user's ids outside of the container.
+    pub fn outside(&self, user: &User) -> Result<(u32, u32), Error> {
+        let Some((users, groups)) = &self.maps else {
+            return Ok((user.uid(), user.gid()));
+        };
+        match (find(users, user.uid()), find(groups, user.gid())) {
+            (Some(uid), Some(gid)) => Ok((uid, gid)),
+            _ => Err(Error::Invalid {
+                field: "process.user",
+                reason: format!("{}:{} is in no map", user.uid(), user.gid()),
+            }),
+        }
+    }
+}
+
+fn find(maps: &[LinuxIdMapping], id: u32) -> Option<u32> {
+    maps.iter().find_map(|map| {
+        let offset = id.checked_sub(map.container_id())?;
+        (offset < map.size()).then(|| map.host_id().checked_add(offset))?
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_mapped_by_the_range_that_has_them() {
+        let maps: Vec<LinuxIdMapping> = serde_json::from_str(
+            r#"[{"containerID":0,"hostID":1000,"size":1},{"containerID":1,"hostID":5000,"size":10}]"#,
+        )
+        .unwrap();
+        assert_eq!(find(&maps, 0), Some(1000));
+        assert_eq!(find(&maps, 10), Some(5009));
+        assert_eq!(find(&maps, 11), None);
+    }
+}

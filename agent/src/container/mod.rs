@@ -1,0 +1,528 @@
+//! One container: made, started, joined by more processes, ended, removed.
+
+pub mod cgroup;
+mod device_filter;
+mod id_map;
+mod launch;
+mod limits;
+mod process;
+mod stats;
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use husk_protocol::agent::Streams;
+use husk_protocol::limit;
+use nix::sched::CloneFlags;
+use oci_spec::runtime::{
+    LinuxNamespaceType, LinuxResources, LinuxSeccomp, Process as OciProcess, Spec,
+};
+
+pub use launch::LaunchError;
+pub use process::Process;
+
+use crate::error::{Doing, Error};
+use crate::events::Events;
+use crate::init::channel::AgentChannel;
+use crate::init::plan::{ContainerPlan, ExecPlan, Kind, PidNamespace, Plan};
+use crate::reaper::Reaper;
+use crate::socket::Dialler;
+use crate::stdio::{Stdio, Terminal};
+use crate::storage::Mounted;
+use cgroup::Cgroup;
+use id_map::IdMaps;
+
+/// What every container needs of its surroundings.
+#[derive(Debug)]
+pub struct Surroundings {
+    /// Hands out exits.
+    pub reaper: Arc<Reaper>,
+    /// Reaches the host's ports.
+    pub dialler: Dialler,
+    /// Mount point of cgroup v2.
+    pub cgroup_root: PathBuf,
+    /// Where helpers attach the root they build.
+    pub stage: PathBuf,
+    /// Where events go.
+    pub events: Events,
+}
+
+/// What a container is made from.
+#[derive(Debug)]
+pub struct Order {
+    /// Its id.
+    pub id: String,
+    /// Its OCI spec.
+    pub spec: Spec,
+    /// Host ports of its streams.
+    pub streams: Streams,
+    /// Whether its first process has a terminal.
+    pub terminal: bool,
+    /// Where its PID namespace comes from.
+    pub pid_namespace: PidSource,
+}
+
+/// Where a container's PID namespace comes from.
+#[derive(Debug)]
+pub enum PidSource {
+    /// Its own.
+    Own,
+    /// The guest's.
+    Guest,
+    /// That of this descriptor.
+    Of(File),
+}
+
+/// A container between its creation and its deletion.
+#[derive(Debug)]
+pub struct Container {
+    id: String,
+    cgroup: Arc<Cgroup>,
+    first: Process,
+    phase: Mutex<Phase>,
+    execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
+    storages: Mutex<Vec<Mounted>>,
+    /// `CLONE_NEW*` flags for those who join.
+    namespaces: CloneFlags,
+    process: OciProcess,
+    seccomp: Option<LinuxSeccomp>,
+    id_maps: IdMaps,
+}
+
+/// What the first process is at, as far as it hasn't ended.
+#[derive(Debug)]
+enum Phase {
+    Created(AgentChannel),
+    Starting,
+    Running,
+    Paused,
+}
+
+impl Container {
+    /// Makes a container whose storages are mounted. When it fails, nothing
+    /// but those is left.
+    pub async fn create(order: Order, around: &Surroundings) -> Result<Self, Error> {
+        let cgroup = Arc::new(Cgroup::create(&around.cgroup_root, &order.id)?);
+        let made = Self::create_in(order, around, Arc::clone(&cgroup)).await;
+        if made.is_err()
+            && let Err(error) = cgroup.remove().await
+        {
+            log::error!("{}: {error}", cgroup.path().display());
+        }
+        made
+    }
+
+    async fn create_in(
+        order: Order,
+        around: &Surroundings,
+        cgroup: Arc<Cgroup>,
+    ) -> Result<Self, Error> {
+        let spec = order.spec;
+        let linux = spec.linux().as_ref();
+        if let Some(resources) = linux.and_then(|linux| linux.resources().as_ref()) {
+            cgroup.apply(resources)?;
+        }
+        let process = spec.process().clone().ok_or_else(|| Error::Invalid {
+            field: "oci_spec.process",
+            reason: "missing".to_owned(),
+        })?;
+        if process.apparmor_profile().is_some() || process.selinux_label().is_some() {
+            log::info!("{}: the guest has no AppArmor and no SELinux", order.id);
+        }
+        let seccomp = linux.and_then(|linux| linux.seccomp().clone());
+        let namespaces = namespaces_to_join(&spec);
+        let id_maps = IdMaps::from_spec(&spec)?;
+        let (uid, gid) = id_maps.outside(process.user())?;
+        let (stdio, streams) =
+            Stdio::connect(&around.dialler, &order.streams, order.terminal).await?;
+        streams.hand_over(uid, gid)?;
+        let (pid_namespace, inherited) = match order.pid_namespace {
+            PidSource::Own => (PidNamespace::Own, vec![]),
+            PidSource::Guest => (PidNamespace::Guest, vec![]),
+            PidSource::Of(file) => (
+                PidNamespace::Join(file.as_raw_fd()),
+                vec![OwnedFd::from(file)],
+            ),
+        };
+        let plan = Plan {
+            cgroups: vec![cgroup.procs_file()],
+            terminal: order.terminal,
+            kind: Kind::Container(Box::new(ContainerPlan {
+                spec,
+                stage: around.stage.clone(),
+                pid_namespace,
+            })),
+        };
+        let launched = launch::launch(&around.reaper, &plan, streams, &inherited).await?;
+        let terminal = terminal_of(launched.terminal)?;
+        let input = stdio.start(terminal.as_ref())?;
+        watch_memory(order.id.clone(), &cgroup, around.events.clone());
+        let last_rites = {
+            let (id, cgroup, events) =
+                (order.id.clone(), Arc::clone(&cgroup), around.events.clone());
+            move || {
+                events.oom_kills(&id, cgroup.oom_kills());
+                // In a PID namespace of its own the kernel has done so.
+                if pid_namespace != PidNamespace::Own
+                    && let Err(error) = cgroup.kill()
+                {
+                    log::error!("{id}: {error}");
+                }
+            }
+        };
+        Ok(Self {
+            first: Process::new(launched.pid, terminal, input, launched.exit, last_rites),
+            id: order.id,
+            cgroup,
+            phase: Mutex::new(Phase::Created(launched.channel)),
+            execs: Mutex::default(),
+            storages: Mutex::default(),
+            namespaces,
+            process,
+            seccomp,
+            id_maps,
+        })
+    }
+
+    /// Runs the user's program.
+    pub async fn start(&self) -> Result<(), Error> {
+        self.expect_alive("created")?;
+        let channel = {
+            let mut phase = lock(&self.phase);
+            match std::mem::replace(&mut *phase, Phase::Starting) {
+                Phase::Created(channel) => channel,
+                other => {
+                    let state = other.name();
+                    *phase = other;
+                    return Err(self.wrong_state(state, "created"));
+                }
+            }
+        };
+        let released = launch::release(channel).await;
+        *lock(&self.phase) = Phase::Running;
+        if released.is_err() {
+            // It ends by itself; the caller shall find it ended.
+            self.first.wait().await?;
+        }
+        Ok(released?)
+    }
+
+    /// Runs another process.
+    pub async fn exec(
+        &self,
+        exec_id: &str,
+        mut process: OciProcess,
+        streams: &Streams,
+        terminal: bool,
+        around: &Surroundings,
+    ) -> Result<Arc<Process>, Error> {
+        self.expect_running()?;
+        if process.capabilities().is_none() {
+            process.set_capabilities(self.process.capabilities().clone());
+        }
+        self.reserve_exec(exec_id)?;
+        let made = self.exec_reserved(process, streams, terminal, around).await;
+        let mut execs = lock(&self.execs);
+        match made {
+            Ok(process) => {
+                let process = Arc::new(process);
+                execs.insert(exec_id.to_owned(), Some(Arc::clone(&process)));
+                Ok(process)
+            }
+            Err(error) => {
+                execs.remove(exec_id);
+                Err(error)
+            }
+        }
+    }
+
+    fn reserve_exec(&self, exec_id: &str) -> Result<(), Error> {
+        let mut execs = lock(&self.execs);
+        if execs.len() >= limit::EXECS {
+            return Err(Error::TooMany {
+                what: "processes in a container",
+                limit: limit::EXECS,
+            });
+        }
+        match execs.entry(exec_id.to_owned()) {
+            Entry::Vacant(slot) => {
+                slot.insert(None);
+                Ok(())
+            }
+            Entry::Occupied(_) => Err(Error::ProcessExists {
+                id: self.id.clone(),
+                exec_id: exec_id.to_owned(),
+            }),
+        }
+    }
+
+    async fn exec_reserved(
+        &self,
+        process: OciProcess,
+        streams: &Streams,
+        terminal: bool,
+        around: &Surroundings,
+    ) -> Result<Process, Error> {
+        let pid = rustix::process::Pid::from_raw(self.first.pid()).ok_or(Error::Finished)?;
+        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
+            .doing("open", "the container's process")?;
+        // Taken before the exit is looked at: a pid of a process that is not
+        // collected yet can't be another's.
+        self.expect_running()?;
+        let (uid, gid) = self.id_maps.outside(process.user())?;
+        let mut cgroups = vec![self.cgroup.procs_file()];
+        cgroups.extend(own_cgroup_of(self.first.pid(), &around.cgroup_root));
+        let plan = Plan {
+            cgroups,
+            terminal,
+            kind: Kind::Exec(Box::new(ExecPlan {
+                process,
+                seccomp: self.seccomp.clone(),
+                pidfd: pidfd.as_raw_fd(),
+                namespaces: self.namespaces.bits().cast_unsigned(),
+            })),
+        };
+        let (stdio, child_streams) = Stdio::connect(&around.dialler, streams, terminal).await?;
+        child_streams.hand_over(uid, gid)?;
+        let launched = launch::launch(&around.reaper, &plan, child_streams, &[pidfd]).await?;
+        let terminal = terminal_of(launched.terminal)?;
+        let input = stdio.start(terminal.as_ref())?;
+        let process = Process::new(launched.pid, terminal, input, launched.exit, || ());
+        if let Err(error) = launch::confirm(launched.channel).await {
+            process.wait().await?;
+            return Err(error.into());
+        }
+        Ok(process)
+    }
+
+    /// The first process, or the one with this id.
+    pub fn process(&self, exec_id: &str) -> Result<ProcessRef<'_>, Error> {
+        if exec_id.is_empty() {
+            return Ok(ProcessRef::First(&self.first));
+        }
+        match lock(&self.execs).get(exec_id) {
+            Some(Some(process)) => Ok(ProcessRef::Exec(Arc::clone(process))),
+            _ => Err(self.no_process(exec_id)),
+        }
+    }
+
+    /// Forgets an ended process.
+    pub fn delete_process(&self, exec_id: &str) -> Result<(), Error> {
+        let mut execs = lock(&self.execs);
+        match execs.get(exec_id) {
+            Some(Some(process)) if process.exited().is_some() => {
+                execs.remove(exec_id);
+                Ok(())
+            }
+            Some(_) => Err(Error::StillRunning {
+                id: self.id.clone(),
+                exec_id: exec_id.to_owned(),
+            }),
+            None => Err(self.no_process(exec_id)),
+        }
+    }
+
+    /// Signals every process.
+    pub fn signal_all(&self, signal: i32) -> Result<(), Error> {
+        if signal == libc::SIGKILL {
+            return Ok(self.cgroup.kill()?);
+        }
+        for pid in self.cgroup.processes()? {
+            match process::send_signal(pid, signal) {
+                Ok(()) | Err(Error::Finished) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// All processes, with the ids of those made by exec.
+    pub fn processes(&self) -> Result<Vec<(i32, String)>, Error> {
+        let mut ids = HashMap::new();
+        for (exec_id, process) in lock(&self.execs).iter() {
+            if let Some(process) = process {
+                ids.insert(process.pid(), exec_id.clone());
+            }
+        }
+        let with_id = |pid| (pid, ids.remove(&pid).unwrap_or_default());
+        Ok(self.cgroup.processes()?.into_iter().map(with_id).collect())
+    }
+
+    /// containerd's statistics, serialized.
+    pub fn stats(&self) -> Result<Vec<u8>, Error> {
+        stats::of(self.cgroup.path())
+    }
+
+    /// Changes limits.
+    pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
+        Ok(self.cgroup.apply(resources)?)
+    }
+
+    /// Stops all processes where they are.
+    pub async fn pause(&self) -> Result<(), Error> {
+        self.expect_running()?;
+        if let Err(error) = self.cgroup.freeze(true).await {
+            // Half frozen is worse than running.
+            if let Err(error) = self.cgroup.freeze(false).await {
+                log::error!("{}: {error}", self.id);
+            }
+            return Err(error.into());
+        }
+        *lock(&self.phase) = Phase::Paused;
+        Ok(())
+    }
+
+    /// Lets them go on.
+    pub async fn resume(&self) -> Result<(), Error> {
+        self.expect_alive("paused")?;
+        let state = lock(&self.phase).name();
+        if state != "paused" {
+            return Err(self.wrong_state(state, "paused"));
+        }
+        self.cgroup.freeze(false).await?;
+        *lock(&self.phase) = Phase::Running;
+        Ok(())
+    }
+
+    /// Whether the kernel has killed a process of it for want of memory.
+    pub fn was_oom_killed(&self) -> bool {
+        self.cgroup.oom_kills() > 0
+    }
+
+    /// The process whose namespaces others may join.
+    pub fn first_pid(&self) -> i32 {
+        self.first.pid()
+    }
+
+    /// Remembers what is mounted for it, in order.
+    pub fn keep_storages(&self, storages: Vec<Mounted>) {
+        *lock(&self.storages) = storages;
+    }
+
+    /// Ends what is left; gives back what was mounted for it. May be tried
+    /// again when it fails.
+    pub async fn end(&self) -> Result<Vec<Mounted>, Error> {
+        self.cgroup.remove().await?;
+        self.first.wait().await?;
+        Ok(std::mem::take(&mut *lock(&self.storages)))
+    }
+
+    fn expect_running(&self) -> Result<(), Error> {
+        self.expect_alive("running")?;
+        match lock(&self.phase).name() {
+            "running" => Ok(()),
+            state => Err(self.wrong_state(state, "running")),
+        }
+    }
+
+    fn expect_alive(&self, wanted: &'static str) -> Result<(), Error> {
+        match self.first.exited() {
+            None => Ok(()),
+            Some(_) => Err(self.wrong_state("stopped", wanted)),
+        }
+    }
+
+    fn wrong_state(&self, state: &'static str, wanted: &'static str) -> Error {
+        Error::State {
+            id: self.id.clone(),
+            state,
+            wanted,
+        }
+    }
+
+    fn no_process(&self, exec_id: &str) -> Error {
+        Error::NoProcess {
+            id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+        }
+    }
+}
+
+impl Phase {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Created(_) => "created",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+        }
+    }
+}
+
+/// A process of a container.
+#[derive(Debug)]
+pub enum ProcessRef<'a> {
+    /// Its first one.
+    First(&'a Process),
+    /// One made by exec.
+    Exec(Arc<Process>),
+}
+
+impl std::ops::Deref for ProcessRef<'_> {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        match self {
+            Self::First(process) => process,
+            Self::Exec(process) => process,
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn terminal_of(master: Option<OwnedFd>) -> Result<Option<Terminal>, Error> {
+    let terminal = master.map(Terminal::new).transpose();
+    Ok(terminal.doing("use", "the terminal")?)
+}
+
+fn namespaces_to_join(spec: &Spec) -> CloneFlags {
+    let mut flags = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWCGROUP;
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    for namespace in namespaces.into_iter().flatten() {
+        match namespace.typ() {
+            LinuxNamespaceType::User => flags |= CloneFlags::CLONE_NEWUSER,
+            LinuxNamespaceType::Time => flags |= CloneFlags::from_bits_retain(0x80),
+            _ => {}
+        }
+    }
+    flags
+}
+
+/// Where the first process is now: the container may have moved it.
+fn own_cgroup_of(pid: i32, root: &Path) -> Option<PathBuf> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    Some(root.join(path).join("cgroup.procs"))
+}
+
+fn watch_memory(id: String, cgroup: &Arc<Cgroup>, events: Events) {
+    let Some(watch) = cgroup.watch_oom() else {
+        return;
+    };
+    let cgroup = Arc::downgrade(cgroup);
+    tokio::spawn(async move {
+        while watch.changed().await.is_ok() {
+            let Some(cgroup) = cgroup.upgrade() else {
+                return;
+            };
+            if !cgroup.path().exists() {
+                return;
+            }
+            events.oom_kills(&id, cgroup.oom_kills());
+        }
+    });
+}

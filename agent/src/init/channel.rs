@@ -1,0 +1,150 @@
+//! Framed JSON between the agent and its helper over a unix socket: four bytes
+//! of length, then the message. Descriptors ride on the length.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::io::Interest;
+
+/// Far above the largest spec that ttrpc carries.
+const FRAME_BYTES: usize = 16 << 20;
+
+/// The helper's end; blocking.
+#[derive(Debug)]
+pub struct HelperChannel(UnixStream);
+
+impl HelperChannel {
+    /// Takes over the descriptor the agent named on the command line.
+    pub fn from_inherited(fd: RawFd) -> io::Result<Self> {
+        nix::fcntl::fcntl(
+            // SAFETY: borrowed for this call only; a number that isn't open fails with EBADF.
+            unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) },
+            nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
+        )?;
+        // SAFETY: the agent left this descriptor open for us and nobody else here knows it.
+        Ok(Self(unsafe { UnixStream::from_raw_fd(fd) }))
+    }
+
+    /// Reads one message.
+    pub fn receive<T: DeserializeOwned>(&mut self) -> io::Result<T> {
+        let mut length = [0; 4];
+        self.0.read_exact(&mut length)?;
+        let mut body = vec![0; frame_length(length)?];
+        self.0.read_exact(&mut body)?;
+        Ok(serde_json::from_slice(&body)?)
+    }
+
+    /// Writes one message.
+    pub fn send<T: Serialize>(&mut self, message: &T, fd: Option<&OwnedFd>) -> io::Result<()> {
+        let frame = frame(message)?;
+        let (length, body) = frame.split_at(4);
+        let fds = fd.map(|fd| [fd.as_raw_fd()]);
+        let control = fds.as_ref().map(|fds| [ControlMessage::ScmRights(fds)]);
+        let sent = sendmsg::<()>(
+            self.0.as_raw_fd(),
+            &[IoSlice::new(length)],
+            control.as_ref().map_or(&[], |control| &control[..]),
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )?;
+        self.0.write_all(&length[sent..])?;
+        self.0.write_all(body)
+    }
+}
+
+/// The agent's end.
+#[derive(Debug)]
+pub struct AgentChannel(tokio::net::UnixStream);
+
+impl AgentChannel {
+    /// Makes both ends; the helper's one survives an exec.
+    pub fn pair() -> io::Result<(Self, OwnedFd)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let ours = tokio::net::UnixStream::from_std(ours)?;
+        let theirs = OwnedFd::from(theirs);
+        inherit(&theirs)?;
+        Ok((Self(ours), theirs))
+    }
+
+    /// Writes one message.
+    pub async fn send<T: Serialize>(&mut self, message: &T) -> io::Result<()> {
+        use tokio::io::AsyncWriteExt;
+        self.0.write_all(&frame(message)?).await
+    }
+
+    /// Reads one message and the descriptor with it; `None` at the end.
+    pub async fn receive<T: DeserializeOwned>(
+        &mut self,
+    ) -> io::Result<Option<(T, Option<OwnedFd>)>> {
+        let mut length = [0; 4];
+        let (count, fd) = self.receive_with_fd(&mut length).await?;
+        if count == 0 {
+            return Ok(None);
+        }
+        self.read_exact(&mut length[count..]).await?;
+        let mut body = vec![0; frame_length(length)?];
+        self.read_exact(&mut body).await?;
+        Ok(Some((serde_json::from_slice(&body)?, fd)))
+    }
+
+    async fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        use tokio::io::AsyncReadExt;
+        self.0.read_exact(buf).await?;
+        Ok(())
+    }
+
+    async fn receive_with_fd(&self, buf: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+        let socket = &self.0;
+        socket
+            .async_io(Interest::READABLE, || {
+                let mut space = nix::cmsg_space!(RawFd);
+                let mut parts = [IoSliceMut::new(buf)];
+                let received = recvmsg::<()>(
+                    socket.as_raw_fd(),
+                    &mut parts,
+                    Some(&mut space),
+                    MsgFlags::MSG_CMSG_CLOEXEC,
+                )?;
+                let mut fd = None;
+                for message in received.cmsgs()? {
+                    if let ControlMessageOwned::ScmRights(fds) = message {
+                        for raw in fds {
+                            // SAFETY: the kernel has just made this descriptor for us alone.
+                            fd = Some(unsafe { OwnedFd::from_raw_fd(raw) });
+                        }
+                    }
+                }
+                Ok((received.bytes, fd))
+            })
+            .await
+    }
+}
+
+/// Leaves a descriptor open across the next exec.
+pub fn inherit(fd: &impl AsFd) -> io::Result<()> {
+    nix::fcntl::fcntl(
+        fd,
+        nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
+    )?;
+    Ok(())
+}
+
+fn frame<T: Serialize>(message: &T) -> io::Result<Vec<u8>> {
+    let mut frame = vec![0; 4];
+    serde_json::to_writer(&mut frame, message)?;
+    let length = u32::try_from(frame.len() - 4).map_err(io::Error::other)?;
+    frame[..4].copy_from_slice(&length.to_le_bytes());
+    Ok(frame)
+}
+
+fn frame_length(bytes: [u8; 4]) -> io::Result<usize> {
+    let length = u32::from_le_bytes(bytes) as usize;
+    if length > FRAME_BYTES {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok(length)
+}

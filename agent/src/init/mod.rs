@@ -1,0 +1,144 @@
+//! The helper: a fresh, single-threaded copy of this program that turns itself
+//! into a container's process. The agent starts it as `husk-agent init FD` and
+//! tells it what to become over that descriptor (see `plan`).
+
+mod capabilities;
+pub mod channel;
+mod copy_up;
+mod devices;
+mod executable;
+mod in_root;
+pub mod mount_options;
+pub mod mounts;
+pub mod namespaces;
+pub mod plan;
+mod program;
+pub mod rootfs;
+mod seccomp;
+mod terminal;
+
+use std::convert::Infallible;
+use std::io;
+use std::os::fd::RawFd;
+
+use nix::unistd::{ForkResult, fork};
+
+use crate::error::{Doing, OsError, chain};
+use channel::HelperChannel;
+use executable::ExecutableError;
+use plan::{Failure, FailureKind, Kind, Order, Plan, Report};
+
+/// Why the helper gave up.
+#[derive(Debug, thiserror::Error)]
+pub enum InitError {
+    #[error(transparent)]
+    Executable(#[from] ExecutableError),
+    #[error("{field} is invalid: {reason}")]
+    Invalid { field: &'static str, reason: String },
+    #[error("cannot mount {target} ({fstype}): {log}")]
+    Filesystem {
+        target: String,
+        fstype: String,
+        /// What the file system said about it.
+        log: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("seccomp filter")]
+    Seccomp(#[source] libseccomp::error::SeccompError),
+    #[error(transparent)]
+    Os(#[from] OsError),
+}
+
+impl From<InitError> for Failure {
+    fn from(error: InitError) -> Self {
+        let kind = match &error {
+            InitError::Executable(error) if error.is_missing() => FailureKind::NotFound,
+            InitError::Executable(_) => FailureKind::Denied,
+            InitError::Invalid { .. } => FailureKind::Invalid,
+            _ => FailureKind::Other,
+        };
+        Self {
+            kind,
+            message: chain(&error),
+        }
+    }
+}
+
+/// Becomes what the plan says, or says why not and ends.
+pub fn main(fd: RawFd) -> ! {
+    // Standard error is the container's by now: no word of ours may go there.
+    std::panic::set_hook(Box::new(|_| {}));
+    if let Ok(mut channel) = HelperChannel::from_inherited(fd) {
+        let Err(error) = run(&mut channel);
+        // If the agent is gone there is nobody to tell.
+        let _ = channel.send(&Report::Failure(error.into()), None);
+    }
+    std::process::exit(1)
+}
+
+fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
+    let plan: Plan = channel.receive().doing("read", "the plan")?;
+    namespaces::hide_from_container()?;
+    namespaces::join_cgroup(&plan.cgroups)?;
+    match plan.kind {
+        Kind::Container(container) => {
+            let process = container.spec.process().as_ref();
+            let process = process.ok_or_else(|| InitError::Invalid {
+                field: "process",
+                reason: "missing".to_owned(),
+            })?;
+            program::set_oom_score(process)?;
+            namespaces::enter_new(channel, &container)?;
+            become_child(channel)?;
+            let terminal = rootfs::enter(&container, plan.terminal)?;
+            program::set_personality(&container.spec)?;
+            let seccomp = container.spec.linux().as_ref();
+            let seccomp = seccomp.and_then(|linux| linux.seccomp().as_ref());
+            let program = program::prepare(process, seccomp, terminal.as_ref())?;
+            let master = terminal.as_ref().map(|terminal| &terminal.master);
+            channel
+                .send(&Report::Ready, master)
+                .doing("tell", "the agent")?;
+            let Order::Continue = channel.receive().doing("wait for", "the agent")?;
+            program.execute()
+        }
+        Kind::Exec(exec) => {
+            program::set_oom_score(&exec.process)?;
+            namespaces::join(&exec)?;
+            become_child(channel)?;
+            let terminal = match plan.terminal {
+                true => Some(terminal::Terminal::open_in_own_root()?),
+                false => None,
+            };
+            let program =
+                program::prepare(&exec.process, exec.seccomp.as_ref(), terminal.as_ref())?;
+            let master = terminal.as_ref().map(|terminal| &terminal.master);
+            channel
+                .send(&Report::Ready, master)
+                .doing("tell", "the agent")?;
+            program.execute()
+        }
+    }
+}
+
+/// Goes on in a child, since only a child enters a new PID or time namespace.
+/// The child becomes the agent's own when its parent ends.
+fn become_child(channel: &mut HelperChannel) -> Result<(), OsError> {
+    let (parent_gone, parent_alive) =
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).doing("make", "a pipe")?;
+    // SAFETY: this process has one thread.
+    match unsafe { fork() }.doing("make", "the container's process")? {
+        ForkResult::Parent { child } => {
+            let told = channel.send(&Report::Child(child.as_raw()), None);
+            std::process::exit(i32::from(told.is_err()))
+        }
+        ForkResult::Child => {
+            drop(parent_alive);
+            // Two writers on the channel would mix their messages.
+            let mut byte = [0];
+            while rustix::io::read(&parent_gone, &mut byte) == Err(rustix::io::Errno::INTR) {}
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,377 @@
+//! The last steps of any process: what the OCI process object says of it.
+
+use std::convert::Infallible;
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use libseccomp::ScmpFilterContext;
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+use oci_spec::runtime::{
+    IOPriorityClass, LinuxPersonalityDomain, LinuxSchedulerFlag, LinuxSchedulerPolicy,
+    LinuxSeccomp, PosixRlimitType, Process, Scheduler, Spec,
+};
+use rustix::fs::Mode;
+use rustix::process::{Resource, Rlimit};
+
+use super::capabilities::Capabilities;
+use super::executable::{self, ExecutableError};
+use super::terminal::Terminal;
+use super::{InitError, seccomp};
+use crate::error::{Doing, OsError};
+
+/// A program that only needs to be executed.
+#[derive(Debug)]
+pub struct Program {
+    path: PathBuf,
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+    capabilities: Capabilities,
+    filter: Option<ScmpFilterContext>,
+    no_new_privileges: bool,
+}
+
+/// Sets how eagerly the kernel kills it for memory. Before a user namespace:
+/// lowering it needs rights over the guest.
+pub fn set_oom_score(process: &Process) -> Result<(), OsError> {
+    match process.oom_score_adj() {
+        Some(score) => {
+            fs::write("/proc/self/oom_score_adj", score.to_string()).doing("set", "oom_score_adj")
+        }
+        None => Ok(()),
+    }
+}
+
+/// Sets the execution domain.
+pub fn set_personality(spec: &Spec) -> Result<(), OsError> {
+    let linux = spec.linux().as_ref();
+    let Some(personality) = linux.and_then(|linux| linux.personality().as_ref()) else {
+        return Ok(());
+    };
+    let domain = match personality.domain() {
+        LinuxPersonalityDomain::PerLinux => 0,
+        LinuxPersonalityDomain::PerLinux32 => 8,
+    };
+    // SAFETY: a number.
+    let result = unsafe { libc::personality(domain) };
+    checked(result.into()).doing("set", "the personality")
+}
+
+/// Sets the resource limits.
+pub fn set_resource_limits(process: &Process) -> Result<(), OsError> {
+    for limit in process.rlimits().iter().flatten() {
+        let infinite = |value: u64| (value != u64::MAX).then_some(value);
+        let values = Rlimit {
+            current: infinite(limit.soft()),
+            maximum: infinite(limit.hard()),
+        };
+        rustix::process::setrlimit(resource(limit.typ()), values).doing("set", limit.typ())?;
+    }
+    Ok(())
+}
+
+/// Does everything up to, not including, the execution.
+pub fn prepare(
+    process: &Process,
+    seccomp: Option<&LinuxSeccomp>,
+    terminal: Option<&Terminal>,
+) -> Result<Program, InitError> {
+    rustix::process::setsid().doing("make", "a session")?;
+    if let Some(terminal) = terminal {
+        take_terminal(process, terminal)?;
+    }
+    if let Some(umask) = process.user().umask() {
+        rustix::process::umask(Mode::from_raw_mode(umask));
+    }
+    set_resource_limits(process)?;
+    set_priorities(process)?;
+    enter_working_directory(process)?;
+
+    let environment = environment(process);
+    let arguments = process.args().iter().flatten();
+    let arguments: Vec<CString> = arguments
+        .map(|word| c_string("process.args", word))
+        .collect::<Result<_, _>>()?;
+    let name = process
+        .args()
+        .iter()
+        .flatten()
+        .next()
+        .ok_or(ExecutableError::NoArguments)?;
+    let filter = match seccomp {
+        Some(spec) => seccomp::build(spec)?,
+        None => None,
+    };
+
+    let no_new_privileges = process.no_new_privileges().unwrap_or(false);
+    if no_new_privileges {
+        rustix::thread::set_no_new_privs(true).doing("set", "no_new_privs")?;
+    }
+    let capabilities = Capabilities::from_spec(process.capabilities().as_ref())?;
+    capabilities.limit_bounding()?;
+    become_user(process)?;
+    let search = environment
+        .iter()
+        .find_map(|line| line.strip_prefix("PATH="));
+    let path = executable::find(name, search)?;
+    capabilities.prepare()?;
+    Ok(Program {
+        path,
+        arguments,
+        environment: environment
+            .iter()
+            .map(|line| c_string("process.env", line))
+            .collect::<Result<_, _>>()?,
+        capabilities,
+        filter,
+        no_new_privileges,
+    })
+}
+
+impl Program {
+    /// Becomes the program. Between the filter and the execution there is no
+    /// system call of ours that a filter could forbid.
+    pub fn execute(self) -> Result<Infallible, InitError> {
+        let path = c_string("process.args", &self.path.to_string_lossy())?;
+        reset_signals();
+        hide_descriptors().doing("close", "inherited descriptors")?;
+        let load = || match &self.filter {
+            Some(filter) => filter.load().map_err(InitError::Seccomp),
+            None => Ok(()),
+        };
+        if self.no_new_privileges {
+            self.capabilities.finish()?;
+            load()?;
+        } else {
+            // Without no_new_privs only CAP_SYS_ADMIN may load a filter.
+            load()?;
+            self.capabilities.finish()?;
+        }
+        let Err(errno) = nix::unistd::execve(&path, &self.arguments, &self.environment);
+        Err(ExecutableError::refused(&self.path, &errno.into()).into())
+    }
+}
+
+fn c_string(field: &'static str, text: &str) -> Result<CString, InitError> {
+    CString::new(text).map_err(|_| InitError::Invalid {
+        field,
+        reason: "contains a NUL byte".to_owned(),
+    })
+}
+
+fn take_terminal(process: &Process, terminal: &Terminal) -> Result<(), OsError> {
+    if let Some(size) = process.console_size() {
+        let cells = |count: u64| u16::try_from(count).unwrap_or(u16::MAX);
+        let size = rustix::termios::Winsize {
+            ws_row: cells(size.height()),
+            ws_col: cells(size.width()),
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        rustix::termios::tcsetwinsize(&terminal.slave, size).doing("size", "the terminal")?;
+    }
+    // Its owner may open it by name; its group is the terminals'.
+    let owner = rustix::fs::Uid::from_raw(process.user().uid());
+    rustix::fs::fchown(&terminal.slave, Some(owner), None).doing("hand over", "the terminal")?;
+    nix::unistd::dup2_stdin(&terminal.slave)
+        .and_then(|()| nix::unistd::dup2_stdout(&terminal.slave))
+        .and_then(|()| nix::unistd::dup2_stderr(&terminal.slave))
+        .doing("use", "the terminal")?;
+    rustix::process::ioctl_tiocsctty(&terminal.slave).doing("control", "the terminal")
+}
+
+fn set_priorities(process: &Process) -> Result<(), InitError> {
+    if let Some(priority) = process.io_priority() {
+        let class = match priority.class() {
+            IOPriorityClass::IoprioClassRt => 1,
+            IOPriorityClass::IoprioClassBe => 2,
+            IOPriorityClass::IoprioClassIdle => 3,
+        };
+        let value = class << 13 | (priority.priority() & 7);
+        // IOPRIO_WHO_PROCESS, ourselves.
+        // SAFETY: three numbers.
+        let result = unsafe { libc::syscall(libc::SYS_ioprio_set, 1, 0, value) };
+        checked(result).doing("set", "the I/O priority")?;
+    }
+    if let Some(scheduler) = process.scheduler() {
+        set_scheduler(scheduler).doing("set", "the scheduler")?;
+    }
+    Ok(())
+}
+
+/// `struct sched_attr` of linux/sched/types.h, first version.
+#[repr(C)]
+struct SchedAttr {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+fn set_scheduler(scheduler: &Scheduler) -> io::Result<()> {
+    let policy = match scheduler.policy() {
+        LinuxSchedulerPolicy::SchedOther => 0,
+        LinuxSchedulerPolicy::SchedFifo => 1,
+        LinuxSchedulerPolicy::SchedRr => 2,
+        LinuxSchedulerPolicy::SchedBatch => 3,
+        LinuxSchedulerPolicy::SchedIso => 4,
+        LinuxSchedulerPolicy::SchedIdle => 5,
+        LinuxSchedulerPolicy::SchedDeadline => 6,
+    };
+    let flags = scheduler.flags().iter().flatten().fold(0, |flags, flag| {
+        flags
+            | match flag {
+                LinuxSchedulerFlag::SchedResetOnFork => 0x01,
+                LinuxSchedulerFlag::SchedFlagReclaim => 0x02,
+                LinuxSchedulerFlag::SchedFlagDLOverrun => 0x04,
+                LinuxSchedulerFlag::SchedFlagKeepPolicy => 0x08,
+                LinuxSchedulerFlag::SchedFlagKeepParams => 0x10,
+                LinuxSchedulerFlag::SchedFlagUtilClampMin => 0x20,
+                LinuxSchedulerFlag::SchedFlagUtilClampMax => 0x40,
+            }
+    });
+    let attributes = SchedAttr {
+        size: size_of::<SchedAttr>() as u32,
+        policy,
+        flags,
+        nice: scheduler.nice().unwrap_or(0),
+        priority: scheduler.priority().unwrap_or(0).cast_unsigned(),
+        runtime: scheduler.runtime().unwrap_or(0),
+        deadline: scheduler.deadline().unwrap_or(0),
+        period: scheduler.period().unwrap_or(0),
+    };
+    // SAFETY: the struct tells its own size and lives until the call ends.
+    checked(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) })
+}
+
+/// Makes the directory when the image lacks it, and makes sure that it is in
+/// the container: a path by way of one of our descriptors isn't.
+fn enter_working_directory(process: &Process) -> Result<(), InitError> {
+    let path = process.cwd();
+    if !path.is_absolute() {
+        return Err(InitError::Invalid {
+            field: "process.cwd",
+            reason: format!("{} is not an absolute path", path.display()),
+        });
+    }
+    if !path.exists() {
+        fs::create_dir_all(path).doing("make", path.display())?;
+    }
+    std::env::set_current_dir(path).doing("change to", path.display())?;
+    let inside = std::env::current_dir().is_ok_and(|path| path.is_absolute());
+    if !inside {
+        return Err(InitError::Invalid {
+            field: "process.cwd",
+            reason: format!("{} is outside of the container", path.display()),
+        });
+    }
+    Ok(())
+}
+
+/// The last value of a name counts; `HOME` is the user's when not given.
+fn environment(process: &Process) -> Vec<String> {
+    let mut environment: Vec<String> = Vec::new();
+    for line in process.env().iter().flatten() {
+        let name = line.split_once('=').map_or(line.as_str(), |(name, _)| name);
+        let same = |other: &String| {
+            other
+                .split_once('=')
+                .is_some_and(|(other, _)| other == name)
+        };
+        match environment.iter_mut().find(|other| same(other)) {
+            Some(slot) => slot.clone_from(line),
+            None => environment.push(line.clone()),
+        }
+    }
+    if !environment.iter().any(|line| line.starts_with("HOME=/")) {
+        environment.retain(|line| !line.starts_with("HOME="));
+        environment.push(format!("HOME={}", home_of(process.user().uid())));
+    }
+    environment
+}
+
+fn home_of(uid: u32) -> String {
+    /// An image's file: read no more than a real one has.
+    const PASSWD_BYTES: u64 = 1 << 20;
+    let mut text = String::new();
+    if let Ok(file) = fs::File::open("/etc/passwd") {
+        use std::io::Read;
+        // What could be read may still name the user.
+        let _ = file.take(PASSWD_BYTES).read_to_string(&mut text);
+    }
+    let home = text.lines().find_map(|line| {
+        let mut fields = line.split(':').skip(2);
+        let found = fields.next()?.parse() == Ok(uid);
+        found.then(|| fields.nth(2).unwrap_or_default())
+    });
+    home.filter(|home| home.starts_with('/'))
+        .unwrap_or("/")
+        .to_owned()
+}
+
+fn become_user(process: &Process) -> Result<(), InitError> {
+    let user = process.user();
+    let more = user.additional_gids().iter().flatten();
+    let groups: Vec<Gid> = more.map(|gid| Gid::from_raw(*gid)).collect();
+    setgroups(&groups).doing("set", "groups")?;
+    rustix::thread::set_keep_capabilities(true).doing("keep", "capabilities")?;
+    let gid = Gid::from_raw(user.gid());
+    setresgid(gid, gid, gid).doing("change to group", gid)?;
+    let uid = Uid::from_raw(user.uid());
+    setresuid(uid, uid, uid).doing("change to user", uid)?;
+    rustix::thread::set_keep_capabilities(false).doing("no longer keep", "capabilities")?;
+    Ok(())
+}
+
+fn reset_signals() {
+    for signal in 1..=64 {
+        // SAFETY: SIG_DFL is no code of ours. SIGKILL and SIGSTOP answer EINVAL, as they may.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    // SAFETY: an empty set made by the library.
+    unsafe {
+        let mut none = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+    }
+}
+
+/// Everything but the standard streams closes at the execution.
+fn hide_descriptors() -> io::Result<()> {
+    const CLOSE_RANGE_CLOEXEC: u32 = 4;
+    // SAFETY: numbers; descriptors stay valid until the execution.
+    checked(unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, CLOSE_RANGE_CLOEXEC) })
+}
+
+fn checked(result: libc::c_long) -> io::Result<()> {
+    match result {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+fn resource(kind: PosixRlimitType) -> Resource {
+    match kind {
+        PosixRlimitType::RlimitCpu => Resource::Cpu,
+        PosixRlimitType::RlimitFsize => Resource::Fsize,
+        PosixRlimitType::RlimitData => Resource::Data,
+        PosixRlimitType::RlimitStack => Resource::Stack,
+        PosixRlimitType::RlimitCore => Resource::Core,
+        PosixRlimitType::RlimitRss => Resource::Rss,
+        PosixRlimitType::RlimitNproc => Resource::Nproc,
+        PosixRlimitType::RlimitNofile => Resource::Nofile,
+        PosixRlimitType::RlimitMemlock => Resource::Memlock,
+        PosixRlimitType::RlimitAs => Resource::As,
+        PosixRlimitType::RlimitLocks => Resource::Locks,
+        PosixRlimitType::RlimitSigpending => Resource::Sigpending,
+        PosixRlimitType::RlimitMsgqueue => Resource::Msgqueue,
+        PosixRlimitType::RlimitNice => Resource::Nice,
+        PosixRlimitType::RlimitRtprio => Resource::Rtprio,
+        PosixRlimitType::RlimitRttime => Resource::Rttime,
+    }
+}

@@ -1,0 +1,59 @@
+//! The log: lines in the kernel's ring buffer, which the console carries out.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::sync::OnceLock;
+
+use log::{Level, LevelFilter, Log, Metadata, Record};
+
+/// The kernel cuts records at about 1 KiB.
+const LINE_BYTES: usize = 900;
+
+struct Kmsg {
+    file: File,
+}
+
+static KMSG: OnceLock<Kmsg> = OnceLock::new();
+
+/// Sends log lines up to `level` to `path`. The first call wins; without the
+/// file there is no log, which is no reason to stop.
+pub fn init(path: &str, level: LevelFilter) {
+    let Ok(file) = OpenOptions::new().append(true).create(true).open(path) else {
+        return;
+    };
+    if log::set_logger(KMSG.get_or_init(|| Kmsg { file })).is_ok() {
+        log::set_max_level(level);
+    }
+}
+
+impl Log for Kmsg {
+    fn enabled(&self, metadata: &Metadata) -> bool {
+        // The libraries speak only when something is wrong.
+        metadata.target().starts_with("husk_agent") || metadata.level() <= Level::Warn
+    }
+
+    fn log(&self, record: &Record) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let priority = match record.level() {
+            Level::Error => 3,
+            Level::Warn => 4,
+            Level::Info => 6,
+            Level::Debug | Level::Trace => 7,
+        };
+        let mut line = format!("<{priority}>husk-agent: {}", record.args()).replace('\n', " ");
+        if line.len() > LINE_BYTES {
+            let mut end = LINE_BYTES;
+            while !line.is_char_boundary(end) {
+                end -= 1;
+            }
+            line.truncate(end);
+        }
+        line.push('\n');
+        // One write is one record. There is nowhere to report a failure to.
+        let _ = (&self.file).write_all(line.as_bytes());
+    }
+
+    fn flush(&self) {}
+}

@@ -1,1 +1,0 @@
-//! Work begins here.

@@ -1,0 +1,129 @@
+//! PID 1 of a Husk guest: the whole of its user space. It dials the shim once,
+//! serves its requests over that connection, and powers the guest off when the
+//! connection ends.
+//!
+//! The same program is the helper that becomes a container's process
+//! (`husk-agent init FD`) and the holder of a shared PID namespace
+//! (`husk-agent hold FD`). Tests run it outside of a guest with `--connect`.
+
+mod clock;
+mod connection;
+mod container;
+mod device;
+mod early_init;
+mod error;
+mod events;
+mod forward;
+mod hold;
+mod init;
+mod kmsg;
+mod netlink;
+mod power;
+mod reaper;
+mod sandbox;
+mod service;
+mod settings;
+mod socket;
+mod stdio;
+mod storage;
+mod watch;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use husk_protocol::agent::create_agent;
+use husk_protocol::port;
+use tokio::sync::Notify;
+
+use crate::error::{Doing, Error, chain};
+use crate::reaper::Reaper;
+use crate::sandbox::Sandbox;
+use crate::service::Service;
+use crate::settings::Settings;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    // The kernel hands words of its command line that it doesn't know to PID 1.
+    let is_first = std::process::id() == 1;
+    match arguments.as_slice() {
+        [role, fd] if role == "init" && !is_first => match fd.parse() {
+            Ok(fd) => init::main(fd),
+            Err(_) => ExitCode::FAILURE,
+        },
+        [role, fd] if role == "hold" && !is_first => match fd.parse() {
+            Ok(fd) => hold::main(fd),
+            Err(_) => ExitCode::FAILURE,
+        },
+        [option, ..] if option == "--connect" => match Settings::from_arguments(&arguments) {
+            Ok(settings) => run(settings),
+            Err(usage) => {
+                eprintln!("husk-agent: {usage}");
+                ExitCode::FAILURE
+            }
+        },
+        _ if is_first => run(Settings::from_kernel_command_line("")),
+        _ => {
+            eprintln!("husk-agent runs as the first process of a guest");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(mut settings: Settings) -> ExitCode {
+    let started_ns = clock::since_boot_ns();
+    let prepared = if settings.guest {
+        let prepared = early_init::guest(&settings);
+        // Readable only now.
+        let line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+        settings = Settings::from_kernel_command_line(&line);
+        prepared
+    } else {
+        early_init::hosted(&settings)
+    };
+    kmsg::init(&settings.log_path, settings.log_level);
+    let served = prepared.map_err(Error::from).and_then(|()| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        let runtime = runtime.doing("start", "the runtime")?;
+        runtime.block_on(serve(settings.clone(), started_ns))
+    });
+    if let Err(error) = served {
+        log::error!("{}", chain(&error));
+        if !settings.guest {
+            eprintln!("husk-agent: {}", chain(&error));
+            return ExitCode::FAILURE;
+        }
+    }
+    power::off(&settings)
+}
+
+/// From the connection's beginning to its end.
+async fn serve(settings: Settings, started_ns: u64) -> Result<(), Error> {
+    let reaper = Reaper::start().doing("collect", "children")?;
+    let socket = settings.dialler.dial(port::AGENT).await;
+    let socket = socket.doing("dial host port", port::AGENT)?;
+    let sandbox = Arc::new(Sandbox::new(settings, reaper));
+    let shutdown = Arc::new(Notify::new());
+    let service = Service {
+        sandbox: Arc::clone(&sandbox),
+        started_ns,
+        shutdown: Arc::clone(&shutdown),
+    };
+    let (listener, ended) = connection::listener(socket);
+    let mut server = ttrpc::r#async::Server::new()
+        .add_listener(listener)
+        .register_service(create_agent(Arc::new(service)));
+    server
+        .start()
+        .await
+        .map_err(std::io::Error::other)
+        .doing("serve", "the shim")?;
+    log::info!("ready");
+    tokio::select! {
+        () = ended.notified() => log::info!("the shim is gone"),
+        () = shutdown.notified() => log::info!("asked to end"),
+    }
+    sandbox.end().await;
+    Ok(())
+}

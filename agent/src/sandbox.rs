@@ -1,0 +1,407 @@
+//! The pod: what its containers share, and the containers themselves.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use husk_protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Network};
+use husk_protocol::{limit, path};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use crate::clock;
+use crate::container::{Container, Order, PidSource, Surroundings};
+use crate::error::{Doing, Error, OsError};
+use crate::events::{Event, EventQueue, Events};
+use crate::hold::PidNamespace;
+use crate::init::{namespaces, rootfs};
+use crate::netlink;
+use crate::reaper::Reaper;
+use crate::settings::Settings;
+use crate::storage::{self, Mounted};
+
+/// Where helpers attach the root they build: a private mount (see early_init).
+pub const STAGE: &str = "/run/husk/stage";
+
+/// How long ending everything may take before the power goes.
+const END_DEADLINE: Duration = Duration::from_secs(15);
+
+/// The pod.
+#[derive(Debug)]
+pub struct Sandbox {
+    settings: Settings,
+    around: Surroundings,
+    containers: Mutex<HashMap<String, Slot>>,
+    pod: Mutex<Pod>,
+    events: EventQueue,
+}
+
+/// What an id stands for.
+#[derive(Debug)]
+enum Slot {
+    Creating,
+    Ready(Arc<Container>),
+    Deleting,
+}
+
+#[derive(Debug)]
+enum Pod {
+    Absent,
+    Creating,
+    Created {
+        shared_pids: Option<PidNamespace>,
+        storages: Vec<Mounted>,
+    },
+}
+
+impl Sandbox {
+    /// Nothing yet.
+    pub fn new(settings: Settings, reaper: Arc<Reaper>) -> Self {
+        let (events, queue) = Events::new();
+        Self {
+            around: Surroundings {
+                reaper,
+                dialler: settings.dialler.clone(),
+                cgroup_root: settings.cgroup_root.clone(),
+                stage: STAGE.into(),
+                events,
+            },
+            settings,
+            containers: Mutex::default(),
+            pod: Mutex::new(Pod::Absent),
+            events: queue,
+        }
+    }
+
+    /// What containers are made among.
+    pub fn around(&self) -> &Surroundings {
+        &self.around
+    }
+
+    /// Sets up what containers share.
+    pub async fn create(&self, request: CreateSandboxRequest) -> Result<(), Error> {
+        {
+            let mut pod = lock(&self.pod);
+            if !matches!(*pod, Pod::Absent) {
+                return Err(Error::SandboxExists);
+            }
+            *pod = Pod::Creating;
+        }
+        let made = self.create_pod(request).await;
+        let mut pod = lock(&self.pod);
+        match made {
+            Ok(created) => {
+                *pod = created;
+                Ok(())
+            }
+            Err(error) => {
+                *pod = Pod::Absent;
+                Err(error)
+            }
+        }
+    }
+
+    async fn create_pod(&self, request: CreateSandboxRequest) -> Result<Pod, Error> {
+        if self.settings.guest {
+            clock::correct(request.wall_clock_ns)?;
+        }
+        if !request.hostname.is_empty() {
+            let name = request.hostname.as_bytes();
+            rustix::system::sethostname(name).doing("set host name", &request.hostname)?;
+        }
+        let storages = storage::mount_all(request.storages.clone()).await?;
+        match self.create_shared(&request).await {
+            Ok(shared_pids) => Ok(Pod::Created {
+                shared_pids,
+                storages,
+            }),
+            Err(error) => {
+                storage::unmount_all(storages).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn create_shared(
+        &self,
+        request: &CreateSandboxRequest,
+    ) -> Result<Option<PidNamespace>, Error> {
+        if let Some(network) = request.network.as_ref() {
+            netlink::apply(network).await?;
+        }
+        // After the interfaces, some of which they name.
+        for (key, value) in &request.sysctls {
+            let path = rootfs::sysctl_path(key).ok_or_else(|| Error::Invalid {
+                field: "sysctls",
+                reason: format!("{key:?} is no key"),
+            })?;
+            fs::write(path, value).doing("set sysctl", key)?;
+        }
+        write_name_files(request)?;
+        match request.shared_pid_namespace {
+            true => Ok(Some(PidNamespace::make(&self.around.reaper).await?)),
+            false => Ok(None),
+        }
+    }
+
+    /// Applies a network state.
+    pub async fn update_network(&self, network: &Network) -> Result<(), Error> {
+        Ok(netlink::apply(network).await?)
+    }
+
+    /// Makes a container.
+    pub async fn create_container(&self, request: CreateContainerRequest) -> Result<i32, Error> {
+        let id = request.container_id.clone();
+        check_id(&id)?;
+        if !matches!(*lock(&self.pod), Pod::Created { .. }) {
+            return Err(Error::NoSandbox);
+        }
+        {
+            let mut containers = lock(&self.containers);
+            if containers.len() >= limit::CONTAINERS {
+                return Err(Error::TooMany {
+                    what: "containers",
+                    limit: limit::CONTAINERS,
+                });
+            }
+            if containers.contains_key(&id) {
+                return Err(Error::ContainerExists { id });
+            }
+            containers.insert(id.clone(), Slot::Creating);
+        }
+        let made = self.create_reserved(request).await;
+        let mut containers = lock(&self.containers);
+        match made {
+            Ok(container) => {
+                let pid = container.first_pid();
+                containers.insert(id, Slot::Ready(Arc::new(container)));
+                Ok(pid)
+            }
+            Err(error) => {
+                containers.remove(&id);
+                self.around.events.forget(&id);
+                Err(error)
+            }
+        }
+    }
+
+    async fn create_reserved(&self, request: CreateContainerRequest) -> Result<Container, Error> {
+        let spec: Spec = parse("oci_spec", &request.oci_spec)?;
+        let order = Order {
+            pid_namespace: self.pid_source(&spec)?,
+            id: request.container_id,
+            spec,
+            streams: request.streams.unwrap_or_default(),
+            terminal: request.terminal,
+        };
+        let storages = storage::mount_all(request.storages).await?;
+        match Container::create(order, &self.around).await {
+            Ok(container) => {
+                container.keep_storages(storages);
+                Ok(container)
+            }
+            Err(error) => {
+                storage::unmount_all(storages).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// A PID namespace in the spec without a path is the container's own; with
+    /// one it is another container's or the pod's shared one.
+    fn pid_source(&self, spec: &Spec) -> Result<PidSource, Error> {
+        let open = |pid: i32| -> Result<PidSource, OsError> {
+            let file = format!("/proc/{pid}/ns/pid");
+            Ok(PidSource::Of(File::open(&file).doing("open", &file)?))
+        };
+        let shared = match &*lock(&self.pod) {
+            Pod::Created { shared_pids, .. } => shared_pids.as_ref().map(PidNamespace::pid),
+            Pod::Absent | Pod::Creating => None,
+        };
+        let named = namespaces::find(spec, LinuxNamespaceType::Pid);
+        let target = named
+            .flatten()
+            .and_then(|path| path.strip_prefix(path::CONTAINERS).ok());
+        match (named, target.and_then(Path::to_str), shared) {
+            (_, Some(target), _) => Ok(open(self.container(target)?.first_pid())?),
+            (Some(Some(_)), None, Some(shared)) => Ok(open(shared)?),
+            (Some(_), None, _) => Ok(PidSource::Own),
+            (None, None, _) => Ok(PidSource::Guest),
+        }
+    }
+
+    /// A container by its id.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+        match lock(&self.containers).get(id) {
+            Some(Slot::Ready(container)) => Ok(Arc::clone(container)),
+            _ => Err(Error::NoContainer { id: id.to_owned() }),
+        }
+    }
+
+    /// Ends a container and what was made for it.
+    pub async fn delete_container(&self, id: &str) -> Result<(), Error> {
+        let container = {
+            let mut containers = lock(&self.containers);
+            match containers.get_mut(id) {
+                Some(slot @ Slot::Ready(_)) => match std::mem::replace(slot, Slot::Deleting) {
+                    Slot::Ready(container) => container,
+                    other => {
+                        *slot = other;
+                        return Err(Error::NoContainer { id: id.to_owned() });
+                    }
+                },
+                _ => return Err(Error::NoContainer { id: id.to_owned() }),
+            }
+        };
+        match container.end().await {
+            Ok(storages) => {
+                storage::unmount_all(storages).await;
+                lock(&self.containers).remove(id);
+                self.around.events.forget(id);
+                Ok(())
+            }
+            Err(error) => {
+                lock(&self.containers).insert(id.to_owned(), Slot::Ready(container));
+                Err(error)
+            }
+        }
+    }
+
+    /// The next thing worth telling.
+    pub async fn next_event(&self) -> Option<Event> {
+        self.events.lock().await.recv().await
+    }
+
+    /// Ends all containers and unmounts everything, as far as time allows.
+    pub async fn end(&self) {
+        let ending = async {
+            let ids: Vec<String> = lock(&self.containers).keys().cloned().collect();
+            for id in ids {
+                if let Err(error) = self.delete_container(&id).await {
+                    log::warn!("{id}: {error}");
+                }
+            }
+            let pod = std::mem::replace(&mut *lock(&self.pod), Pod::Absent);
+            if let Pod::Created { storages, .. } = pod {
+                storage::unmount_all(storages).await;
+            }
+            let synced = tokio::task::spawn_blocking(rustix::fs::sync);
+            if let Err(error) = synced.await {
+                log::warn!("sync: {error}");
+            }
+        };
+        if tokio::time::timeout(END_DEADLINE, ending).await.is_err() {
+            log::error!("not everything ended within {} s", END_DEADLINE.as_secs());
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads JSON of a request.
+pub fn parse<T: serde::de::DeserializeOwned>(field: &'static str, json: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(json).map_err(|source| Error::Json { field, source })
+}
+
+/// Ids become names of directories.
+pub fn check_id(id: &str) -> Result<(), Error> {
+    let bad = |reason| Error::BadId {
+        id: id.chars().take(limit::ID_BYTES).collect(),
+        reason,
+    };
+    if id.is_empty() || id.len() > limit::ID_BYTES {
+        return Err(bad("its length"));
+    }
+    if id.starts_with('.') {
+        return Err(bad("it starts with a dot"));
+    }
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    match id.bytes().all(plain) {
+        true => Ok(()),
+        false => Err(bad("only letters, digits, '.', '_' and '-' are allowed")),
+    }
+}
+
+fn write_name_files(request: &CreateSandboxRequest) -> Result<(), OsError> {
+    let directory = Path::new(path::SANDBOX);
+    fs::create_dir_all(directory).doing("make", path::SANDBOX)?;
+    let address = request
+        .network
+        .interfaces
+        .iter()
+        .flat_map(|interface| &interface.addresses);
+    let address = address
+        .map(|cidr| cidr.split('/').next().unwrap_or_default())
+        .next();
+    let mut hosts = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
+    if let Some(address) = address.filter(|_| !request.hostname.is_empty()) {
+        hosts.push_str(&format!("{address}\t{}\n", request.hostname));
+    }
+    let files = [
+        ("resolv.conf", resolv_conf(request)),
+        ("hosts", hosts),
+        ("hostname", format!("{}\n", request.hostname)),
+    ];
+    for (name, text) in files {
+        let file = directory.join(name);
+        fs::write(&file, text).doing("write", file.display())?;
+    }
+    Ok(())
+}
+
+fn resolv_conf(request: &CreateSandboxRequest) -> String {
+    let mut text = String::new();
+    for server in &request.dns_servers {
+        text.push_str(&format!("nameserver {server}\n"));
+    }
+    for (word, values) in [
+        ("search", &request.dns_searches),
+        ("options", &request.dns_options),
+    ] {
+        if !values.is_empty() {
+            text.push_str(&format!("{word} {}\n", values.join(" ")));
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_names_of_directories() {
+        for id in ["a", "web-1.x_Y", &"a".repeat(limit::ID_BYTES)] {
+            assert!(check_id(id).is_ok(), "{id}");
+        }
+        for id in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "a b",
+            "ä",
+            &"a".repeat(limit::ID_BYTES + 1),
+        ] {
+            assert!(matches!(check_id(id), Err(Error::BadId { .. })), "{id}");
+        }
+    }
+
+    #[test]
+    fn resolv_conf_has_the_resolvers_syntax() {
+        let request = CreateSandboxRequest {
+            dns_servers: vec!["10.0.0.10".into(), "fd00::a".into()],
+            dns_searches: vec!["a.local".into(), "b.local".into()],
+            dns_options: vec!["ndots:5".into()],
+            ..Default::default()
+        };
+        assert_eq!(
+            resolv_conf(&request),
+            "nameserver 10.0.0.10\nnameserver fd00::a\nsearch a.local b.local\noptions ndots:5\n"
+        );
+        assert_eq!(resolv_conf(&CreateSandboxRequest::default()), "");
+    }
+}

@@ -1,0 +1,307 @@
+//! The requests of `agent.proto`: parse, call, map the error.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use husk_protocol::agent::{
+    Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
+    CreateSandboxResponse, DialRequest, Empty, Event, ExecRequest, ExecResponse,
+    ListProcessesResponse, OnlineResourcesRequest, OnlineResourcesResponse, OomEvent, ProcessInfo,
+    ProcessRequest, RemoveDeviceRequest, ResizePtyRequest, SignalRequest, StatsResponse,
+    UpdateNetworkRequest, UpdateResourcesRequest, WaitResponse, event, remove_device_request,
+};
+use oci_spec::runtime::{LinuxResources, Process as OciProcess};
+use tokio::sync::Notify;
+use ttrpc::r#async::TtrpcContext;
+
+use crate::error::{Doing, Error};
+use crate::sandbox::{Sandbox, check_id, parse};
+use crate::{clock, device, events, forward};
+
+/// Answers the shim.
+#[derive(Debug)]
+pub struct Service {
+    /// The pod.
+    pub sandbox: Arc<Sandbox>,
+    /// When this agent started, since boot.
+    pub started_ns: u64,
+    /// Rung when the guest shall end.
+    pub shutdown: Arc<Notify>,
+}
+
+/// Runs to its end even if the caller no longer waits: half of a creation or
+/// deletion is worse than all of it.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, Error> {
+    let done = tokio::spawn(work).await;
+    done.map_err(std::io::Error::other)
+        .doing("finish", "the request")?
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: CreateSandboxRequest,
+    ) -> ttrpc::Result<CreateSandboxResponse> {
+        let sandbox = Arc::clone(&self.sandbox);
+        to_the_end(async move { sandbox.create(request).await }).await?;
+        Ok(CreateSandboxResponse {
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel_release: rustix::system::uname()
+                .release()
+                .to_string_lossy()
+                .into_owned(),
+            agent_started_ns: self.started_ns,
+            sandbox_ready_ns: clock::since_boot_ns(),
+            ..Default::default()
+        })
+    }
+
+    async fn update_network(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        let sandbox = Arc::clone(&self.sandbox);
+        to_the_end(async move { sandbox.update_network(&request.network).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let pid = to_the_end(async move { sandbox.create_container(request).await }).await?;
+        Ok(CreateContainerResponse {
+            pid: pid.cast_unsigned(),
+            ..Default::default()
+        })
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.sandbox.container(&request.container_id)?;
+        to_the_end(async move { container.start().await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<ExecResponse> {
+        check_id(&request.exec_id)?;
+        let container = self.sandbox.container(&request.container_id)?;
+        let process: OciProcess = parse("oci_process", &request.oci_process)?;
+        let sandbox = Arc::clone(&self.sandbox);
+        let made = to_the_end(async move {
+            let streams = request.streams.unwrap_or_default();
+            let around = sandbox.around();
+            container
+                .exec(
+                    &request.exec_id,
+                    process,
+                    &streams,
+                    request.terminal,
+                    around,
+                )
+                .await
+        });
+        Ok(ExecResponse {
+            pid: made.await?.pid().cast_unsigned(),
+            ..Default::default()
+        })
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
+        let container = self.sandbox.container(&request.container_id)?;
+        let exit = container.process(&request.exec_id)?.wait().await?;
+        let at = exit
+            .at
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default();
+        Ok(WaitResponse {
+            exit_code: exit.code,
+            exited_at_ns: u64::try_from(at.as_nanos()).unwrap_or(u64::MAX),
+            oom_killed: container.was_oom_killed(),
+            ..Default::default()
+        })
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
+        let container = self.sandbox.container(&request.container_id)?;
+        let signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
+        if request.all {
+            container.signal_all(signal)?;
+        } else {
+            container.process(&request.exec_id)?.signal(signal)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: ResizePtyRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.sandbox.container(&request.container_id)?;
+        let cells = |count: u32| u16::try_from(count).unwrap_or(u16::MAX);
+        let process = container.process(&request.exec_id)?;
+        process.resize(cells(request.width), cells(request.height))?;
+        Ok(Empty::new())
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ListProcessesResponse> {
+        let processes = self.sandbox.container(&request.container_id)?.processes()?;
+        let info = |(pid, exec_id): (i32, String)| ProcessInfo {
+            pid: pid.cast_unsigned(),
+            exec_id,
+            ..Default::default()
+        };
+        Ok(ListProcessesResponse {
+            processes: processes.into_iter().map(info).collect(),
+            ..Default::default()
+        })
+    }
+
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<StatsResponse> {
+        Ok(StatsResponse {
+            cgroup_v2_metrics: self.sandbox.container(&request.container_id)?.stats()?,
+            ..Default::default()
+        })
+    }
+
+    async fn update_resources(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateResourcesRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.sandbox.container(&request.container_id)?;
+        let resources: LinuxResources = parse("oci_resources", &request.oci_resources)?;
+        container.update(&resources)?;
+        Ok(Empty::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        let container = self.sandbox.container(&request.container_id)?;
+        to_the_end(async move { container.pause().await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<Empty> {
+        let container = self.sandbox.container(&request.container_id)?;
+        to_the_end(async move { container.resume().await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let sandbox = Arc::clone(&self.sandbox);
+        to_the_end(async move { sandbox.delete_container(&request.container_id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn delete_process(
+        &self,
+        _: &TtrpcContext,
+        request: ProcessRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.sandbox.container(&request.container_id)?;
+        container.delete_process(&request.exec_id)?;
+        Ok(Empty::new())
+    }
+
+    async fn next_event(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Event> {
+        let kind = self.sandbox.next_event().await.map(|event| match event {
+            events::Event::OutOfMemory { container_id } => event::Kind::Oom(OomEvent {
+                container_id,
+                ..Default::default()
+            }),
+        });
+        Ok(Event {
+            kind,
+            ..Default::default()
+        })
+    }
+
+    async fn dial(&self, _: &TtrpcContext, request: DialRequest) -> ttrpc::Result<Empty> {
+        let dialler = &self.sandbox.around().dialler;
+        forward::dial(dialler, request.port, request.host_port).await?;
+        Ok(Empty::new())
+    }
+
+    async fn rescan_devices(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        let rescan = || device::rescan().map_err(Error::from);
+        blocking(rescan).await?;
+        Ok(Empty::new())
+    }
+
+    async fn remove_device(
+        &self,
+        _: &TtrpcContext,
+        request: RemoveDeviceRequest,
+    ) -> ttrpc::Result<Empty> {
+        blocking(move || remove_device(&request)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn online_resources(
+        &self,
+        _: &TtrpcContext,
+        request: OnlineResourcesRequest,
+    ) -> ttrpc::Result<OnlineResourcesResponse> {
+        let online = move || device::bring_online(request.vcpus).map_err(Error::from);
+        Ok(OnlineResourcesResponse {
+            vcpus: blocking(online).await?,
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        self.shutdown.notify_one();
+        Ok(Empty::new())
+    }
+}
+
+/// Writes to /sys probe or remove whole devices before they return.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(std::io::Error::other)
+        .doing("finish", "the request")?
+}
+
+fn remove_device(request: &RemoveDeviceRequest) -> Result<(), Error> {
+    use remove_device_request::Device;
+    let (name, entry) = match &request.device {
+        Some(Device::BlockSerial(serial)) => {
+            let block = device::find_block(serial);
+            (serial.clone(), block.map(|block| block.directory()))
+        }
+        Some(Device::HardwareAddress(address)) => {
+            let interface = device::find_interface(address);
+            let directory = |name| std::path::Path::new("/sys/class/net").join(name);
+            (format!("{address:02x?}"), interface.map(directory))
+        }
+        Some(Device::FsTag(tag)) => (tag.clone(), device::find_virtio_fs(tag)),
+        _ => (String::new(), None),
+    };
+    let entry = entry.ok_or(Error::NoDevice { device: name })?;
+    Ok(device::remove(&entry)?)
+}

@@ -1,0 +1,227 @@
+//! What a container may see and do.
+
+use serde_json::json;
+
+use crate::agent::status;
+use crate::agent_test;
+
+agent_test! {
+    async fn a_container_sees_only_its_own(agent: Agent) {
+        assert_eq!(agent.shell("hostname").await, "box\n");
+        assert_eq!(agent.shell("echo $$").await, "1\n");
+        assert_eq!(agent.shell("ls /proc | grep -c '^[0-9]'").await, "3\n");
+        assert_eq!(agent.shell("grep ^0: /proc/self/cgroup").await, "0::/\n");
+        assert_eq!(agent.shell("ls /").await, "bin\ndev\netc\nproc\nroot\nsys\ntmp\nusr\n");
+        assert_eq!(agent.shell("cd /../..; ls -d /run 2>&1 || true").await, "ls: /run: No such file or directory\n");
+        // No descriptor of ours: the three streams, and ls's own directory.
+        assert_eq!(agent.shell("ls /proc/self/fd").await, "0\n1\n2\n3\n");
+    }
+}
+
+agent_test! {
+    async fn dev_has_what_programs_expect(agent: Agent) {
+        let listing = agent.shell("cd /dev; ls").await;
+        let expected = "core full fd mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero";
+        for name in expected.split(' ').filter(|name| *name != "core") {
+            assert!(listing.lines().any(|line| line == name), "{name}: {listing}");
+        }
+        assert_eq!(agent.shell("head -c 3 /dev/zero | wc -c; echo x > /dev/null; readlink /dev/fd; readlink /dev/ptmx").await, "3\n/proc/self/fd\npts/ptmx\n");
+    }
+}
+
+agent_test! {
+    async fn mounts_have_their_options(agent: Agent) {
+        let volume = agent.directory.path().join("volume");
+        std::fs::create_dir(&volume).unwrap();
+        std::fs::write(volume.join("file"), "text").unwrap();
+        let mut spec = agent.spec(&["/bin/sh", "-c", "cat /data/file /one; touch /data/x; grep -E ' /(data|one|scratch) ' /proc/self/mountinfo | cut -d' ' -f5,6; touch /scratch/y && echo ok; ls /etc/old"]);
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/data", "type": "bind", "source": volume, "options": ["rbind", "rprivate", "ro", "nosuid"]}));
+        mounts.push(json!({"destination": "/one", "type": "bind", "source": volume.join("file"), "options": ["bind", "nodev", "rro"]}));
+        mounts.push(json!({"destination": "/scratch", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "size=1m", "mode=700"]}));
+        mounts.push(json!({"destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"]}));
+        std::fs::create_dir(agent.rootfs().join("etc/old")).unwrap();
+        std::fs::write(agent.rootfs().join("etc/old/kept"), "").unwrap();
+        let (code, stdout, stderr) = agent.output(&spec).await;
+        assert_eq!(code, 0, "{stderr}");
+        assert!(stdout.starts_with("texttext/data ro,nosuid"), "{stdout}");
+        assert!(stdout.contains("/one ro,nodev"), "{stdout}");
+        assert!(stdout.contains("/scratch rw,nosuid"), "{stdout}");
+        assert!(stdout.ends_with("ok\nkept\n"), "{stdout}");
+        assert!(stderr.contains("Read-only file system"), "{stderr}");
+        assert_eq!(std::fs::read_dir(agent.rootfs().join("etc/old")).unwrap().count(), 1);
+    }
+}
+
+agent_test! {
+    async fn a_hostile_image_gets_nothing_mounted_outside(agent: Agent) {
+        let outside = agent.directory.path().join("outside");
+        std::fs::create_dir(&outside).unwrap();
+        let volume = agent.directory.path().join("volume");
+        std::fs::create_dir(&volume).unwrap();
+        std::fs::write(volume.join("file"), "text").unwrap();
+        std::os::unix::fs::symlink(&outside, agent.rootfs().join("data")).unwrap();
+        std::os::unix::fs::symlink("../../../../../../../../tmp/husk-escape", agent.rootfs().join("deep")).unwrap();
+        let mut spec = agent.spec(&["/bin/sh", "-c", "cat /data/sub/file /deep/file"]);
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/data/sub", "type": "bind", "source": volume, "options": ["rbind"]}));
+        mounts.push(json!({"destination": "/deep", "type": "bind", "source": volume, "options": ["rbind"]}));
+        assert_eq!(agent.output(&spec).await, (0, "texttext".to_owned(), String::new()));
+        assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
+        assert!(!std::path::Path::new("/tmp/husk-escape").exists());
+        // A link at /proc would hide the real one from the masked paths.
+        std::fs::create_dir(agent.rootfs().join("elsewhere")).unwrap();
+        std::fs::remove_dir(agent.rootfs().join("proc")).unwrap();
+        std::os::unix::fs::symlink("elsewhere", agent.rootfs().join("proc")).unwrap();
+        let error = agent.create("x", &agent.spec(&["/bin/true"])).await.err().unwrap();
+        assert!(status(error).1.contains("symbolic link"));
+        assert_eq!(agent.cgroups(), Vec::<String>::new());
+    }
+}
+
+agent_test! {
+    async fn a_working_directory_outside_is_refused(agent: Agent) {
+        for fd in 3..12 {
+            let mut spec = agent.spec(&["/bin/sh", "-c", "ls ../../.."]);
+            spec["process"]["cwd"] = json!(format!("/proc/self/fd/{fd}"));
+            let created = agent.create("x", &spec).await;
+            assert!(created.is_err(), "fd {fd}");
+        }
+        let mut spec = agent.spec(&["/bin/pwd"]);
+        spec["process"]["cwd"] = json!("/made/for/it");
+        assert_eq!(agent.output(&spec).await.1, "/made/for/it\n");
+    }
+}
+
+agent_test! {
+    async fn masked_and_read_only_paths_hold(agent: Agent) {
+        assert_eq!(agent.shell("wc -c < /proc/timer_list; wc -c < /proc/keys").await, "0\n0\n");
+        assert_eq!(agent.shell("ls -A /sys/firmware | wc -l").await, "0\n");
+        let spec = agent.spec(&["/bin/sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"]);
+        let (code, _, stderr) = agent.output(&spec).await;
+        assert!(code != 0 && stderr.contains("Read-only"), "{stderr}");
+        let spec = agent.spec(&["/bin/sh", "-c", "umount /proc/sys; umount /proc/keys"]);
+        let (code, _, stderr) = agent.output(&spec).await;
+        assert!(code != 0 && stderr.contains("not permitted"), "{stderr}");
+    }
+}
+
+agent_test! {
+    async fn a_read_only_root_is(agent: Agent) {
+        let mut spec = agent.spec(&["/bin/sh", "-c", "touch /x; touch /dev/shm/y && echo shm"]);
+        spec["root"]["readonly"] = json!(true);
+        let (_, stdout, stderr) = agent.output(&spec).await;
+        assert!(stderr.contains("/x: Read-only file system"), "{stderr}");
+        assert_eq!(stdout, "shm\n");
+        assert!(!agent.rootfs().join("x").exists());
+    }
+}
+
+agent_test! {
+    async fn capabilities_are_those_of_the_spec(agent: Agent) {
+        let status_of = "grep -E 'Cap|NoNewPrivs|Groups|Uid' /proc/self/status";
+        let mut spec = agent.spec(&["/bin/sh", "-c", status_of]);
+        spec["process"]["capabilities"] = json!({"bounding": ["CAP_KILL", "CAP_NET_RAW"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL", "CAP_NET_RAW"], "inheritable": ["CAP_KILL"], "ambient": ["CAP_KILL"]});
+        spec["process"]["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [5, 6], "umask": 63});
+        spec["process"]["noNewPrivileges"] = json!(false);
+        let stdout = agent.output(&spec).await.1;
+        let field = |name: &str| {
+            let line = stdout.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.trim_start_matches(':').split_whitespace().collect::<Vec<_>>().join(" ")
+        };
+        // For another user than root only ambient ones survive the execution.
+        assert_eq!(field("CapInh"), "0000000000000020");
+        assert_eq!(field("CapPrm"), "0000000000000020");
+        assert_eq!(field("CapEff"), "0000000000000020");
+        assert_eq!(field("CapBnd"), "0000000000002020");
+        assert_eq!(field("CapAmb"), "0000000000000020");
+        assert_eq!(field("Uid"), "1000 1000 1000 1000");
+        assert_eq!(field("Groups"), "5 6");
+        assert_eq!(field("NoNewPrivs"), "0");
+        let none = agent.spec(&["/bin/sh", "-c", status_of]);
+        assert!(agent.output(&none).await.1.contains("NoNewPrivs:\t1"));
+    }
+}
+
+agent_test! {
+    async fn process_attributes_are_set(agent: Agent) {
+        let mut spec = agent.spec(&["/bin/sh", "-c", "umask; ulimit -Sn; ulimit -Hn; cat /proc/self/oom_score_adj; echo $HOME; uname -m"]);
+        spec["process"]["user"]["umask"] = json!(0o27);
+        spec["process"]["oomScoreAdj"] = json!(321);
+        spec["linux"]["personality"] = json!({"domain": "LINUX32"});
+        assert_eq!(agent.output(&spec).await.1, "0027\n512\n1024\n321\n/root\ni686\n");
+        let mut spec = agent.spec(&["/bin/sh", "-c", "echo $HOME $A"]);
+        spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+        spec["process"]["env"] = json!(["PATH=/bin", "A=1", "A=2"]);
+        assert_eq!(agent.output(&spec).await.1, "/home/user 2\n");
+    }
+}
+
+agent_test! {
+    async fn seccomp_filters_apply_with_and_without_no_new_privs(agent: Agent) {
+        for no_new_privileges in [true, false] {
+            let mut spec = agent.spec(&["/bin/sh", "-c", "mkdir /tmp/d; echo $?; uname >/dev/null; grep Seccomp: /proc/self/status"]);
+            spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
+            spec["linux"]["seccomp"] = json!({
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+                "syscalls": [
+                    {"names": ["mkdir", "mkdirat", "no_such_call"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13},
+                    {"names": ["socket"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 0, "value": 16, "op": "SCMP_CMP_EQ"}, {"index": 0, "value": 17, "op": "SCMP_CMP_EQ"}]},
+                ],
+            });
+            let (_, stdout, stderr) = agent.output(&spec).await;
+            assert_eq!(stdout, "1\nSeccomp:\t2\n");
+            assert!(stderr.contains("Permission denied"), "{stderr}");
+        }
+        let mut spec = agent.spec(&["/bin/true"]);
+        spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_NOTIFY"});
+        let error = agent.create("x", &spec).await.err().unwrap();
+        assert!(status(error).1.contains("SCMP_ACT_NOTIFY"));
+    }
+}
+
+agent_test! {
+    async fn user_namespaces_map_ids(agent: Agent) {
+        let line = "id -u; cat /proc/self/uid_map; touch /tmp/made; echo x > /dev/null && head -c1 /dev/zero | wc -c; hostname; mount | grep -c -E ' /(proc|sys|dev/mqueue) '; touch /dev/shm/a && echo shm";
+        let mut spec = agent.spec(&["/bin/sh", "-c", line]);
+        spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+        spec["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        spec["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        spec["process"]["oomScoreAdj"] = json!(500);
+        std::os::unix::fs::chown(agent.rootfs().join("tmp"), Some(100_000), Some(100_000)).unwrap();
+        for directory in ["dev", "proc", "sys"] {
+            std::fs::create_dir(agent.rootfs().join(directory)).unwrap();
+        }
+        use std::os::unix::fs::{MetadataExt, PermissionsExt};
+        std::fs::set_permissions(agent.directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let (code, stdout, stderr) = agent.output(&spec).await;
+        let lines: Vec<&str> = stdout.lines().map(str::trim).collect();
+        assert_eq!((code, lines[0]), (0, "0"), "{stdout}{stderr}");
+        assert_eq!(lines[1].split_whitespace().collect::<Vec<_>>(), ["0", "100000", "65536"]);
+        assert_eq!(&lines[2..], ["1", "box", "3", "shm"], "{stderr}");
+        let made = std::fs::metadata(agent.rootfs().join("tmp/made")).unwrap();
+        assert_eq!(made.uid(), 100_000);
+    }
+}
+
+agent_test! {
+    async fn devices_are_filtered(agent: Agent) {
+        // The node is there, its use is not allowed: what the filter is for.
+        let mut spec = agent.spec(&["/bin/sh", "-c", "mknod /tmp/ram b 1 0; cat /tmp/ram; mknod /tmp/kmsg c 1 11 && cat /tmp/kmsg; echo null > /dev/null && echo fine"]);
+        spec["linux"]["resources"] = json!({"devices": [{"allow": false, "access": "rwm"}]});
+        let (_, stdout, stderr) = agent.output(&spec).await;
+        assert_eq!(stdout, "fine\n");
+        assert!(stderr.contains("mknod: /tmp/ram: Operation not permitted"), "{stderr}");
+        assert!(stderr.contains("can't open '/tmp/kmsg': Operation not permitted"), "{stderr}");
+    }
+}
+
+agent_test! {
+    async fn sysctls_of_its_own_namespaces_are_set(agent: Agent) {
+        let mut spec = agent.spec(&["/bin/sh", "-c", "cat /proc/sys/kernel/shmmni /proc/sys/fs/mqueue/msg_max"]);
+        spec["linux"]["sysctl"] = json!({"kernel.shmmni": "2048", "fs.mqueue.msg_max": "77"});
+        assert_eq!(agent.output(&spec).await.1, "2048\n77\n");
+        assert_ne!(std::fs::read_to_string("/proc/sys/kernel/shmmni").unwrap().trim(), "2048");
+    }
+}

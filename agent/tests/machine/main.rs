@@ -1,0 +1,24 @@
+//! The agent on this machine, in fresh namespaces: needs root, a cgroup v2
+//! mount and busybox-static, and says so where they are missing.
+
+mod agent;
+mod isolation;
+mod lifecycle;
+mod streams;
+
+/// Runs a test with an agent, or says why it can't.
+macro_rules! agent_test {
+    ($(#[$attribute:meta])* async fn $name:ident($agent:ident: Agent) $body:block) => {
+        $(#[$attribute])*
+        #[tokio::test]
+        async fn $name() {
+            if let Some(reason) = crate::agent::unable() {
+                println!("SKIP {}: {reason}", stringify!($name));
+                return;
+            }
+            let $agent = crate::agent::Agent::start().await;
+            $body
+        }
+    };
+}
+pub(crate) use agent_test;
