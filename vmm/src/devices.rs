@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use husk_virtio::block::{Block, DiskError, Engine};
 use husk_virtio::console::Console;
 use husk_virtio::event_loop::{LoopGone, LoopHandle};
 use husk_virtio::pci::{Reporter, VirtioPci};
@@ -44,6 +45,15 @@ pub enum PlugError {
         /// What it was.
         #[source]
         source: io::Error,
+    },
+    /// A disk cannot be what it should be.
+    #[error("disk {id:?}")]
+    Disk {
+        /// Which.
+        id: DeviceId,
+        /// Why not.
+        #[source]
+        source: DiskError,
     },
     /// No room on the bus.
     #[error(transparent)]
@@ -247,6 +257,19 @@ fn make(
     spec: &DeviceSpec,
     descriptors: &mut Descriptors,
 ) -> Result<Box<dyn VirtioDevice>, PlugError> {
-    let _ = descriptors;
-    Err(PlugError::NotYet(spec.id().to_owned()))
+    let failed = |source| PlugError::Host {
+        name: spec.id().to_owned(),
+        source,
+    };
+    match spec {
+        DeviceSpec::Block(block) => {
+            let file = descriptors.take(block.file).map_err(failed)?;
+            let disk = Block::new(file.into(), block.read_only, &block.serial, Engine::new());
+            Ok(Box::new(disk.map_err(|source| PlugError::Disk {
+                id: block.id.clone(),
+                source,
+            })?))
+        }
+        DeviceSpec::Net(_) | DeviceSpec::Fs(_) => Err(PlugError::NotYet(spec.id().to_owned())),
+    }
 }

@@ -1,9 +1,35 @@
-//! The device thread.
+//! The device thread: what the devices' working halves do with the host.
 
-use super::{Allowed, any};
+use super::{Allowed, any, only};
+
+/// linux/fs.h.
+const BLKDISCARD: u64 = 0x1277;
 
 pub(super) const ALLOWED: &[Allowed] = &[
-    // Waits for queues and the devices' own descriptors.
+    // Waits for queues and the devices' own descriptors; a new set when one of
+    // those was closed while somebody else holds it.
     any(libc::SYS_epoll_wait),
     any(libc::SYS_epoll_ctl),
+    any(libc::SYS_epoll_create1),
+    // Console pipe, tap, vsock streams, disks: from and to guest memory.
+    any(libc::SYS_readv),
+    any(libc::SYS_writev),
+    any(libc::SYS_preadv),
+    any(libc::SYS_pwritev2),
+    // The entropy device.
+    any(libc::SYS_getrandom),
+    // vsock streams: without SIGPIPE, and one direction's end.
+    any(libc::SYS_recvmsg),
+    any(libc::SYS_sendmsg),
+    any(libc::SYS_recvfrom),
+    any(libc::SYS_sendto),
+    any(libc::SYS_shutdown),
+    // Disks: flush, discard, write zeroes.
+    any(libc::SYS_fdatasync),
+    any(libc::SYS_fallocate),
+    only(libc::SYS_ioctl, 1, &[BLKDISCARD]),
+    // Disks: requests in flight.
+    any(libc::SYS_io_uring_enter),
+    // Interrupt descriptors that are handed out.
+    only(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64]),
 ];

@@ -1,7 +1,7 @@
 //! A processor's thread: the guest, and what the guest's accesses to devices
 //! cause at once.
 
-use super::{Allowed, only};
+use super::{Allowed, any, only};
 
 // Numbers of the ioctls of linux/kvm.h.
 const KVM_RUN: u64 = 0xae80;
@@ -11,20 +11,24 @@ const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
 const KVM_IRQFD: u64 = 0x4020_ae76;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 
-pub(super) const ALLOWED: &[Allowed] = &[only(
-    libc::SYS_ioctl,
-    1,
-    &[
-        // The guest.
-        KVM_RUN,
-        // Where it was when KVM gave up, for the error message.
-        KVM_GET_REGS,
-        // Tells it that it was paused.
-        KVM_KVMCLOCK_CTRL,
-        // It masks or moves an interrupt vector.
-        KVM_SET_GSI_ROUTING,
-        KVM_IRQFD,
-        // It moves a device's registers.
-        KVM_IOEVENTFD,
-    ],
-)];
+pub(super) const ALLOWED: &[Allowed] = &[
+    only(
+        libc::SYS_ioctl,
+        1,
+        &[
+            // The guest.
+            KVM_RUN,
+            // Where it was when KVM gave up, for the error message.
+            KVM_GET_REGS,
+            // Tells it that it was paused.
+            KVM_KVMCLOCK_CTRL,
+            // It masks or moves an interrupt vector.
+            KVM_SET_GSI_ROUTING,
+            KVM_IRQFD,
+            // It moves a device's registers.
+            KVM_IOEVENTFD,
+        ],
+    ),
+    // Whether an interrupt vector has one pending.
+    any(libc::SYS_ppoll),
+];
