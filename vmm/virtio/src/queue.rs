@@ -24,9 +24,10 @@ use crate::{ActivateError, Activation, ActiveQueue, DeviceError, GuestMemory, In
 /// Features of the rings that [`DeviceQueue`] knows, for devices to offer.
 pub const FEATURES: u64 = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
-/// Most pieces of memory in one chain; the kernel takes as many at once
+/// Most pieces of memory in one chain. More than any driver makes, and what
+/// bounds the memory that a chain costs us; the kernel would take 1024 at once
 /// (`UIO_MAXIOV`).
-pub const CHAIN_SEGMENTS_MAX: usize = 1024;
+pub const CHAIN_SEGMENTS_MAX: usize = 256;
 
 /// A queue that the device itself works on.
 pub struct DeviceQueue {

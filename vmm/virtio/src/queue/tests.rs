@@ -285,12 +285,15 @@ fn bounds_long_chains() {
 #[test]
 fn bounds_the_bytes_of_a_chain() {
     // Each buffer is within memory; together they are more than 4 GiB.
-    let mut ring = Ring::new(memory());
-    let count = 1025_u16;
+    let whole = 64 << 20;
+    let ranges = [(GuestAddress(0), whole as usize)];
+    let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+    let mut ring = Ring::new(GuestMemory::new(memory));
+    let count = 65_u16;
     ring.descriptors(&[Buffer::raw(0x2_0000, u32::from(count) * 16, INDIRECT, 0)]);
-    let whole = MEMORY_BYTES as u32;
-    let table: Vec<_> = (1..=count)
+    let table: Vec<_> = (1..count)
         .map(|next| Buffer::raw(0, whole, NEXT, next))
+        .chain([Buffer::readable(0, whole)])
         .collect();
     ring.table(0x2_0000, &table);
     assert_eq!(ring.pop_error(), "the chain is broken");
