@@ -1,0 +1,30 @@
+# Everything that is made stays under target/. See `make help`.
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup build guest-image demo test bench check
+
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install the Debian packages that are missing
+	@tests/setup/install build kernel lab
+
+build: ## the binaries, static, in target/release
+	@tests/setup/install build
+	cargo build --release --workspace --bins
+
+guest-image: build ## guest kernel and initramfs, with sizes and hashes
+	@tests/setup/install kernel
+	@guest-image/build
+
+demo: build guest-image ## a container and a pod in VMs, shown from inside and outside
+	@tests/demo/run
+
+test: ## every layer of tests, one summary at the end
+	@tests/run
+
+bench: build guest-image ## tables and plots in target/bench
+	@bench/run
+
+check: ## formatting, lints, dependency rules
+	@tests/check
