@@ -12,6 +12,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::address_space::AddressSpace;
 use crate::arch::x86_64::boot_params::{self, LoadError};
+use crate::arch::x86_64::elf::{self, ElfError};
 use crate::arch::x86_64::{mptable, regs};
 use crate::console::ConsoleOutput;
 use crate::devices::{Devices, PlugError, When};
@@ -35,7 +36,10 @@ pub enum BootError {
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// Kernel, initramfs or the tables beside them.
+    /// The kernel.
+    #[error("the kernel cannot be loaded")]
+    Kernel(#[from] ElfError),
+    /// The initramfs, or the tables beside it.
     #[error(transparent)]
     Load(#[from] LoadError),
     /// A table that the processors need.
@@ -93,9 +97,9 @@ pub fn boot(
     // Memory, and what the kernel finds in it.
     let memory = memory::create(spec.memory.boot_mib)?;
     let vm = Vm::new(take(descriptors, "kvm", spec.kvm)?, &memory, spec.vcpus.max)?;
-    let kernel = boot_params::load_kernel(
+    let kernel = elf::load(
         &memory,
-        &mut File::from(take(descriptors, "boot.kernel", spec.boot.kernel)?),
+        &File::from(take(descriptors, "boot.kernel", spec.boot.kernel)?),
     )?;
     let initramfs = match spec.boot.initramfs {
         Some(file) => Some(boot_params::load_initramfs(

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use husk_virtio::block::{Block, DiskError, Engine};
 use husk_virtio::console::Console;
 use husk_virtio::event_loop::{LoopGone, LoopHandle};
+use husk_virtio::net::Net;
 use husk_virtio::pci::{Reporter, VirtioPci};
 use husk_virtio::rng::Rng;
 use husk_virtio::vsock::{AddHostPorts, Vsock};
@@ -270,6 +271,10 @@ fn make(
                 source,
             })?))
         }
-        DeviceSpec::Net(_) | DeviceSpec::Fs(_) => Err(PlugError::NotYet(spec.id().to_owned())),
+        DeviceSpec::Net(net) => {
+            let tap = descriptors.take(net.tap).map_err(failed)?;
+            Ok(Box::new(Net::new(tap, net.mac.0, net.mtu).map_err(failed)?))
+        }
+        DeviceSpec::Fs(_) => Err(PlugError::NotYet(spec.id().to_owned())),
     }
 }

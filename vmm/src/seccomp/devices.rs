@@ -5,6 +5,9 @@ use super::{Allowed, any, only};
 /// linux/fs.h.
 const BLKDISCARD: u64 = 0x1277;
 
+/// linux/if_tun.h.
+const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+
 pub(super) const ALLOWED: &[Allowed] = &[
     // Waits for queues and the devices' own descriptors; a new set when one of
     // those was closed while somebody else holds it.
@@ -16,6 +19,8 @@ pub(super) const ALLOWED: &[Allowed] = &[
     any(libc::SYS_writev),
     any(libc::SYS_preadv),
     any(libc::SYS_pwritev2),
+    // The driver chooses a tap's offloads.
+    only(libc::SYS_ioctl, 1, &[TUNSETOFFLOAD]),
     // The entropy device.
     any(libc::SYS_getrandom),
     // vsock streams: without SIGPIPE, and one direction's end.

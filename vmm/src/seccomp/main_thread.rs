@@ -10,6 +10,10 @@ const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 const BLKSSZGET: u64 = 0x1268;
 const BLKPBSZGET: u64 = 0x127b;
 
+// linux/if_tun.h.
+const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
+
 pub(super) const ALLOWED: &[Allowed] = &[
     // Waits for requests and the machine's end.
     any(libc::SYS_ppoll),
@@ -28,7 +32,10 @@ pub(super) const ALLOWED: &[Allowed] = &[
     only(libc::SYS_fcntl, 1, &[libc::F_GETFL as u64]),
     any(libc::SYS_statx),
     any(libc::SYS_lseek),
-    // Its ring, which is restricted to what a disk needs before it is used. The
+    // A plugged interface: its tap's header and offloads.
+    only(libc::SYS_ioctl, 1, &[TUNSETOFFLOAD, TUNSETVNETHDRSZ]),
+    only(libc::SYS_fcntl, 1, &[libc::F_SETFL as u64]),
+    // A disk's ring, which is restricted to what a disk needs before it is used. The
     // price of disks that don't hold up the device thread: a ring without
     // restrictions could be had here, by whoever has taken this thread over.
     any(libc::SYS_io_uring_setup),

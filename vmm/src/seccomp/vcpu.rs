@@ -11,6 +11,9 @@ const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
 const KVM_IRQFD: u64 = 0x4020_ae76;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 
+/// linux/if_tun.h.
+const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+
 pub(super) const ALLOWED: &[Allowed] = &[
     only(
         libc::SYS_ioctl,
@@ -29,6 +32,8 @@ pub(super) const ALLOWED: &[Allowed] = &[
             KVM_IOEVENTFD,
         ],
     ),
+    // The driver chooses a tap's offloads as the device starts to work.
+    only(libc::SYS_ioctl, 1, &[TUNSETOFFLOAD]),
     // Whether an interrupt vector has one pending.
     any(libc::SYS_ppoll),
 ];

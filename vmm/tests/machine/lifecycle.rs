@@ -219,7 +219,7 @@ fn what_cannot_be_started_is_said_in_one_sentence() {
     let text = tempfile::tempfile().unwrap();
     rustix::io::write(&text, &[b'x'; 1000]).unwrap();
     let said = failure(|request| request.descriptors[1] = text.into());
-    assert!(said.contains("no uncompressed x86_64 ELF"), "{said}");
+    assert!(said.contains("it is no uncompressed x86_64 ELF"), "{said}");
 
     let null = std::fs::File::open("/dev/null").unwrap();
     let said = failure(|request| request.descriptors[0] = null.into());

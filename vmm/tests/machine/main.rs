@@ -8,6 +8,7 @@
 
 mod devices;
 mod harness;
+mod hotplug;
 mod jail;
 mod lifecycle;
 mod payload;

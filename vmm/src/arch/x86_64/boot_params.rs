@@ -4,29 +4,34 @@
 use std::fs::File;
 use std::io::Seek;
 
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
-use linux_loader::loader::elf::Elf;
-use linux_loader::loader::{self, KernelLoader};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+use super::elf::Kernel;
 use super::layout;
+
+const PAGE: u64 = 4096;
+
+// Offsets in `struct boot_params`.
+const E820_ENTRIES: usize = 0x1e8;
+const BOOT_FLAG: usize = 0x1fe;
+const HEADER: usize = 0x202;
+const TYPE_OF_LOADER: usize = 0x210;
+const RAMDISK_IMAGE: usize = 0x218;
+const RAMDISK_SIZE: usize = 0x21c;
+const CMD_LINE_PTR: usize = 0x228;
+const E820_TABLE: usize = 0x2d0;
+
+const BOOT_FLAG_VALUE: u16 = 0xaa55;
+const HEADER_VALUE: [u8; 4] = *b"HdrS";
+/// A boot loader of no assigned number.
+const LOADER_UNDEFINED: u8 = 0xff;
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
-/// Boot loader of no assigned number.
-const LOADER_UNDEFINED: u8 = 0xff;
-
-const BOOT_FLAG: u16 = 0xaa55;
-const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
-const PAGE: u64 = 4096;
-
-/// A kernel or initramfs that cannot be loaded.
+/// An initramfs that cannot be loaded, or tables that cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// The kernel is not what it should be.
-    #[error("the kernel is no uncompressed x86_64 ELF image that fits into guest memory")]
-    Kernel(#[source] loader::Error),
     /// The initramfs could not be measured.
     #[error("size of the initramfs")]
     InitramfsSize(#[source] std::io::Error),
@@ -50,15 +55,6 @@ pub enum LoadError {
     },
 }
 
-/// Where a loaded kernel starts and ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Kernel {
-    /// Physical address of its 64-bit entry.
-    pub entry: u64,
-    /// First byte behind it, its zeroed data included.
-    pub end: u64,
-}
-
 /// Where the initramfs lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Initramfs {
@@ -66,19 +62,6 @@ pub struct Initramfs {
     pub start: u64,
     /// Its size.
     pub bytes: u64,
-}
-
-/// Copies an ELF kernel to the addresses that it names.
-///
-/// # Errors
-/// It is no ELF kernel, or names addresses that are not memory.
-pub fn load_kernel(memory: &GuestMemoryMmap, file: &mut File) -> Result<Kernel, LoadError> {
-    let lowest = GuestAddress(layout::HIGH_MEMORY);
-    let loaded = Elf::load(memory, None, file, Some(lowest)).map_err(LoadError::Kernel)?;
-    Ok(Kernel {
-        entry: loaded.kernel_load.0,
-        end: loaded.kernel_end,
-    })
 }
 
 /// Copies the initramfs to the end of low memory.
@@ -121,33 +104,47 @@ pub fn write(
         .write_slice(&line, GuestAddress(layout::COMMAND_LINE))
         .map_err(failed("the command line"))?;
 
-    let mut params = boot_params::default();
-    params.hdr.boot_flag = BOOT_FLAG;
-    params.hdr.header = HEADER_MAGIC;
-    params.hdr.type_of_loader = LOADER_UNDEFINED;
-    params.hdr.kernel_alignment = 1 << 21;
-    params.hdr.cmd_line_ptr = layout::COMMAND_LINE as u32;
-    params.hdr.cmdline_size = command_line.len() as u32;
+    let mut params = [0; PAGE as usize];
+    let mut put = |at: usize, value: &[u8]| {
+        for (to, from) in params.iter_mut().skip(at).zip(value) {
+            *to = *from;
+        }
+    };
+    put(BOOT_FLAG, &BOOT_FLAG_VALUE.to_le_bytes());
+    put(HEADER, &HEADER_VALUE);
+    put(TYPE_OF_LOADER, &[LOADER_UNDEFINED]);
+    put(CMD_LINE_PTR, &(layout::COMMAND_LINE as u32).to_le_bytes());
     if let Some(initramfs) = initramfs {
-        params.hdr.ramdisk_image = initramfs.start as u32;
-        params.hdr.ramdisk_size = initramfs.bytes as u32;
+        put(RAMDISK_IMAGE, &(initramfs.start as u32).to_le_bytes());
+        put(RAMDISK_SIZE, &(initramfs.bytes as u32).to_le_bytes());
     }
     let map = address_map(memory);
-    for (slot, entry) in params.e820_table.iter_mut().zip(&map) {
-        *slot = *entry;
-    }
-    params.e820_entries = map.len() as u8;
+    put(E820_ENTRIES, &[map.len() as u8]);
+    let table: Vec<u8> = map.iter().flat_map(Area::bytes).collect();
+    put(E820_TABLE, &table);
     memory
-        .write_obj(params, GuestAddress(layout::BOOT_PARAMS))
+        .write_slice(&params, GuestAddress(layout::BOOT_PARAMS))
         .map_err(failed("boot_params"))
 }
 
-fn address_map(memory: &GuestMemoryMmap) -> Vec<boot_e820_entry> {
-    let entry = |start: u64, end: u64, kind| boot_e820_entry {
-        addr: start,
-        size: end - start,
-        r#type: kind,
-    };
+/// `struct boot_e820_entry`.
+struct Area {
+    start: u64,
+    end: u64,
+    kind: u32,
+}
+
+impl Area {
+    fn bytes(&self) -> Vec<u8> {
+        let mut bytes = self.start.to_le_bytes().to_vec();
+        bytes.extend((self.end - self.start).to_le_bytes());
+        bytes.extend(self.kind.to_le_bytes());
+        bytes
+    }
+}
+
+fn address_map(memory: &GuestMemoryMmap) -> Vec<Area> {
+    let entry = |start, end, kind| Area { start, end, kind };
     let mut map = vec![
         entry(0, layout::CONVENTIONAL_END, E820_RAM),
         entry(layout::MP_TABLE, layout::MP_TABLE_END, E820_RESERVED),
@@ -174,7 +171,7 @@ mod tests {
     fn map_of(mib: u32) -> Vec<(u64, u64, u32)> {
         address_map(&memory::create(mib).unwrap())
             .iter()
-            .map(|e| ({ e.addr }, { e.addr } + { e.size }, { e.r#type }))
+            .map(|area| (area.start, area.end, area.kind))
             .collect()
     }
 
@@ -213,17 +210,6 @@ mod tests {
         assert!(matches!(
             load_initramfs(&memory, kernel, &mut file),
             Err(LoadError::InitramfsRoom { bytes: 5000 })
-        ));
-    }
-
-    #[test]
-    fn a_text_file_is_no_kernel() {
-        let memory = memory::create(64).unwrap();
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[b'x'; 4096]).unwrap();
-        assert!(matches!(
-            load_kernel(&memory, &mut file),
-            Err(LoadError::Kernel(_))
         ));
     }
 }

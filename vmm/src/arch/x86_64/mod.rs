@@ -3,6 +3,7 @@
 
 pub mod boot_params;
 pub mod cpuid;
+pub mod elf;
 pub mod layout;
 pub mod mptable;
 pub mod msr;

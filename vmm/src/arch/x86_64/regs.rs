@@ -38,6 +38,11 @@ const TASK_BUSY: u8 = 0xb;
 const FPU_CONTROL: u16 = 0x37f;
 const MXCSR: u32 = 0x1f80;
 
+const _: () = {
+    assert!(layout::PAGE_TABLES + (2 + PAGE_DIRECTORIES) * PAGE <= layout::COMMAND_LINE);
+    assert!(layout::BOOT_PARAMS + PAGE <= layout::PAGE_TABLES);
+};
+
 /// General registers: at `entry`, with the address of `boot_params`.
 pub fn general(entry: u64) -> kvm_regs {
     kvm_regs {
@@ -172,11 +177,5 @@ mod tests {
     fn descriptors_are_the_flat_ones() {
         assert_eq!(descriptor(&code_segment()), 0x00af_9b00_0000_ffff);
         assert_eq!(descriptor(&data_segment()), 0x00cf_9300_0000_ffff);
-    }
-
-    #[test]
-    fn tables_end_below_the_command_line() {
-        assert!(layout::PAGE_TABLES + (2 + PAGE_DIRECTORIES) * PAGE <= layout::COMMAND_LINE);
-        assert!(layout::BOOT_PARAMS + PAGE <= layout::PAGE_TABLES);
     }
 }
