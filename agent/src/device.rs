@@ -75,21 +75,6 @@ pub fn find_virtio_fs(tag: &str) -> Option<PathBuf> {
     entries("/sys/fs/virtiofs").find(|path| text(&path.join("tag")).as_deref() == Some(tag))
 }
 
-/// The interface of this hardware address: its name.
-pub fn find_interface(address: &[u8]) -> Option<String> {
-    let wanted = address.iter().map(|byte| format!("{byte:02x}"));
-    let wanted = wanted.collect::<Vec<_>>().join(":");
-    let found = |path: &Path| text(&path.join("address")).as_deref() == Some(wanted.as_str());
-    // Bridges and VLANs borrow the address of a real interface.
-    let mut paths = entries("/sys/class/net").filter(|path| found(path));
-    let first = paths.next()?;
-    let path = std::iter::once(first.clone())
-        .chain(paths)
-        .find(|path| path.join("device").exists())
-        .unwrap_or(first);
-    Some(path.file_name()?.to_str()?.to_owned())
-}
-
 /// Looks for new PCI devices.
 pub fn rescan() -> Result<(), OsError> {
     write("/sys/bus/pci/rescan", "1")

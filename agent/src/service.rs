@@ -16,7 +16,7 @@ use ttrpc::r#async::TtrpcContext;
 
 use crate::error::{Doing, Error};
 use crate::sandbox::{Sandbox, check_id, parse};
-use crate::{clock, device, events, forward};
+use crate::{clock, device, events, forward, netlink};
 
 /// Answers the shim.
 #[derive(Debug)]
@@ -295,7 +295,7 @@ fn remove_device(request: &RemoveDeviceRequest) -> Result<(), Error> {
             (serial.clone(), block.map(|block| block.directory()))
         }
         Some(Device::HardwareAddress(address)) => {
-            let interface = device::find_interface(address);
+            let interface = netlink::find_interface(address)?;
             let directory = |name| std::path::Path::new("/sys/class/net").join(name);
             (format!("{address:02x?}"), interface.map(directory))
         }

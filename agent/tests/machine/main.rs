@@ -4,6 +4,7 @@
 mod agent;
 mod isolation;
 mod lifecycle;
+mod network;
 mod streams;
 
 /// Runs a test with an agent, or says why it can't.

@@ -1,0 +1,472 @@
+//! The pod's network: interfaces, addresses, routes, neighbours and rules as
+//! the host had them. Messages of our own instead of a library: these few
+//! requests are all that is ever sent, and the agent stays small.
+
+mod address;
+mod message;
+
+use std::fs;
+use std::io;
+use std::time::Duration;
+
+use husk_protocol::agent::{Interface, Neighbour, Network, Route, Rule};
+
+use crate::device;
+use crate::error::{Doing, OsError};
+use address::{Address, Prefix};
+use message::{Mode, Request, RouteSocket};
+
+/// How long an interface that the host has plugged may take to appear.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+// linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/neighbour.h,
+// linux/fib_rules.h
+const RTM_NEWLINK: u16 = 16;
+const RTM_GETLINK: u16 = 18;
+const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
+const RTM_GETADDR: u16 = 22;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_NEWRULE: u16 = 32;
+const IFLA_ADDRESS: u16 = 1;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_LINKINFO: u16 = 18;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const IFA_BROADCAST: u16 = 4;
+const IFA_FLAGS: u16 = 8;
+const IFA_F_NODAD: u32 = 0x02;
+const RTA_DST: u16 = 1;
+const RTA_OIF: u16 = 4;
+const RTA_GATEWAY: u16 = 5;
+const RTA_PRIORITY: u16 = 6;
+const RTA_PREFSRC: u16 = 7;
+const RTA_METRICS: u16 = 8;
+const RTA_TABLE: u16 = 15;
+const RTA_VIA: u16 = 18;
+const RTAX_MTU: u16 = 2;
+const RT_TABLE_UNSPEC: u32 = 0;
+const RT_TABLE_COMPAT: u32 = 252;
+const RT_TABLE_MAIN: u32 = 254;
+const RT_TABLE_LOCAL: u32 = 255;
+const RTPROT_STATIC: u8 = 4;
+const RTN_UNICAST: u8 = 1;
+const RTNH_F_ONLINK: u32 = 4;
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+const NUD_PERMANENT: u16 = 0x80;
+const FRA_DST: u16 = 1;
+const FRA_SRC: u16 = 2;
+const FRA_IIFNAME: u16 = 3;
+const FRA_PRIORITY: u16 = 6;
+const FRA_FWMARK: u16 = 10;
+const FRA_TABLE: u16 = 15;
+const FRA_FWMASK: u16 = 16;
+const FRA_OIFNAME: u16 = 17;
+const FR_ACT_TO_TBL: u8 = 1;
+
+/// A network that can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    #[error("{field} {value:?} is invalid")]
+    Invalid { field: &'static str, value: String },
+    #[error("interface {name:?} ({address}) did not appear within {seconds} s")]
+    Deadline {
+        name: String,
+        address: String,
+        seconds: u64,
+    },
+    #[error(transparent)]
+    Os(#[from] OsError),
+}
+
+/// Applies a complete state. May be repeated: what is there already stays.
+pub async fn apply(network: &Network) -> Result<(), NetworkError> {
+    for interface in &network.interfaces {
+        wait_for(interface).await?;
+    }
+    let socket = RouteSocket::open().doing("open", "a netlink socket")?;
+    rename(&socket, &network.interfaces)?;
+    for interface in &network.interfaces {
+        set_up(&socket, interface)?;
+    }
+    // A gateway must be reachable before a route leads through it.
+    let (through, direct): (Vec<_>, Vec<_>) = network
+        .routes
+        .iter()
+        .partition(|route| !route.gateway.is_empty());
+    for route in direct.into_iter().chain(through) {
+        add_route(&socket, route)?;
+    }
+    for neighbour in &network.neighbours {
+        add_neighbour(&socket, neighbour)?;
+    }
+    for rule in &network.rules {
+        add_rule(&socket, rule)?;
+    }
+    Ok(())
+}
+
+/// The interface of this hardware address: its name.
+pub fn find_interface(address: &[u8]) -> Result<Option<String>, OsError> {
+    let socket = RouteSocket::open().doing("open", "a netlink socket")?;
+    let links = links(&socket).doing("list", "interfaces")?;
+    Ok(by_address(&links, address).map(|link| link.name.clone()))
+}
+
+async fn wait_for(interface: &Interface) -> Result<(), NetworkError> {
+    let socket = RouteSocket::open().doing("open", "a netlink socket")?;
+    // What can't be listed now can't be found either.
+    let find = || current(&links(&socket).unwrap_or_default(), interface).map(|_| ());
+    let found = device::wait_for(DEADLINE, find).await;
+    let found = found.doing("find interface", &interface.name)?;
+    found.ok_or_else(|| NetworkError::Deadline {
+        name: interface.name.clone(),
+        address: format!("{:02x?}", interface.hardware_address),
+        seconds: DEADLINE.as_secs(),
+    })
+}
+
+/// A network device.
+#[derive(Debug, Clone)]
+struct Link {
+    index: u32,
+    name: String,
+    address: Vec<u8>,
+    /// Made by software on top of others, whose address it may have.
+    is_virtual: bool,
+}
+
+fn links(socket: &RouteSocket) -> io::Result<Vec<Link>> {
+    let mut links = Vec::new();
+    socket.dump(RTM_GETLINK, &[&[0; 16]], |_, body| {
+        // struct ifinfomsg
+        let Some((fixed, attributes)) = body.split_first_chunk::<16>() else {
+            return;
+        };
+        let name = message::find_attribute(attributes, IFLA_IFNAME).unwrap_or_default();
+        links.push(Link {
+            index: u32::from_ne_bytes([fixed[4], fixed[5], fixed[6], fixed[7]]),
+            name: String::from_utf8_lossy(name)
+                .trim_end_matches('\0')
+                .to_owned(),
+            address: message::find_attribute(attributes, IFLA_ADDRESS)
+                .unwrap_or_default()
+                .to_vec(),
+            is_virtual: message::find_attribute(attributes, IFLA_LINKINFO).is_some(),
+        });
+    })?;
+    Ok(links)
+}
+
+fn by_address<'a>(links: &'a [Link], address: &[u8]) -> Option<&'a Link> {
+    let same = || links.iter().filter(|link| link.address == address);
+    same()
+        .find(|link| !link.is_virtual)
+        .or_else(|| same().next())
+}
+
+/// The loopback has no hardware address.
+fn current<'a>(links: &'a [Link], interface: &Interface) -> Option<&'a Link> {
+    if interface.hardware_address.iter().all(|byte| *byte == 0) {
+        links.iter().find(|link| link.name == interface.name)
+    } else {
+        by_address(links, &interface.hardware_address)
+    }
+}
+
+fn index_of(socket: &RouteSocket, name: &str) -> Result<u32, NetworkError> {
+    let links = links(socket).doing("list", "interfaces")?;
+    let link = links.iter().find(|link| link.name == name);
+    link.map(|link| link.index)
+        .ok_or_else(|| NetworkError::Invalid {
+            field: "interface",
+            value: name.to_owned(),
+        })
+}
+
+/// Two interfaces may have each other's names: all step aside first.
+fn rename(socket: &RouteSocket, interfaces: &[Interface]) -> Result<(), NetworkError> {
+    let links = links(socket).doing("list", "interfaces")?;
+    let mut wrong = Vec::new();
+    for (number, interface) in interfaces.iter().enumerate() {
+        match current(&links, interface) {
+            Some(link) if link.name != interface.name => {
+                let aside = format!("husk{number}");
+                set_link(socket, link.index, Some(0), |request| request)
+                    .and_then(|()| {
+                        let name = |request: Request| request.name(IFLA_IFNAME, &aside);
+                        set_link(socket, link.index, None, name)
+                    })
+                    .doing("rename", &link.name)?;
+                wrong.push((link.index, &interface.name));
+            }
+            _ => {}
+        }
+    }
+    for (index, name) in wrong {
+        set_link(socket, index, None, |request| {
+            request.name(IFLA_IFNAME, name)
+        })
+        .doing("name interface", name)?;
+    }
+    Ok(())
+}
+
+fn set_link(
+    socket: &RouteSocket,
+    index: u32,
+    up: Option<u32>,
+    attributes: impl FnOnce(Request) -> Request,
+) -> io::Result<()> {
+    const IFF_UP: u32 = 1;
+    let (flags, change) = match up {
+        Some(flags) => (flags & IFF_UP, IFF_UP),
+        None => (0, 0),
+    };
+    // struct ifinfomsg
+    let fixed = [0, index, flags, change].map(u32::to_ne_bytes).concat();
+    socket.request(attributes(Request::new(
+        RTM_NEWLINK,
+        Mode::Change,
+        &[&fixed],
+    )))
+}
+
+fn set_up(socket: &RouteSocket, interface: &Interface) -> Result<(), NetworkError> {
+    let name = &interface.name;
+    let index = index_of(socket, name)?;
+    // The host has done duplicate address detection already; without IPv6
+    // there is nothing to say.
+    for file in ["accept_dad", "dad_transmits"] {
+        let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{file}"), "0");
+    }
+    set_link(socket, index, Some(1), |request| match interface.mtu {
+        0 => request,
+        mtu => request.number(IFLA_MTU, mtu),
+    })
+    .doing("bring up", name)?;
+    let mut wanted = Vec::new();
+    for text in &interface.addresses {
+        wanted.push(Prefix::parse("address", text)?);
+    }
+    // First: with the first address of a network, its others go too.
+    for prefix in other_addresses(socket, index, &wanted).doing("list addresses of", name)? {
+        let request = address_request(RTM_DELADDR, Mode::Change, index, &prefix);
+        socket.request(request).doing("remove address from", name)?;
+    }
+    for prefix in &wanted {
+        add_address(socket, index, prefix).doing("add address to", name)?;
+    }
+    Ok(())
+}
+
+fn address_request(kind: u16, mode: Mode, index: u32, prefix: &Prefix) -> Request {
+    // struct ifaddrmsg
+    let fixed = [
+        prefix.address.family(),
+        prefix.length,
+        0,
+        prefix.address.scope(),
+    ];
+    Request::new(kind, mode, &[&fixed, &index.to_ne_bytes()])
+        .attribute(IFA_LOCAL, &prefix.address.bytes())
+        .attribute(IFA_ADDRESS, &prefix.address.bytes())
+}
+
+fn add_address(socket: &RouteSocket, index: u32, prefix: &Prefix) -> io::Result<()> {
+    let mut request = address_request(RTM_NEWADDR, Mode::Replace, index, prefix);
+    request = match prefix.broadcast() {
+        Some(broadcast) => request.attribute(IFA_BROADCAST, &broadcast.octets()),
+        None => request,
+    };
+    if let Address::V6(_) = prefix.address {
+        request = request.number(IFA_FLAGS, IFA_F_NODAD);
+    }
+    socket.request(request)
+}
+
+/// Those that nobody asked for, without what the kernel makes itself.
+fn other_addresses(socket: &RouteSocket, index: u32, wanted: &[Prefix]) -> io::Result<Vec<Prefix>> {
+    let mut others = Vec::new();
+    socket.dump(RTM_GETADDR, &[&[0; 8]], |_, body| {
+        let Some((fixed, attributes)) = body.split_first_chunk::<8>() else {
+            return;
+        };
+        let value = message::find_attribute(attributes, IFA_LOCAL)
+            .or_else(|| message::find_attribute(attributes, IFA_ADDRESS));
+        let address = value.and_then(Address::from_bytes);
+        let on_index = u32::from_ne_bytes([fixed[4], fixed[5], fixed[6], fixed[7]]) == index;
+        if let (Some(address), true) = (address, on_index) {
+            let prefix = Prefix {
+                address,
+                length: fixed[1],
+            };
+            if !prefix.address.is_made_by_kernel() && !wanted.contains(&prefix) {
+                others.push(prefix);
+            }
+        }
+    })?;
+    Ok(others)
+}
+
+fn add_route(socket: &RouteSocket, route: &Route) -> Result<(), NetworkError> {
+    let table = match route.table {
+        RT_TABLE_UNSPEC => RT_TABLE_MAIN,
+        // The kernel fills it from the addresses.
+        RT_TABLE_LOCAL => return Ok(()),
+        table => table,
+    };
+    let parse = |field, text: &str| match text.is_empty() {
+        true => Ok(None),
+        false => Prefix::parse(field, text).map(Some),
+    };
+    let destination = parse("route destination", &route.destination)?;
+    let gateway = parse("route gateway", &route.gateway)?;
+    let source = parse("route source", &route.source)?;
+    let given = u8::try_from(route.family).unwrap_or(0);
+    let family = match (given, &destination, &gateway) {
+        (0, Some(prefix), _) | (0, None, Some(prefix)) => prefix.address.family(),
+        (0, None, None) => Address::V4_FAMILY,
+        (given, ..) => given,
+    };
+    let length = destination.as_ref().map_or(0, |prefix| prefix.length);
+    let kind = match u8::try_from(route.kind).unwrap_or(0) {
+        0 => RTN_UNICAST,
+        kind => kind,
+    };
+    let scope = u8::try_from(route.scope).unwrap_or(0);
+    let short_table = u8::try_from(table).unwrap_or(RT_TABLE_COMPAT as u8);
+    // struct rtmsg
+    let fixed = [
+        family,
+        length,
+        0,
+        0,
+        short_table,
+        RTPROT_STATIC,
+        scope,
+        kind,
+    ];
+    let flags = route.flags & RTNH_F_ONLINK;
+    let mut request = Request::new(RTM_NEWROUTE, Mode::Replace, &[&fixed, &flags.to_ne_bytes()])
+        .number(RTA_TABLE, table);
+    if let Some(prefix) = &destination {
+        request = request.attribute(RTA_DST, &prefix.address.bytes());
+    }
+    if let Some(gateway) = &gateway {
+        request = if gateway.address.family() == family {
+            request.attribute(RTA_GATEWAY, &gateway.address.bytes())
+        } else {
+            // struct rtvia: IPv4 through an IPv6 neighbour.
+            let mut via = u16::from(gateway.address.family()).to_ne_bytes().to_vec();
+            via.extend(gateway.address.bytes());
+            request.attribute(RTA_VIA, &via)
+        };
+    }
+    if let Some(source) = &source {
+        request = request.attribute(RTA_PREFSRC, &source.address.bytes());
+    }
+    if !route.device.is_empty() {
+        request = request.number(RTA_OIF, index_of(socket, &route.device)?);
+    }
+    if route.metric != 0 {
+        request = request.number(RTA_PRIORITY, route.metric);
+    }
+    if route.mtu != 0 {
+        request = request.nested_number(RTA_METRICS, RTAX_MTU, route.mtu);
+    }
+    let name = format!(
+        "{} via {:?} on {:?}",
+        if route.destination.is_empty() {
+            "default"
+        } else {
+            &route.destination
+        },
+        route.gateway,
+        route.device
+    );
+    Ok(unless_exists(socket.request(request)).doing("add route", name)?)
+}
+
+fn add_neighbour(socket: &RouteSocket, neighbour: &Neighbour) -> Result<(), NetworkError> {
+    let address = Prefix::parse("neighbour", &neighbour.address)?.address;
+    let index = index_of(socket, &neighbour.device)?;
+    let state = u16::try_from(neighbour.state).unwrap_or(0);
+    let state = if state == 0 { NUD_PERMANENT } else { state };
+    let flags = u8::try_from(neighbour.flags).unwrap_or(0);
+    // struct ndmsg
+    let request = Request::new(
+        RTM_NEWNEIGH,
+        Mode::Replace,
+        &[
+            &[address.family(), 0, 0, 0],
+            &index.to_ne_bytes(),
+            &state.to_ne_bytes(),
+            &[flags, 0],
+        ],
+    )
+    .attribute(NDA_DST, &address.bytes())
+    .attribute(NDA_LLADDR, &neighbour.hardware_address);
+    Ok(socket
+        .request(request)
+        .doing("add neighbour", &neighbour.address)?)
+}
+
+fn add_rule(socket: &RouteSocket, rule: &Rule) -> Result<(), NetworkError> {
+    let parse = |field, text: &str| match text.is_empty() {
+        true => Ok(None),
+        false => Prefix::parse(field, text).map(Some),
+    };
+    let source = parse("rule source", &rule.source)?;
+    let destination = parse("rule destination", &rule.destination)?;
+    let given = u8::try_from(rule.family).unwrap_or(0);
+    let family = match (given, &source, &destination) {
+        (0, Some(prefix), _) | (0, None, Some(prefix)) => prefix.address.family(),
+        (0, None, None) => Address::V4_FAMILY,
+        (given, ..) => given,
+    };
+    let length = |prefix: &Option<Prefix>| prefix.as_ref().map_or(0, |prefix| prefix.length);
+    let short_table = u8::try_from(rule.table).unwrap_or(RT_TABLE_COMPAT as u8);
+    // struct fib_rule_hdr
+    let fixed = [
+        family,
+        length(&destination),
+        length(&source),
+        0,
+        short_table,
+        0,
+        0,
+        FR_ACT_TO_TBL,
+    ];
+    let mut request = Request::new(RTM_NEWRULE, Mode::Create, &[&fixed, &[0; 4]])
+        .number(FRA_TABLE, rule.table)
+        .number(FRA_PRIORITY, rule.priority);
+    if let Some(prefix) = &source {
+        request = request.attribute(FRA_SRC, &prefix.address.bytes());
+    }
+    if let Some(prefix) = &destination {
+        request = request.attribute(FRA_DST, &prefix.address.bytes());
+    }
+    if !rule.input_device.is_empty() {
+        request = request.name(FRA_IIFNAME, &rule.input_device);
+    }
+    if !rule.output_device.is_empty() {
+        request = request.name(FRA_OIFNAME, &rule.output_device);
+    }
+    if rule.mark != 0 || rule.mask != 0 {
+        request = request
+            .number(FRA_FWMARK, rule.mark)
+            .number(FRA_FWMASK, rule.mask);
+    }
+    Ok(unless_exists(socket.request(request)).doing("add rule", rule.priority)?)
+}
+
+fn unless_exists(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
+    }
+}
