@@ -22,6 +22,8 @@ use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::fs::BackEndError;
+
 /// The guest's memory.
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -114,6 +116,14 @@ pub trait Worker: Any + Send {
     /// flight with the host, so that afterwards guest memory is not touched
     /// until the next event. May come several times in a row.
     fn quiesce(&mut self) {}
+
+    /// The machine runs again after a pause.
+    ///
+    /// # Errors
+    /// As for [`Worker::process`].
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
 }
 
 /// A descriptor that a worker waits for.
@@ -208,9 +218,9 @@ pub enum ActivateError {
         #[source]
         source: io::Error,
     },
-    /// The vhost-user back end refused.
+    /// The process that was to work on the queues cannot.
     #[error("back end of the device")]
-    BackEnd(#[source] vhost::Error),
+    BackEnd(#[source] BackEndError),
 }
 
 /// An active device that cannot go on.
@@ -242,6 +252,9 @@ pub enum DeviceError {
         #[source]
         source: vm_memory::GuestMemoryError,
     },
+    /// The process that works on the queues cannot go on.
+    #[error("back end of the device")]
+    BackEnd(#[source] BackEndError),
     /// A host resource failed.
     #[error("{what}")]
     Host {

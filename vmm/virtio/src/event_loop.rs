@@ -7,6 +7,7 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::io;
+use std::mem;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -211,7 +212,7 @@ struct Watched {
     serial: u64,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Target {
     Queue(u16),
     Source(u32),
@@ -320,8 +321,23 @@ impl State {
                 }
                 let _ = reply.send(());
             }
-            Command::Resume => self.paused = false,
+            Command::Resume => {
+                self.paused = false;
+                self.resume_workers();
+            }
             Command::Stop => self.stopping = true,
+        }
+    }
+
+    fn resume_workers(&mut self) {
+        let ids: Vec<_> = self.slots.keys().copied().collect();
+        for id in ids {
+            if let Some(slot) = self.slots.get_mut(&id)
+                && slot.on_failure.is_some()
+                && let Err(error) = slot.worker.resume()
+            {
+                self.fail(id, &error);
+            }
         }
     }
 
@@ -381,46 +397,39 @@ impl State {
             return Ok(());
         };
         let wanted = slot.wanted();
-        let old = std::mem::take(&mut slot.watched);
-        let (kept, gone): (Vec<_>, Vec<_>) = old.into_iter().partition(|old| {
-            wanted
-                .iter()
-                .any(|new| (new.0, new.2) == (old.fd, old.target))
-        });
-        for watched in gone {
-            self.targets.remove(&watched.serial);
-            // Closing a descriptor has removed it already.
-            let _ = self.epoll.ctl(
-                ControlOperation::Delete,
-                watched.fd,
-                EpollEvent::new(EventSet::empty(), 0),
-            );
-        }
-        slot.watched = kept;
+        let mut old: HashMap<_, _> = mem::take(&mut slot.watched)
+            .into_iter()
+            .map(|watched| ((watched.fd, watched.target), watched))
+            .collect();
+        let mut changes = Vec::new();
         for (fd, events, target) in wanted {
-            let known = slot
-                .watched
-                .iter_mut()
-                .find(|old| (old.fd, old.target) == (fd, target));
-            let (operation, serial) = match known {
-                Some(old) if old.events == events => continue,
-                Some(old) => {
-                    old.events = events;
-                    (ControlOperation::Modify, old.serial)
+            let serial = match old.remove(&(fd, target)) {
+                Some(known) => {
+                    if known.events != events {
+                        changes.push((ControlOperation::Modify, fd, events, known.serial));
+                    }
+                    known.serial
                 }
                 None => {
                     let serial = self.next_serial;
                     self.next_serial += 1;
                     self.targets.insert(serial, (id, target));
-                    slot.watched.push(Watched {
-                        fd,
-                        events,
-                        target,
-                        serial,
-                    });
-                    (ControlOperation::Add, serial)
+                    changes.push((ControlOperation::Add, fd, events, serial));
+                    serial
                 }
             };
+            slot.watched.push(Watched {
+                fd,
+                events,
+                target,
+                serial,
+            });
+        }
+        for watched in old.values() {
+            self.targets.remove(&watched.serial);
+            forget(&self.epoll, watched.fd);
+        }
+        for (operation, fd, events, serial) in changes {
             self.epoll
                 .ctl(operation, fd, EpollEvent::new(events, serial))
                 .map_err(|source| DeviceError::Host {
@@ -437,11 +446,7 @@ impl State {
         };
         for watched in slot.watched.drain(..) {
             self.targets.remove(&watched.serial);
-            let _ = self.epoll.ctl(
-                ControlOperation::Delete,
-                watched.fd,
-                EpollEvent::new(EventSet::empty(), 0),
-            );
+            forget(&self.epoll, watched.fd);
         }
     }
 
@@ -474,6 +479,12 @@ impl State {
         }
         true
     }
+}
+
+/// Takes a descriptor out of the set. Closing it has done so already.
+fn forget(epoll: &Epoll, fd: RawFd) {
+    let nothing = EpollEvent::new(EventSet::empty(), 0);
+    let _ = epoll.ctl(ControlOperation::Delete, fd, nothing);
 }
 
 impl Slot {

@@ -7,6 +7,7 @@ pub mod console;
 mod device;
 pub mod event_loop;
 mod fd;
+pub mod fs;
 pub mod net;
 pub mod pci;
 pub mod queue;

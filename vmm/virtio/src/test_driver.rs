@@ -1,7 +1,7 @@
 //! The driver's end of a queue, and the loop that a worker runs in, for tests.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -13,6 +13,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::fd::borrow;
 use crate::{
     Activation, ActiveQueue, DeviceError, Event, GuestMemory, Interrupt, VirtioDevice, Worker,
 };
@@ -205,12 +206,6 @@ impl Interrupt for TestInterrupt {
     fn queue_call(&self, queue: u16) -> io::Result<OwnedFd> {
         borrow(&self.queues[usize::from(queue)]).try_clone_to_owned()
     }
-}
-
-/// Lends an eventfd's descriptor.
-pub(crate) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: `event` keeps it open while it is lent.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 /// Guest memory of `len` bytes from 0 on.

@@ -112,7 +112,7 @@ fn wait(driver: &Driver) {
     let events = &driver.interrupt.queues;
     let mut polled: Vec<_> = events
         .iter()
-        .map(|event| PollFd::from_borrowed_fd(crate::test_driver::borrow(event), PollFlags::IN))
+        .map(|event| PollFd::from_borrowed_fd(crate::fd::borrow(event), PollFlags::IN))
         .collect();
     let limit = rustix::event::Timespec {
         tv_sec: 20,

@@ -1,0 +1,91 @@
+//! Shared file systems (virtio 1.2, 5.11), served by another process.
+//!
+//! This is the front end of vhost-user: it tells the file server where guest
+//! memory and the queues are. From then on driver and server are among
+//! themselves; this process only watches for the server's end.
+
+mod back_end;
+mod message;
+mod worker;
+
+use std::any::Any;
+use std::os::fd::OwnedFd;
+
+use crate::{ActivateError, Activation, DeviceType, VirtioDevice, Worker, queue};
+use back_end::BackEnd;
+pub use back_end::BackEndError;
+use worker::FsWorker;
+
+/// High priority (FORGET and its like), and one for requests.
+const QUEUE_SIZES: [u16; 2] = [128, 128];
+
+/// Bytes of the tag (virtio 1.2, 5.11.4).
+const TAG_BYTES: usize = 36;
+
+/// A shared file system at rest.
+#[derive(Debug)]
+pub struct Fs {
+    /// Absent while the working half has it.
+    back_end: Option<BackEnd>,
+    tag: [u8; TAG_BYTES],
+    features: u64,
+}
+
+impl Fs {
+    /// A file system that the server at the other end of `socket`, a connected
+    /// unix stream socket, serves. The guest mounts it by `tag`, of which the
+    /// first 36 bytes count. Waits for the server's answer, though not for long.
+    ///
+    /// # Errors
+    /// The server does not answer, or it cannot do what is needed of it.
+    pub fn new(socket: OwnedFd, tag: &str) -> Result<Self, BackEndError> {
+        let mut back_end = BackEnd::new(socket);
+        let features = back_end.negotiate(QUEUE_SIZES.len())?;
+        let mut space = [0; TAG_BYTES];
+        for (to, from) in space.iter_mut().zip(tag.bytes()) {
+            *to = from;
+        }
+        Ok(Self {
+            back_end: Some(back_end),
+            tag: space,
+            features: features & queue::FEATURES,
+        })
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Fs
+    }
+
+    fn offered_features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut space = [0; TAG_BYTES + 4];
+        space[..TAG_BYTES].copy_from_slice(&self.tag);
+        let request_queues = QUEUE_SIZES.len() as u32 - 1;
+        space[TAG_BYTES..].copy_from_slice(&request_queues.to_le_bytes());
+        crate::config::read(&space, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
+        let worker = FsWorker::new(&mut self.back_end, activation)?;
+        Ok(Box::new(worker))
+    }
+
+    fn reset(&mut self, worker: Box<dyn Worker>) {
+        let worker: Box<dyn Any> = worker;
+        if let Ok(worker) = worker.downcast::<FsWorker>() {
+            self.back_end = Some(worker.into_back_end());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
