@@ -80,6 +80,8 @@ fn hold(channel: &mut HelperChannel) -> io::Result<()> {
 }
 
 fn collect() -> ! {
+    // Containers see this process.
+    let _ = rustix::thread::set_name(c"husk-agent");
     // SAFETY: sets made by the library, on the stack until the calls return.
     unsafe {
         let mut child = std::mem::zeroed();

@@ -195,18 +195,19 @@ fn open_if_there(root: &OwnedFd, path: &str) -> Result<Option<OwnedFd>, OsError>
 }
 
 fn pivot(root: &OwnedFd) -> Result<(), OsError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let old = openat(CWD, "/", flags, Mode::empty()).doing("open", "the guest's root")?;
     rustix::process::fchdir(root)
         .and_then(|()| rustix::process::pivot_root(".", "."))
+        .and_then(|()| rustix::process::fchdir(&old))
         .doing("change to", "the container's root")?;
     // The old root lies over the new one now. What we unmount of it must not
     // vanish for the agent.
-    mount_change(
-        ".",
-        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
-    )
-    .and_then(|()| unmount(".", UnmountFlags::DETACH))
-    .and_then(|()| rustix::process::chdir("/"))
-    .doing("leave", "the guest's root")
+    let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    mount_change(".", flags)
+        .and_then(|()| unmount(".", UnmountFlags::DETACH))
+        .and_then(|()| rustix::process::chdir("/"))
+        .doing("leave", "the guest's root")
 }
 
 #[cfg(test)]

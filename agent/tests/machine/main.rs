@@ -5,6 +5,7 @@ mod agent;
 mod isolation;
 mod lifecycle;
 mod network;
+mod storage;
 mod streams;
 
 /// Runs a test with an agent, or says why it can't.

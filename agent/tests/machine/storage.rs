@@ -1,0 +1,246 @@
+//! Storages and what containers of a pod share.
+
+use husk_protocol::agent::{
+    BindStorage, BlockStorage, CreateSandboxRequest, OverlayStorage, Storage, TmpfsStorage,
+    VirtioFsStorage, storage,
+};
+use serde_json::{Value, json};
+use ttrpc::Code;
+
+use crate::agent::{Agent, container, context, read_all, status, unable};
+use crate::agent_test;
+
+fn at(mount_point: &str, source: storage::Source) -> Storage {
+    Storage {
+        mount_point: mount_point.to_owned(),
+        source: Some(source),
+        ..Default::default()
+    }
+}
+
+fn tmpfs(mount_point: &str) -> Storage {
+    let tmpfs = TmpfsStorage {
+        size_bytes: 1 << 20,
+        mode: 0o750,
+        ..Default::default()
+    };
+    at(mount_point, storage::Source::Tmpfs(tmpfs))
+}
+
+fn bind(mount_point: &str, source: &std::path::Path, option: &str) -> Storage {
+    let bind = BindStorage {
+        source: source.display().to_string(),
+        ..Default::default()
+    };
+    Storage {
+        options: vec![option.to_owned()],
+        ..at(mount_point, storage::Source::Bind(bind))
+    }
+}
+
+agent_test! {
+    async fn storages_are_mounted_in_order_and_undone(agent: Agent) {
+        let base = "/run/husk/containers/a";
+        let lower = agent.directory.path().join("lower");
+        std::fs::create_dir(&lower).unwrap();
+        std::fs::write(lower.join("added"), "by the lower layer\n").unwrap();
+        let overlay = OverlayStorage {
+            lower: vec![lower.display().to_string(), agent.rootfs().display().to_string()],
+            upper: format!("{base}/scratch/upper"),
+            work: format!("{base}/scratch/work"),
+            ..Default::default()
+        };
+        // The overlay's own directories lie in a tmpfs that is mounted before.
+        let storages = vec![
+            tmpfs(&format!("{base}/scratch")),
+            tmpfs(&format!("{base}/scratch/upper")),
+            at(&format!("{base}/rootfs"), storage::Source::Overlay(overlay)),
+        ];
+        let before = agent.mounts();
+        let mut spec = agent.spec(&["/bin/sh", "-c", "cat /added; touch /new; ls -d /new"]);
+        spec["root"]["path"] = json!(format!("{base}/rootfs"));
+        // The work directory is missing: the third fails, and the first two go.
+        let error = agent.create_with("a", &spec, storages.clone()).await.err().unwrap();
+        let (_, text) = status(error);
+        assert!(text.starts_with("storage at \"/run/husk/containers/a/rootfs\""), "{text}");
+        assert_eq!(agent.mounts(), before);
+        let run = format!("/proc/{}/root{base}", agent.pid());
+        assert!(!std::path::Path::new(&run).exists());
+
+        let scratch = agent.directory.path().join("scratch");
+        for name in ["upper", "work"] {
+            std::fs::create_dir_all(scratch.join(name)).unwrap();
+        }
+        let mut storages = storages;
+        storages.splice(0..2, [bind(&format!("{base}/scratch"), &scratch, "nosuid")]);
+        let streams = agent.create_with("a", &spec, storages).await.unwrap();
+        agent.start_container("a").await.unwrap();
+        assert_eq!(read_all(streams.stdout).await, "by the lower layer\n/new\n");
+        agent.wait("a", "").await;
+        agent.delete("a").await;
+        assert_eq!(agent.mounts(), before);
+        assert!(!std::path::Path::new(&run).exists());
+        assert!(scratch.join("upper/new").exists());
+        assert!(!agent.rootfs().join("new").exists());
+    }
+}
+
+agent_test! {
+    async fn a_tmpfs_has_its_size_and_mode(agent: Agent) {
+        let storages = vec![tmpfs("/run/husk/volumes/memory")];
+        let mut spec = agent.spec(&["/bin/sh", "-c", "stat -c %a /data; df -k /data | tail -n1"]);
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/data", "type": "bind", "source": "/run/husk/volumes/memory", "options": ["rbind"]}));
+        let streams = agent.create_with("a", &spec, storages).await.unwrap();
+        agent.start_container("a").await.unwrap();
+        let text = read_all(streams.stdout).await;
+        assert!(text.starts_with("750\n") && text.contains(" 1024 "), "{text}");
+        agent.wait("a", "").await;
+        agent.delete("a").await;
+    }
+}
+
+agent_test! {
+    async fn a_storage_that_cannot_be_had_is_a_clear_error(agent: Agent) {
+        let block = BlockStorage {
+            serial: "no-such".to_owned(),
+            fstype: "ext4".to_owned(),
+            ..Default::default()
+        };
+        let fs = VirtioFsStorage {
+            tag: "no-such".to_owned(),
+            ..Default::default()
+        };
+        let spec = agent.spec(&["/bin/true"]);
+        let missing = [
+            (storage::Source::Block(block), "block device \"no-such\" did not appear within 10 s"),
+            (storage::Source::VirtioFs(fs), "virtio-fs \"no-such\" did not appear within 10 s"),
+        ];
+        let attempts = missing.into_iter().enumerate().map(async |(number, (source, text))| {
+            let id = format!("c{number}");
+            let storages = vec![at("/run/husk/x", source)];
+            let error = agent.create_with(&id, &spec, storages).await.err().unwrap();
+            assert_eq!(status(error), (Code::DEADLINE_EXCEEDED, text.to_owned()));
+        });
+        futures::future::join_all(attempts).await;
+        for path in ["relative", "/", "/run/../x", ""] {
+            let error = agent.create_with("a", &spec, vec![tmpfs(path)]).await.err().unwrap();
+            assert!(status(error).1.contains("not an absolute path"), "{path}");
+        }
+        let error = agent.create_with("a", &spec, vec![bind("/run/x", "/not/there".as_ref(), "ro")]).await;
+        assert!(status(error.err().unwrap()).1.contains("/not/there"));
+    }
+}
+
+fn sleeper(agent: &Agent, pid_path: Option<&str>) -> Value {
+    let mut spec = agent.spec(&["/bin/sh", "-c", "echo ready; exec sleep 1000"]);
+    if let Some(path) = pid_path {
+        spec["linux"]["namespaces"][0]["path"] = json!(path);
+    }
+    spec
+}
+
+#[tokio::test]
+async fn a_shared_pid_namespace_is_shared_and_collects_orphans() {
+    if let Some(reason) = unable() {
+        println!("SKIP: {reason}");
+        return;
+    }
+    let agent = Agent::start_with("true").await;
+    let request = CreateSandboxRequest {
+        shared_pid_namespace: true,
+        ..Default::default()
+    };
+    agent
+        .client
+        .create_sandbox(context(), &request)
+        .await
+        .unwrap();
+    let shared = Some("/proc/4242/ns/pid");
+    agent
+        .run("a", &sleeper(&agent, shared))
+        .await
+        .read_until("ready")
+        .await;
+    let mut spec = agent.spec(&["/bin/sh", "-c", "cat /proc/1/comm; (sleep 2 &); ps -o comm | grep -c sleep; sleep 2.5; ps -o stat | grep -c Z"]);
+    spec["linux"]["namespaces"][0]["path"] = json!("/proc/4242/ns/pid");
+    let (_, stdout, stderr) = agent.output(&spec).await;
+    // Both the other container's and its own orphan; no zombie afterwards.
+    assert_eq!(stdout, "husk-agent\n2\n0\n", "{stderr}");
+    agent.delete("a").await;
+    assert_eq!(agent.children().len(), 1);
+}
+
+agent_test! {
+    async fn a_container_joins_the_pid_namespace_of_another(agent: Agent) {
+        agent.run("a", &sleeper(&agent, None)).await.read_until("ready").await;
+        let mut spec = agent.spec(&["/bin/sh", "-c", "cat /proc/1/comm; echo $$"]);
+        spec["linux"]["namespaces"][0]["path"] = json!("/run/husk/containers/a");
+        let (_, stdout, _) = agent.output(&spec).await;
+        assert_eq!(stdout, "sleep\n2\n");
+        spec["linux"]["namespaces"][0]["path"] = json!("/run/husk/containers/none");
+        let error = agent.create("b", &spec).await.err().unwrap();
+        assert_eq!(status(error).0, Code::NOT_FOUND);
+        agent.delete("a").await;
+    }
+}
+
+agent_test! {
+    async fn mounts_propagate_only_when_asked_for(agent: Agent) {
+        // A volume of the pod is a mount of its own in the agent's namespace.
+        let volume = agent.directory.path().join("volume");
+        std::fs::create_dir_all(volume.join("sub")).unwrap();
+        let shared = "/run/husk/volumes/v";
+        let keep = agent.create_with("keep", &sleeper(&agent, None), vec![bind(shared, &volume, "rw")]).await;
+        keep.unwrap();
+        let caps = json!(["CAP_SYS_ADMIN", "CAP_CHOWN", "CAP_DAC_OVERRIDE"]);
+        for (propagation, root, expected) in [("rshared", Some("rshared"), true), ("rprivate", None, false)] {
+            let mut spec = agent.spec(&["/bin/sh", "-c", "mount -t tmpfs none /data/sub && echo done; exec sleep 1000"]);
+            spec["process"]["capabilities"] = json!({"bounding": caps, "effective": caps, "permitted": caps});
+            if let Some(root) = root {
+                spec["linux"]["rootfsPropagation"] = json!(root);
+            }
+            let mounts = spec["mounts"].as_array_mut().unwrap();
+            mounts.push(json!({"destination": "/data", "type": "bind", "source": shared, "options": ["rbind", propagation]}));
+            let mut streams = agent.run("a", &spec).await;
+            streams.read_until("done").await;
+            let seen = agent.mounts().contains("/run/husk/volumes/v/sub ");
+            assert_eq!(seen, expected, "{propagation}: {}", agent.mounts());
+            // No root of a container shows up in the agent.
+            assert!(!agent.mounts().contains("/run/husk/stage/"));
+            agent.delete("a").await;
+            let umount = std::process::Command::new("nsenter").args(["--mount", "--target", &agent.pid().to_string(), "umount", "/run/husk/volumes/v/sub"]).status().unwrap();
+            assert_eq!(umount.success(), expected);
+        }
+        agent.delete("keep").await;
+    }
+}
+
+agent_test! {
+    async fn limits_without_their_controller_are_an_error(agent: Agent) {
+        // This machine's cgroup v2 may have no memory controller.
+        let mut spec = agent.spec(&["/bin/true"]);
+        spec["linux"]["resources"] = json!({"memory": {"limit": 64 << 20}});
+        let has = agent.cgroup.join("husk/memory.max").exists();
+        match agent.create("a", &spec).await {
+            Ok(_) => assert!(has),
+            Err(error) => {
+                assert!(!has);
+                assert!(status(error).1.starts_with("cannot set memory.max"));
+            }
+        }
+        assert_eq!(agent.cgroups().len(), usize::from(has));
+    }
+}
+
+agent_test! {
+    async fn statistics_are_containerds_message(agent: Agent) {
+        use protobuf::Message;
+        agent.run("a", &sleeper(&agent, None)).await.read_until("ready").await;
+        let stats = agent.client.stats(context(), &container("a")).await.unwrap();
+        let metrics = husk_protocol::metrics::Metrics::parse_from_bytes(&stats.cgroup_v2_metrics).unwrap();
+        assert_ne!(metrics.cpu.usage_usec, 0);
+        assert!(metrics.network.iter().any(|network| network.name == "lo"));
+        agent.delete("a").await;
+    }
+}
