@@ -99,6 +99,7 @@ async fn run(listener: UnixListener, settings: PodSettings) -> Result<(), ServeE
     let (events, publisher) = Publisher::start(&address, settings.namespace.as_str());
     tracing::info!(pod = %settings.id, pid = std::process::id(), "shim serves");
     let (pod, over) = Pod::start(settings, events);
+    let path = listener.local_addr().map_err(io_error("socket"))?;
     let listener = Listener::try_from(listener).map_err(io_error("socket"))?;
     let mut server = Server::new()
         .add_listener(listener)
@@ -113,6 +114,10 @@ async fn run(listener: UnixListener, settings: PodSettings) -> Result<(), ServeE
     }
     // The connections' writers end in their own time.
     sleep(Duration::from_millis(10)).await;
+    if let Some(path) = path.as_pathname() {
+        // `delete` may have been faster.
+        let _ = std::fs::remove_file(path);
+    }
     Ok(())
 }
 

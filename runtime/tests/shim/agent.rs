@@ -1,0 +1,291 @@
+//! A pretended agent: its processes are threads that know a few commands.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use husk_protocol::agent::{
+    Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
+    CreateSandboxResponse, Empty, Event, ExecRequest, ExecResponse, ListProcessesResponse,
+    ProcessInfo, ProcessRequest, SignalRequest, StatsResponse, Streams, WaitResponse, create_agent,
+};
+use serde_json::Value;
+use tokio::sync::{mpsc, watch};
+use ttrpc::r#async::{Server, TtrpcContext};
+use ttrpc::asynchronous::transport::Listener;
+use ttrpc::{Code, Error, Result};
+
+use crate::vmm::Ports;
+
+struct Guest {
+    ports: Ports,
+    processes: Mutex<HashMap<(String, String), Process>>,
+    events: tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>,
+    tell: mpsc::UnboundedSender<Event>,
+    off: watch::Sender<bool>,
+}
+
+struct Process {
+    arguments: Vec<String>,
+    streams: Streams,
+    exit: watch::Sender<Option<u32>>,
+}
+
+/// Serves until the connection ends or the guest is powered off.
+pub fn serve(connection: UnixStream, ports: Ports) {
+    let (tell, events) = mpsc::unbounded_channel();
+    let (off, mut is_off) = watch::channel(false);
+    let guest = Arc::new(Guest {
+        ports,
+        processes: Mutex::default(),
+        events: tokio::sync::Mutex::new(events),
+        tell,
+        off,
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async move {
+        connection.set_nonblocking(true).unwrap();
+        let stream = tokio::net::UnixStream::from_std(connection).unwrap();
+        let once = futures::stream::once(async { io::Result::Ok(stream) });
+        let listener = Listener::new(futures::StreamExt::chain(once, futures::stream::pending()));
+        let mut server = Server::new()
+            .add_listener(listener)
+            .register_service(create_agent(guest));
+        server.start().await.unwrap();
+        is_off.wait_for(|off| *off).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    });
+}
+
+impl Guest {
+    fn add(&self, id: &str, exec: &str, arguments: Vec<String>, streams: Streams) {
+        let process = Process {
+            arguments,
+            streams,
+            exit: watch::Sender::new(None),
+        };
+        let key = (id.to_owned(), exec.to_owned());
+        self.processes.lock().unwrap().insert(key, process);
+    }
+
+    fn run(&self, id: &str, exec: &str) -> Result<()> {
+        let key = (id.to_owned(), exec.to_owned());
+        let processes = self.processes.lock().unwrap();
+        let process = processes.get(&key).ok_or_else(missing)?;
+        let dial = |port| self.ports.lock().unwrap().remove(&port);
+        let stdin = dial(process.streams.stdin_port);
+        let stdout = dial(process.streams.stdout_port);
+        let stderr = dial(process.streams.stderr_port);
+        for stream in [&stdin, &stdout, &stderr].into_iter().flatten() {
+            stream.set_nonblocking(false).unwrap();
+        }
+        let (arguments, exit) = (process.arguments.clone(), process.exit.clone());
+        let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        match words[..] {
+            ["missing"] => {
+                return Err(status(
+                    Code::NOT_FOUND,
+                    "exec: \"missing\": not found in $PATH",
+                ));
+            }
+            ["oom"] => {
+                let mut event = Event::default();
+                event.mut_oom().container_id = id.to_owned();
+                self.tell.send(event).unwrap();
+                exit.send_replace(Some(137));
+                return Ok(());
+            }
+            ["die"] => std::process::exit(1),
+            _ => {}
+        }
+        let arguments = arguments.clone();
+        std::thread::spawn(move || {
+            let code = act(&arguments, stdin, stdout, stderr);
+            if let Some(code) = code {
+                exit.send_replace(Some(code));
+            }
+        });
+        Ok(())
+    }
+}
+
+/// What a command does; its exit code, if it ends by itself.
+fn act(
+    arguments: &[String],
+    stdin: Option<UnixStream>,
+    stdout: Option<UnixStream>,
+    stderr: Option<UnixStream>,
+) -> Option<u32> {
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words[..] {
+        ["echo", text] => stdout.unwrap().write_all(text.as_bytes()).unwrap(),
+        ["complain", text] => stderr.unwrap().write_all(text.as_bytes()).unwrap(),
+        ["cat"] => {
+            let (mut stdin, mut stdout) = (stdin.unwrap(), stdout.unwrap());
+            let mut buffer = vec![0; 8192];
+            loop {
+                match stdin.read(&mut buffer).unwrap() {
+                    0 => break,
+                    count => stdout.write_all(&buffer[..count]).unwrap(),
+                }
+            }
+        }
+        ["exit", code] => return Some(code.parse().unwrap()),
+        ["sleep"] => {
+            // Until a signal ends it; its streams stay open.
+            std::mem::forget((stdin, stdout, stderr));
+            return None;
+        }
+        _ => return Some(127),
+    }
+    Some(0)
+}
+
+fn status(code: Code, message: &str) -> Error {
+    Error::RpcStatus(ttrpc::get_status(code, message))
+}
+
+fn missing() -> Error {
+    status(Code::NOT_FOUND, "no such process")
+}
+
+fn arguments(process: &Value) -> Vec<String> {
+    serde_json::from_value(process["args"].clone()).unwrap()
+}
+
+#[async_trait]
+impl Agent for Guest {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: CreateSandboxRequest,
+    ) -> Result<CreateSandboxResponse> {
+        if request.hostname == "refused" {
+            return Err(status(Code::INTERNAL, "the sandbox is refused"));
+        }
+        Ok(CreateSandboxResponse::default())
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> Result<CreateContainerResponse> {
+        let spec: Value = serde_json::from_slice(&request.oci_spec).unwrap();
+        assert!(
+            spec["root"]["path"]
+                .as_str()
+                .unwrap()
+                .starts_with("/run/husk/")
+        );
+        let streams = request.streams.unwrap_or_default();
+        self.add(
+            &request.container_id,
+            "",
+            arguments(&spec["process"]),
+            streams,
+        );
+        Ok(CreateContainerResponse::default())
+    }
+
+    async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
+        self.run(&request.container_id, "")
+            .map(|()| Empty::default())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> Result<ExecResponse> {
+        let process: Value = serde_json::from_slice(&request.oci_process).unwrap();
+        let streams = request.streams.unwrap_or_default();
+        let (id, exec) = (&request.container_id, &request.exec_id);
+        self.add(id, exec, arguments(&process), streams);
+        self.run(id, exec).map(|()| ExecResponse::default())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<WaitResponse> {
+        let key = (request.container_id, request.exec_id);
+        let mut exit = self
+            .processes
+            .lock()
+            .unwrap()
+            .get(&key)
+            .ok_or_else(missing)?
+            .exit
+            .subscribe();
+        let code = exit
+            .wait_for(Option::is_some)
+            .await
+            .map_err(|_| missing())?;
+        Ok(WaitResponse {
+            exit_code: code.unwrap(),
+            exited_at_ns: 1_000_000_007,
+            ..WaitResponse::default()
+        })
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> Result<Empty> {
+        for ((id, exec), process) in self.processes.lock().unwrap().iter() {
+            let this = *id == request.container_id && (request.all || *exec == request.exec_id);
+            if this && process.exit.borrow().is_none() {
+                process.exit.send_replace(Some(128 + request.signal));
+            }
+        }
+        Ok(Empty::default())
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> Result<ListProcessesResponse> {
+        let mut response = ListProcessesResponse::default();
+        for ((id, exec), _) in self.processes.lock().unwrap().iter() {
+            if *id == request.container_id {
+                response.processes.push(ProcessInfo {
+                    pid: 7,
+                    exec_id: exec.clone(),
+                    ..ProcessInfo::default()
+                });
+            }
+        }
+        Ok(response)
+    }
+
+    async fn stats(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<StatsResponse> {
+        Ok(StatsResponse {
+            cgroup_v2_metrics: vec![1, 2, 3],
+            ..StatsResponse::default()
+        })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
+        Ok(Empty::default())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
+        Ok(Empty::default())
+    }
+
+    async fn delete_container(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
+        Ok(Empty::default())
+    }
+
+    async fn delete_process(&self, _: &TtrpcContext, _: ProcessRequest) -> Result<Empty> {
+        Ok(Empty::default())
+    }
+
+    async fn next_event(&self, _: &TtrpcContext, _: Empty) -> Result<Event> {
+        let event = self.events.lock().await.recv().await;
+        event.ok_or_else(missing)
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+        self.off.send_replace(true);
+        Ok(Empty::default())
+    }
+}

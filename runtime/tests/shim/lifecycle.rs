@@ -1,0 +1,411 @@
+//! A container that is a pod of its own.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::api::{
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ExecProcessRequest, KillRequest,
+    PauseRequest, PidsRequest, ResumeRequest, StateRequest, StatsRequest, Status,
+};
+use containerd_shim_protos::protobuf::Message;
+use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
+use serde_json::json;
+use ttrpc::Code;
+
+use crate::Case;
+use crate::case::{Bundle, Node, Shim, block_on, is_alive};
+use crate::containerd::{connect, refusal, soon};
+
+pub const CASES: &[Case] = &[
+    ("life_from_create_to_delete", whole_life),
+    ("life_streams_are_whole", streams),
+    ("life_of_added_processes", execs),
+    ("life_pauses_and_tells", pause_and_queries),
+    ("life_states_hold", states),
+    ("life_out_of_memory_is_told", out_of_memory),
+    ("life_outlives_containerd", containerd_restarts),
+    ("life_without_events", no_events),
+    ("end_of_the_machine_is_told", machine_dies),
+    ("end_of_the_shim_is_cleaned_up", shim_dies),
+];
+
+async fn running(node: &Node, id: &str, command: &[&str]) -> (Bundle, Shim) {
+    let bundle = node.bundle(id, command);
+    let shim = node.start(&bundle).await;
+    shim.create(&bundle.request()).await.unwrap();
+    shim.run(id, "").await.unwrap();
+    (bundle, shim)
+}
+
+async fn finish(node: &Node, shim: &Shim, id: &str) {
+    shim.delete(id, "").await.unwrap();
+    shim.shut_down(id).await;
+    shim.assert_gone().await;
+    node.assert_clean();
+}
+
+async fn kill(shim: &Shim, id: &str, exec: &str, signal: u32) -> ttrpc::Result<()> {
+    let request = KillRequest {
+        id: id.to_owned(),
+        exec_id: exec.to_owned(),
+        signal,
+        ..KillRequest::default()
+    };
+    shim.task.kill(soon(), &request).await.map(drop)
+}
+
+async fn status(shim: &Shim, id: &str) -> Status {
+    let request = StateRequest {
+        id: id.to_owned(),
+        ..StateRequest::default()
+    };
+    let state = shim.task.state(soon(), &request).await.unwrap();
+    state.status.unwrap()
+}
+
+fn whole_life() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("t1", &["exit", "3"]);
+        let shim = node.start(&bundle).await;
+        let created = shim.create(&bundle.request()).await.unwrap();
+        assert!(is_alive(i32::try_from(created.pid).unwrap()));
+        assert_eq!(status(&shim, "t1").await, Status::CREATED);
+        assert_eq!(shim.run("t1", "").await.unwrap(), created.pid);
+        let end = shim.wait("t1", "").await.unwrap();
+        assert_eq!(end.exit_status, 3);
+        assert_eq!((end.exited_at.seconds, end.exited_at.nanos), (1, 7));
+        assert_eq!(status(&shim, "t1").await, Status::STOPPED);
+        let deleted = shim.delete("t1", "").await.unwrap();
+        assert_eq!((deleted.exit_status, deleted.pid), (3, created.pid));
+        node.events.wait_for("/tasks/delete", 1).await;
+        assert_eq!(
+            node.events.topics(),
+            [
+                "/tasks/create",
+                "/tasks/start",
+                "/tasks/exit",
+                "/tasks/delete"
+            ]
+        );
+        assert_eq!(node.events.exits(), [("t1".to_owned(), 3)]);
+        assert!(!is_alive(i32::try_from(created.pid).unwrap()));
+        node.assert_clean();
+        shim.shut_down("t1").await;
+        shim.assert_gone().await;
+    });
+}
+
+fn streams() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("s", &["cat"]);
+        let shim = node.start(&bundle).await;
+        let mut request = bundle.request();
+        request.stdin = bundle.fifo("in");
+        request.stdout = bundle.fifo("out");
+        shim.create(&request).await.unwrap();
+        shim.run("s", "").await.unwrap();
+        let text: Vec<u8> = (0..4_u32 << 20).map(|n| (n / 251) as u8).collect();
+        let (path, input) = (request.stdin.clone(), text.clone());
+        let writer = tokio::task::spawn_blocking(move || {
+            std::fs::File::options()
+                .write(true)
+                .open(path)
+                .unwrap()
+                .write_all(&input)
+                .unwrap();
+        });
+        let path = request.stdout.clone();
+        let reader = tokio::task::spawn_blocking(move || {
+            let mut output = Vec::new();
+            let mut file = std::fs::File::open(path).unwrap();
+            file.read_to_end(&mut output).unwrap();
+            output
+        });
+        writer.await.unwrap();
+        let request = CloseIORequest {
+            id: "s".into(),
+            stdin: true,
+            ..CloseIORequest::default()
+        };
+        shim.task.close_io(soon(), &request).await.unwrap();
+        assert_eq!(shim.wait("s", "").await.unwrap().exit_status, 0);
+        assert!(reader.await.unwrap() == text, "output differs");
+        finish(&node, &shim, "s").await;
+    });
+}
+
+fn execs() {
+    block_on(async {
+        let node = Node::new().await;
+        let (bundle, shim) = running(&node, "e", &["sleep"]).await;
+        let request = |exec: &str, command: &[&str]| ExecProcessRequest {
+            id: "e".into(),
+            exec_id: exec.to_owned(),
+            spec: MessageField::some(Any {
+                value: json!({"args": command}).to_string().into_bytes(),
+                ..Any::default()
+            }),
+            ..ExecProcessRequest::default()
+        };
+        let mut first = request("x1", &["complain", "no"]);
+        first.stderr = bundle.fifo("err");
+        shim.task.exec(soon(), &first).await.unwrap();
+        let (code, _) = refusal(shim.task.exec(soon(), &first).await);
+        assert_eq!(code, Code::ALREADY_EXISTS);
+        // Open before there is a writer, as containerd does.
+        let mut errors = std::fs::File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&first.stderr)
+            .unwrap();
+        shim.run("e", "x1").await.unwrap();
+        assert_eq!(shim.wait("e", "x1").await.unwrap().exit_status, 0);
+        let mut text = String::new();
+        errors.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "no");
+        shim.delete("e", "x1").await.unwrap();
+        assert_eq!(refusal(shim.delete("e", "x1").await).0, Code::NOT_FOUND);
+
+        shim.task
+            .exec(soon(), &request("x2", &["missing"]))
+            .await
+            .unwrap();
+        assert_eq!(refusal(shim.run("e", "x2").await).0, Code::NOT_FOUND);
+        shim.delete("e", "x2").await.unwrap();
+
+        // One that still runs ends with the container, and is told before it.
+        shim.task
+            .exec(soon(), &request("x3", &["sleep"]))
+            .await
+            .unwrap();
+        shim.run("e", "x3").await.unwrap();
+        let all = KillRequest {
+            id: "e".into(),
+            signal: 9,
+            all: true,
+            ..KillRequest::default()
+        };
+        shim.task.kill(soon(), &all).await.unwrap();
+        assert_eq!(shim.wait("e", "").await.unwrap().exit_status, 137);
+        node.events.wait_for("/tasks/exit", 3).await;
+        let exits = node.events.exits();
+        assert_eq!(
+            exits,
+            [
+                ("x1".to_owned(), 0),
+                ("x3".to_owned(), 137),
+                ("e".to_owned(), 137)
+            ]
+        );
+        let topics = node.events.topics();
+        let count = |topic: &str| topics.iter().filter(|t| *t == topic).count();
+        assert_eq!(count("/tasks/exec-added"), 3);
+        assert_eq!(count("/tasks/exec-started"), 2);
+        finish(&node, &shim, "e").await;
+    });
+}
+
+fn pause_and_queries() {
+    block_on(async {
+        let node = Node::new().await;
+        let (_, shim) = running(&node, "q", &["sleep"]).await;
+        let id = || "q".to_owned();
+        let pause = PauseRequest {
+            id: id(),
+            ..PauseRequest::default()
+        };
+        let resume = ResumeRequest {
+            id: id(),
+            ..ResumeRequest::default()
+        };
+        assert_eq!(
+            refusal(shim.task.resume(soon(), &resume).await).0,
+            Code::FAILED_PRECONDITION
+        );
+        shim.task.pause(soon(), &pause).await.unwrap();
+        assert_eq!(status(&shim, "q").await, Status::PAUSED);
+        shim.task.resume(soon(), &resume).await.unwrap();
+        assert_eq!(status(&shim, "q").await, Status::RUNNING);
+        let topics = node.events.topics();
+        assert!(topics.contains(&"/tasks/paused".to_owned()), "{topics:?}");
+        node.events.wait_for("/tasks/resumed", 1).await;
+
+        let pids = PidsRequest {
+            id: id(),
+            ..PidsRequest::default()
+        };
+        let pids = shim.task.pids(soon(), &pids).await.unwrap();
+        assert_eq!(pids.processes[0].pid, 7);
+        let stats = StatsRequest {
+            id: id(),
+            ..StatsRequest::default()
+        };
+        let stats = shim
+            .task
+            .stats(soon(), &stats)
+            .await
+            .unwrap()
+            .stats
+            .unwrap();
+        assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
+        assert_eq!(stats.value, [1, 2, 3]);
+        let who = ConnectRequest {
+            id: id(),
+            ..ConnectRequest::default()
+        };
+        let who = shim.task.connect(soon(), &who).await.unwrap();
+        assert_eq!(i32::try_from(who.shim_pid).unwrap(), shim.pid);
+        let checkpoint = CheckpointTaskRequest {
+            id: id(),
+            ..CheckpointTaskRequest::default()
+        };
+        let (code, _) = refusal(shim.task.checkpoint(soon(), &checkpoint).await);
+        assert_eq!(code, Code::UNIMPLEMENTED);
+
+        kill(&shim, "q", "", 15).await.unwrap();
+        assert_eq!(shim.wait("q", "").await.unwrap().exit_status, 143);
+        assert_eq!(refusal(kill(&shim, "q", "", 15).await).0, Code::NOT_FOUND);
+        finish(&node, &shim, "q").await;
+    });
+}
+
+fn states() {
+    block_on(async {
+        let node = Node::new().await;
+        let (bundle, shim) = running(&node, "h", &["sleep"]).await;
+        for (answer, code) in [
+            (shim.run("h", "").await.map(drop), Code::FAILED_PRECONDITION),
+            (
+                shim.delete("h", "").await.map(drop),
+                Code::FAILED_PRECONDITION,
+            ),
+            (
+                shim.create(&bundle.request()).await.map(drop),
+                Code::ALREADY_EXISTS,
+            ),
+            (shim.run("other", "").await.map(drop), Code::NOT_FOUND),
+            (shim.run("h", "other").await.map(drop), Code::NOT_FOUND),
+            (kill(&shim, "h", "other", 9).await, Code::NOT_FOUND),
+        ] {
+            assert_eq!(refusal(answer).0, code);
+        }
+        let mut other = bundle.request();
+        other.id = "../h".into();
+        assert_eq!(refusal(shim.create(&other).await).0, Code::INVALID_ARGUMENT);
+        // Not while there is a task.
+        shim.shut_down("h").await;
+        kill(&shim, "h", "", 9).await.unwrap();
+        shim.wait("h", "").await.unwrap();
+        finish(&node, &shim, "h").await;
+    });
+}
+
+fn out_of_memory() {
+    block_on(async {
+        let node = Node::new().await;
+        let (_, shim) = running(&node, "o", &["oom"]).await;
+        assert_eq!(shim.wait("o", "").await.unwrap().exit_status, 137);
+        node.events.wait_for("/tasks/oom", 1).await;
+        assert_eq!(node.events.ooms(), ["o"]);
+        finish(&node, &shim, "o").await;
+    });
+}
+
+fn containerd_restarts() {
+    block_on(async {
+        let mut node = Node::new().await;
+        let (_, shim) = running(&node, "r", &["sleep"]).await;
+        node.events.wait_for("/tasks/start", 1).await;
+        node.events.stop().await;
+        // A new client finds the container and ends it; nobody takes events.
+        let again = Shim {
+            task: connect(&shim.address).await,
+            pid: shim.pid,
+            address: shim.address.clone(),
+        };
+        assert_eq!(status(&again, "r").await, Status::RUNNING);
+        kill(&again, "r", "", 9).await.unwrap();
+        again.wait("r", "").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        node.events.resume().await;
+        node.events.wait_for("/tasks/exit", 1).await;
+        assert_eq!(node.events.exits(), [("r".to_owned(), 137)]);
+        finish(&node, &again, "r").await;
+        node.events.wait_for("/tasks/delete", 1).await;
+    });
+}
+
+fn no_events() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("n", &["exit", "0"]);
+        // CRI-O passes an empty address.
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_containerd-shim-husk-v2"))
+            .args(["-namespace", "test", "-address", "/n", "-id", "n", "start"])
+            .env("HUSK_CONFIG", node.path("config.toml"))
+            .env("TTRPC_ADDRESS", "")
+            .current_dir(&bundle.dir)
+            .stdin(std::process::Stdio::null())
+            .output()
+            .unwrap();
+        let address = String::from_utf8(output.stdout).unwrap();
+        let pid = std::fs::read_to_string(bundle.dir.join("shim.pid")).unwrap();
+        let shim = Shim {
+            task: connect(&address).await,
+            pid: pid.parse().unwrap(),
+            address,
+        };
+        shim.create(&bundle.request()).await.unwrap();
+        shim.run("n", "").await.unwrap();
+        assert_eq!(shim.wait("n", "").await.unwrap().exit_status, 0);
+        finish(&node, &shim, "n").await;
+    });
+}
+
+fn machine_dies() {
+    block_on(async {
+        let node = Node::new().await;
+        let (_, shim) = running(&node, "d", &["sleep"]).await;
+        let request = StateRequest {
+            id: "d".into(),
+            ..StateRequest::default()
+        };
+        let state = shim.task.state(soon(), &request).await.unwrap();
+        let began = Instant::now();
+        let pid = rustix::process::Pid::from_raw(i32::try_from(state.pid).unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        assert_eq!(shim.wait("d", "").await.unwrap().exit_status, 137);
+        assert!(began.elapsed() < Duration::from_secs(2));
+        node.events.wait_for("/tasks/exit", 1).await;
+        assert_eq!(node.events.exits(), [("d".to_owned(), 137)]);
+        finish(&node, &shim, "d").await;
+    });
+}
+
+fn shim_dies() {
+    block_on(async {
+        let node = Node::new().await;
+        let (bundle, shim) = running(&node, "z", &["sleep"]).await;
+        let state = std::fs::read(node.state_dir().join("test/z/state.json")).unwrap();
+        let state: serde_json::Value = serde_json::from_slice(&state).unwrap();
+        let pid = |name: &str| i32::try_from(state[name]["pid"].as_i64().unwrap()).unwrap();
+        let others = [pid("vmm"), pid("file_server")];
+        assert!(others.into_iter().all(is_alive));
+        let raw = rustix::process::Pid::from_raw(shim.pid).unwrap();
+        rustix::process::kill_process(raw, rustix::process::Signal::KILL).unwrap();
+        let dir = bundle.dir.display().to_string();
+        let output = node.shim(&["-id", "z", "-bundle", &dir, "delete"], &bundle.dir, b"");
+        assert!(output.status.success());
+        let response = DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
+        assert_eq!(response.exit_status, 137);
+        assert_eq!(i32::try_from(response.pid).unwrap(), others[0]);
+        shim.assert_gone().await;
+        assert!(!others.into_iter().any(is_alive));
+        node.assert_clean();
+    });
+}

@@ -1,0 +1,63 @@
+//! The shim's real program, driven at its edges: containerd on one side, a
+//! pretended VMM with a pretended agent on the other. This program is all three,
+//! told apart by its arguments.
+
+// A failed test is a panic.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod agent;
+mod case;
+mod containerd;
+mod errors;
+mod lifecycle;
+mod program;
+mod sandbox;
+mod vmm;
+
+use std::process::ExitCode;
+
+type Case = (&'static str, fn());
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.first().map(String::as_str) {
+        Some("--uid") => {
+            vmm::run();
+            return ExitCode::SUCCESS;
+        }
+        Some("--socket-fd") => {
+            vmm::serve_files();
+            return ExitCode::SUCCESS;
+        }
+        _ => {}
+    }
+    let cases: Vec<Case> = [
+        program::CASES,
+        errors::CASES,
+        lifecycle::CASES,
+        sandbox::CASES,
+    ]
+    .concat();
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: the shim's tests need root");
+        return ExitCode::SUCCESS;
+    }
+    let filter = arguments.iter().find(|argument| !argument.starts_with('-'));
+    let mut failed = 0;
+    for (name, case) in cases {
+        if filter.is_some_and(|filter| !name.contains(filter.as_str())) {
+            continue;
+        }
+        let began = std::time::Instant::now();
+        let passed = std::panic::catch_unwind(case).is_ok();
+        let word = if passed { "ok" } else { "FAILED" };
+        println!("{name} ... {word} ({} ms)", began.elapsed().as_millis());
+        failed += usize::from(!passed);
+    }
+    if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        println!("{failed} failed");
+        ExitCode::FAILURE
+    }
+}

@@ -1,0 +1,117 @@
+//! The program's actions.
+
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
+use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
+use serde_json::json;
+
+use crate::Case;
+use crate::case::{Node, block_on};
+use crate::containerd::connect;
+
+pub const CASES: &[Case] = &[
+    ("program_tells_version_and_info", version_and_info),
+    ("program_refuses_unknown_flags", unknown_flags),
+    ("program_answers_the_newer_protocol", newer_protocol),
+    ("program_refuses_a_wrong_configuration", configuration),
+    ("program_needs_the_pod_of_a_container", no_pod),
+    ("program_deletes_what_was_never_there", delete_nothing),
+];
+
+fn version_and_info() {
+    block_on(async {
+        let node = Node::new().await;
+        let version = node.shim(&["-v"], &node.path(""), b"");
+        assert!(String::from_utf8(version.stdout).unwrap().contains(" 0."));
+        let info = node.shim(&["-info"], &node.path(""), b"");
+        let info = RuntimeInfo::parse_from_bytes(&info.stdout).unwrap();
+        assert_eq!(info.name, "io.containerd.husk.v2");
+    });
+}
+
+fn unknown_flags() {
+    block_on(async {
+        let node = Node::new().await;
+        let output = node.shim(&["-surprise", "start"], &node.path(""), b"");
+        assert!(!output.status.success());
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert!(errors.contains("-surprise"), "{errors}");
+    });
+}
+
+fn newer_protocol() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("new", &["sleep"]);
+        let params = BootstrapParams {
+            instance_id: "new".into(),
+            namespace: "test".into(),
+            containerd_ttrpc_address: node.events.path().display().to_string(),
+            socket_dir: Some(node.path("s").display().to_string()),
+            ..BootstrapParams::default()
+        };
+        let input = params.write_to_bytes().unwrap();
+        let output = node.shim(&["-id", "new", "start"], &bundle.dir, &input);
+        let result = BootstrapResult::parse_from_bytes(&output.stdout).unwrap();
+        assert_eq!((result.version, &*result.protocol), (3, "ttrpc"));
+        assert!(
+            result
+                .address
+                .contains(&node.path("s").display().to_string())
+        );
+        let pid = std::fs::read_to_string(bundle.dir.join("shim.pid")).unwrap();
+        let shim = crate::case::Shim {
+            task: connect(&result.address).await,
+            pid: pid.parse().unwrap(),
+            address: result.address,
+        };
+        shim.shut_down("new").await;
+        shim.assert_gone().await;
+        node.assert_clean();
+    });
+}
+
+fn configuration() {
+    block_on(async {
+        let node = Node::new().await;
+        node.configure("kernal = '/k'\n");
+        let bundle = node.bundle("wrong", &["sleep"]);
+        let output = node.shim(&["-id", "wrong", "start"], &bundle.dir, b"");
+        assert!(!output.status.success());
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert!(errors.contains("kernal"), "{errors}");
+        node.assert_clean();
+    });
+}
+
+fn no_pod() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("member", &["sleep"]).with(|spec| {
+            spec["annotations"] = json!({
+                "io.kubernetes.cri.container-type": "container",
+                "io.kubernetes.cri.sandbox-id": "lost",
+            });
+        });
+        let output = node.shim(&["-id", "member", "start"], &bundle.dir, b"");
+        assert!(!output.status.success());
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert!(errors.contains("lost"), "{errors}");
+    });
+}
+
+fn delete_nothing() {
+    block_on(async {
+        use containerd_shim_protos::api::DeleteResponse;
+        let node = Node::new().await;
+        let output = node.shim(
+            &["-id", "never", "-bundle", "/nowhere", "delete"],
+            &node.path(""),
+            b"",
+        );
+        assert!(output.status.success());
+        let response = DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
+        assert_eq!(response.exit_status, 137);
+        assert!(response.exited_at.seconds > 1_600_000_000);
+    });
+}

@@ -1,0 +1,130 @@
+//! A pod of Kubernetes.
+
+use containerd_shim_protos::api::{KillRequest, StatsRequest};
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::protobuf::Message;
+use serde_json::json;
+use ttrpc::Code;
+
+use crate::Case;
+use crate::case::{Bundle, Node, Shim, block_on};
+use crate::containerd::{refusal, soon};
+
+pub const CASES: &[Case] = &[
+    ("pod_shares_one_shim", one_shim),
+    ("pod_restarts_its_only_container", restart),
+    ("pod_takes_its_containers_with_it", killed_at_once),
+];
+
+fn pod(node: &Node, id: &str) -> Bundle {
+    node.bundle(id, &["/pause"]).with(|spec| {
+        spec["annotations"] = json!({
+            "io.kubernetes.cri.container-type": "sandbox",
+            "io.kubernetes.cri.sandbox-id": id,
+        });
+    })
+}
+
+fn member(node: &Node, id: &str, pod: &str, command: &[&str]) -> Bundle {
+    node.bundle(id, command).with(|spec| {
+        spec["annotations"] = json!({
+            "io.kubernetes.cri.container-type": "container",
+            "io.kubernetes.cri.sandbox-id": pod,
+        });
+    })
+}
+
+async fn up(node: &Node, id: &str) -> Shim {
+    let bundle = pod(node, id);
+    let shim = node.start(&bundle).await;
+    shim.create(&bundle.request()).await.unwrap();
+    shim.run(id, "").await.unwrap();
+    shim
+}
+
+async fn add(node: &Node, shim: &Shim, bundle: &Bundle) {
+    assert_eq!(node.start(bundle).await.address, shim.address);
+    shim.create(&bundle.request()).await.unwrap();
+    shim.run(&bundle.id, "").await.unwrap();
+}
+
+async fn kill(shim: &Shim, id: &str) {
+    let request = KillRequest {
+        id: id.to_owned(),
+        signal: 9,
+        ..KillRequest::default()
+    };
+    shim.task.kill(soon(), &request).await.unwrap();
+    assert_eq!(shim.wait(id, "").await.unwrap().exit_status, 137);
+}
+
+async fn remove(node: &Node, shim: &Shim, id: &str) {
+    shim.delete(id, "").await.unwrap();
+    shim.shut_down(id).await;
+    shim.assert_gone().await;
+    node.assert_clean();
+}
+
+fn one_shim() {
+    block_on(async {
+        let node = Node::new().await;
+        let shim = up(&node, "p1").await;
+        for id in ["a", "b"] {
+            add(&node, &shim, &member(&node, id, "p1", &["sleep"])).await;
+        }
+        // It has no processes of its own.
+        let stats = StatsRequest {
+            id: "p1".into(),
+            ..StatsRequest::default()
+        };
+        let stats = shim
+            .task
+            .stats(soon(), &stats)
+            .await
+            .unwrap()
+            .stats
+            .unwrap();
+        Metrics::parse_from_bytes(&stats.value).unwrap();
+        for id in ["a", "b"] {
+            kill(&shim, id).await;
+            shim.delete(id, "").await.unwrap();
+            // containerd asks after each.
+            shim.shut_down(id).await;
+        }
+        kill(&shim, "p1").await;
+        let late = member(&node, "late", "p1", &["sleep"]);
+        let (code, message) = refusal(shim.create(&late.request()).await);
+        assert_eq!(code, Code::FAILED_PRECONDITION, "{message}");
+        remove(&node, &shim, "p1").await;
+    });
+}
+
+fn restart() {
+    block_on(async {
+        let node = Node::new().await;
+        let shim = up(&node, "p2").await;
+        for _ in 0..3 {
+            let bundle = member(&node, "c", "p2", &["exit", "1"]);
+            add(&node, &shim, &bundle).await;
+            assert_eq!(shim.wait("c", "").await.unwrap().exit_status, 1);
+            shim.delete("c", "").await.unwrap();
+        }
+        kill(&shim, "p2").await;
+        remove(&node, &shim, "p2").await;
+    });
+}
+
+fn killed_at_once() {
+    block_on(async {
+        let node = Node::new().await;
+        let shim = up(&node, "p3").await;
+        add(&node, &shim, &member(&node, "c3", "p3", &["sleep"])).await;
+        kill(&shim, "p3").await;
+        assert_eq!(shim.wait("c3", "").await.unwrap().exit_status, 137);
+        node.events.wait_for("/tasks/exit", 2).await;
+        let ids: Vec<_> = node.events.exits().into_iter().map(|(id, _)| id).collect();
+        assert_eq!(ids, ["c3", "p3"]);
+        shim.delete("c3", "").await.unwrap();
+        remove(&node, &shim, "p3").await;
+    });
+}

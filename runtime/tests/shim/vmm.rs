@@ -1,0 +1,111 @@
+//! A pretended VMM: takes the specification, serves the agent's protocol on the
+//! agent's port and keeps the other ports for it.
+
+use std::collections::HashMap;
+use std::io::{IoSliceMut, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use husk_vmm_spec::{
+    CONTROL_FD, ExitReason, HostPort, Message, PACKET_BYTES, PACKET_DESCRIPTORS, Reply, Request,
+    Timeline, ValidVmSpec, VmSpec,
+};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
+
+use crate::agent;
+
+/// Streams of host ports that were opened and not yet dialled.
+pub type Ports = Arc<Mutex<HashMap<u32, UnixStream>>>;
+
+/// Kernel parameter that makes this VMM fail as if the guest had panicked.
+const PANIC: &str = "fake.panic";
+
+/// Lives as long as its control socket, like the real one.
+pub fn run() {
+    let (text, descriptors) = receive().expect("no specification");
+    let count = descriptors.len();
+    let spec: VmSpec = serde_json::from_slice(&text).unwrap();
+    let spec = ValidVmSpec::new(spec, count).unwrap().spec().clone();
+    tell(&Message::Started(Timeline {
+        exec_ns: 1,
+        spec_ns: 2,
+        entered_ns: 3,
+    }));
+    if spec.boot.command_line.contains(PANIC) {
+        eprintln!("Kernel panic - not syncing: pretended");
+        tell(&Message::Exited(ExitReason::Panic));
+        return;
+    }
+    let ports = Ports::default();
+    keep(&ports, spec.vsock.unwrap().host_ports, descriptors);
+    let connection = ports.lock().unwrap().remove(&1024).unwrap();
+    let agents = Arc::clone(&ports);
+    std::thread::spawn(move || {
+        agent::serve(connection, agents);
+        tell(&Message::Exited(ExitReason::Shutdown));
+        std::process::exit(0);
+    });
+    while let Some((text, descriptors)) = receive() {
+        match serde_json::from_slice(&text).unwrap() {
+            Request::AddHostPorts(host_ports) => keep(&ports, host_ports, descriptors),
+            Request::Kill => {
+                tell(&Message::Exited(ExitReason::Killed));
+                return;
+            }
+            _ => {}
+        }
+        tell(&Message::Reply(Ok(Reply::Done)));
+    }
+}
+
+/// A pretended file server: lives as long as its socket.
+pub fn serve_files() {
+    // SAFETY: the shim left the socket here.
+    let mut socket = unsafe { UnixStream::from_raw_fd(3) };
+    let _ = socket.read(&mut [0]);
+}
+
+fn keep(ports: &Ports, host_ports: Vec<HostPort>, descriptors: Vec<OwnedFd>) {
+    let mut descriptors: Vec<_> = descriptors.into_iter().map(Some).collect();
+    for host_port in host_ports {
+        let stream = descriptors[host_port.stream.0 as usize].take().unwrap();
+        ports.lock().unwrap().insert(host_port.port, stream.into());
+    }
+    // The machine's devices hold theirs as long as it lives.
+    std::mem::forget(descriptors);
+}
+
+fn control() -> BorrowedFd<'static> {
+    // SAFETY: the shim left the control socket here for good.
+    unsafe { BorrowedFd::borrow_raw(CONTROL_FD) }
+}
+
+fn tell(message: &Message) {
+    let text = serde_json::to_vec(message).unwrap();
+    let _ = send(control(), &text, SendFlags::NOSIGNAL);
+}
+
+fn receive() -> Option<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut buffer = vec![0; PACKET_BYTES];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PACKET_DESCRIPTORS))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(
+        control(),
+        &mut [IoSliceMut::new(&mut buffer)],
+        &mut ancillary,
+        RecvFlags::CMSG_CLOEXEC,
+    )
+    .ok()?;
+    let descriptors = ancillary
+        .drain()
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    buffer.truncate(received.bytes);
+    (!buffer.is_empty()).then_some((buffer, descriptors))
+}
