@@ -87,13 +87,6 @@ impl DeviceQueue {
         self.budget = chains.min(self.queue.size());
     }
 
-    /// Makes [`crate::Event::Queue`] come, for chains that were left in the ring
-    /// for another reason than those of [`DeviceQueue::pop`].
-    pub fn notify_self(&self) {
-        // Fails only when the counter is full, which wakes as well.
-        let _ = self.notify.write(1);
-    }
-
     /// Takes the next available chain.
     ///
     /// With `None`, either the ring is empty and the driver will notify of the
@@ -106,7 +99,8 @@ impl DeviceQueue {
         let memory = self.memory.memory().into_inner();
         loop {
             if self.budget == 0 {
-                self.notify_self();
+                // Fails only when the counter is full, which wakes as well.
+                let _ = self.notify.write(1);
                 return Ok(None);
             }
             let queue = self.index;

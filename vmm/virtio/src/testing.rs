@@ -268,6 +268,16 @@ impl Driver {
     }
 
     pub(crate) fn set_up_queue(&mut self, index: u16) -> DriverQueue {
+        let queue = self.set_up_queue_as_is(index);
+        let vector = index + 1;
+        self.set_common(0x1a, &vector.to_le_bytes());
+        assert_eq!(self.common(0x1a), vector.to_le_bytes());
+        assert_eq!(self.common(0x1c), [1, 0]);
+        queue
+    }
+
+    /// The same, whether or not it becomes enabled.
+    pub(crate) fn set_up_queue_as_is(&mut self, index: u16) -> DriverQueue {
         self.set_common(0x16, &index.to_le_bytes());
         let size = u16::from_le_bytes(self.common(0x18));
         let at = RINGS + u64::from(index) * RING_BYTES;
@@ -286,9 +296,6 @@ impl Driver {
         let zeroes = vec![0; RING_BYTES as usize];
         let memory = self.memory.memory();
         memory.write_slice(&zeroes, GuestAddress(at)).unwrap();
-        let vector = index + 1;
-        self.set_common(0x1a, &vector.to_le_bytes());
-        assert_eq!(self.common(0x1a), vector.to_le_bytes());
         self.set_common(0x20, &queue.descriptors.to_le_bytes());
         self.set_common(0x28, &queue.available.to_le_bytes()[..4]);
         self.set_common(0x2c, &[0; 4]);

@@ -385,6 +385,49 @@ fn a_reset_waits_for_the_kernel() {
     }
 }
 
+/// Writes are what file systems make the kernel wait for, and so in flight when
+/// the reset comes. What the driver puts into its buffers afterwards never gets
+/// to the disk.
+#[test]
+fn a_reset_waits_for_writes() {
+    for engine in engines() {
+        let mut bench = Bench::new(false, engine);
+        for _ in 0..20 {
+            let data = bench.driver.allocate(65536);
+            bench.driver.write(data, &[1; 65536]);
+            let status = bench.driver.allocate(1);
+            for sector in [0, 128] {
+                for _ in 0..20 {
+                    let header = bench.header(WRITE, sector);
+                    let data = Buffer::readable(data, 65536);
+                    bench
+                        .queue
+                        .add(&[header, data, Buffer::writable(status, 1)]);
+                }
+            }
+            bench.driver.notify(0);
+            bench.driver.wait_queue(0);
+            bench.driver.set_status(0);
+            bench.driver.write(data, &[2; 65536]);
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            assert!(!bench.on_disk(0, BYTES).contains(&2));
+            bench = bench.restart();
+        }
+    }
+}
+
+#[test]
+fn positions_are_on_the_disk() {
+    let mut file = tempfile().unwrap();
+    file.write_all(&pattern(BYTES)).unwrap();
+    let disk = Disk::new(file, true, "").unwrap();
+    assert_eq!(disk.position(0, BYTES as u64), Some(0));
+    assert_eq!(disk.position(SECTORS, 0), Some(BYTES as u64));
+    assert_eq!(disk.position(1, BYTES as u64), None);
+    assert_eq!(disk.position(u64::MAX / 512, 512), None);
+    assert_eq!(disk.position(u64::MAX / 512 + 1, 0), None);
+}
+
 impl Bench {
     fn restart(mut self) -> Self {
         self.queue = self.driver.start(u64::MAX).remove(0);

@@ -257,8 +257,6 @@ impl Worker for BlockWorker {
             let _ = self.end_finished();
         }
         let _ = self.queue.signal();
-        // There may be requests that no slot was free for.
-        self.queue.notify_self();
     }
 }
 
@@ -300,5 +298,38 @@ fn host_error(source: io::Error) -> DeviceError {
     DeviceError::Host {
         what: "handing a request to the kernel",
         source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn goes_on_after_a_part() {
+        let memory = [0_u8; 30];
+        let piece = |from: usize, len| libc::iovec {
+            iov_base: memory[from..].as_ptr().cast_mut().cast(),
+            iov_len: len,
+        };
+        let mut call = Call::Read {
+            pieces: vec![piece(0, 10), piece(10, 5), piece(15, 15)],
+            position: 1000,
+        };
+        let mut expect = |moved, first: usize, lens: &[usize]| {
+            call.advance(moved);
+            let Call::Read { pieces, position } = &call else {
+                unreachable!("it stays what it is");
+            };
+            assert_eq!(*position, 1000 + first as u64);
+            assert_eq!(
+                pieces[0].iov_base,
+                memory[first..].as_ptr().cast_mut().cast()
+            );
+            assert_eq!(pieces.iter().map(|p| p.iov_len).collect::<Vec<_>>(), lens);
+        };
+        expect(4, 4, &[6, 5, 15]);
+        expect(6, 10, &[5, 15]);
+        expect(6, 16, &[14]);
     }
 }

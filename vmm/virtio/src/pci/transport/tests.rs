@@ -143,6 +143,15 @@ fn can_be_reset_and_started_again() {
 }
 
 #[test]
+fn forgets_notifications_of_before_a_reset() {
+    let mut driver = Driver::new(Echo::default());
+    driver.notify(1);
+    driver.set_status(0);
+    let event = &driver.function.notifications()[1].event;
+    assert!(event.read().is_err());
+}
+
+#[test]
 fn wants_sound_features() {
     let mut driver = Driver::new(Echo::default());
     for features in [0_u64, 1 | 2 | 1 << 32, 1] {
@@ -241,6 +250,9 @@ fn needs_the_queues_of_its_device() {
         *driver.reports.lock().unwrap(),
         ["test: activation: queue 1 is not enabled"]
     );
+    // It is too late for that now.
+    driver.set_up_queue_as_is(1);
+    assert_eq!(driver.common(0x1c), [0, 0]);
 }
 
 #[test]
@@ -357,6 +369,12 @@ fn has_a_window_in_configuration_space() {
     access(&mut driver, COMMON + 0x14, 3);
     let _ = driver.function.write_config(window + WINDOW_DATA, &[0]);
     assert_eq!(driver.status(), ACKNOWLEDGE, "three bytes are no access");
+    let data = window + WINDOW_DATA;
+    let _ = driver.function.write_config(data, &[7; 4]);
+    for (at, len) in [(COMMON, 3), (COMMON, 8), (COMMON + 1, 2), (COMMON + 2, 4)] {
+        access(&mut driver, at, len);
+        assert_eq!(driver.config(data), [7; 4], "{len} bytes at {at:#x}");
+    }
 }
 
 #[test]
