@@ -232,10 +232,10 @@ fn forgets_closed_descriptors_with_duplicates() {
     peer.write_all(b"x").unwrap();
     bench.expect_silence();
     let before = bench.time();
-    std::thread::sleep(Duration::from_millis(200));
+    std::thread::sleep(Duration::from_millis(300));
     let spent = bench.time() - before;
     assert!(
-        spent < Duration::from_millis(100),
+        spent < Duration::from_millis(15),
         "the loop spins: {spent:?}"
     );
     bench.notify.write(1).unwrap();
