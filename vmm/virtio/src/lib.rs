@@ -8,6 +8,8 @@ mod device;
 pub mod event_loop;
 mod fd;
 pub mod fs;
+#[cfg(test)]
+mod hostile;
 pub mod net;
 pub mod pci;
 pub mod queue;
