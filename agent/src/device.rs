@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::fs::makedev;
 
 use crate::error::{Doing, OsError};
+use crate::kernel_file;
 use crate::watch::DeviceWatch;
 
 /// A block device.
@@ -133,5 +134,5 @@ fn text(path: &Path) -> Option<String> {
 
 fn write(path: impl AsRef<Path>, value: &str) -> Result<(), OsError> {
     let path = path.as_ref();
-    fs::write(path, value).doing("write", path.display())
+    kernel_file::write(path, value).doing("write", path.display())
 }

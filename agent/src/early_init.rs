@@ -55,7 +55,8 @@ const FILESYSTEMS: [Filesystem; 9] = [
     ),
     filesystem("tmpfs", "/dev/shm", TEMPORARY, c"mode=1777"),
     filesystem("mqueue", "/dev/mqueue", PLAIN, c""),
-    filesystem("tmpfs", "/run", TEMPORARY, c"mode=0755"),
+    // Device nodes of raw storages lie there.
+    filesystem("tmpfs", "/run", MountFlags::NOSUID, c"mode=0755"),
     filesystem("tmpfs", "/tmp", TEMPORARY, c"mode=1777"),
     filesystem("cgroup2", "/sys/fs/cgroup", PLAIN, c""),
 ];
@@ -83,7 +84,7 @@ pub fn guest(settings: &Settings) -> Result<(), OsError> {
 pub fn hosted(settings: &Settings) -> Result<(), OsError> {
     let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", flags).doing("set the propagation of", "/")?;
-    mount("tmpfs", "/run", "tmpfs", TEMPORARY, c"mode=0755").doing("mount", "/run")?;
+    mount("tmpfs", "/run", "tmpfs", MountFlags::NOSUID, c"mode=0755").doing("mount", "/run")?;
     mount("proc", "/proc", "proc", PLAIN, c"").doing("mount", "/proc")?;
     share_mounts()?;
     cgroup::prepare(&settings.cgroup_root)?;

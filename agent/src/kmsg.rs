@@ -4,7 +4,10 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::sync::OnceLock;
 
-use log::{Level, LevelFilter, Log, Metadata, Record};
+use log::{Level, Log, Metadata, Record};
+
+use crate::kernel_file;
+use crate::settings::Settings;
 
 /// The kernel cuts records at about 1 KiB.
 const LINE_BYTES: usize = 900;
@@ -15,14 +18,29 @@ struct Kmsg {
 
 static KMSG: OnceLock<Kmsg> = OnceLock::new();
 
-/// Sends log lines up to `level` to `path`. The first call wins; without the
-/// file there is no log, which is no reason to stop.
-pub fn init(path: &str, level: LevelFilter) {
+/// Starts the log. Without its file there is none, which is no reason to stop.
+pub fn init(settings: &Settings) {
+    let (path, level) = (&settings.log_path, settings.log_level);
     let Ok(file) = OpenOptions::new().append(true).create(true).open(path) else {
         return;
     };
+    if settings.log_to_console {
+        // The console shows what is below this level.
+        let console = level.to_level().map_or(0, priority) + 1;
+        let _ = kernel_file::write("/proc/sys/kernel/printk", console.to_string());
+    }
     if log::set_logger(KMSG.get_or_init(|| Kmsg { file })).is_ok() {
         log::set_max_level(level);
+    }
+}
+
+/// As syslog(2) numbers them.
+fn priority(level: Level) -> u8 {
+    match level {
+        Level::Error => 3,
+        Level::Warn => 4,
+        Level::Info => 6,
+        Level::Debug | Level::Trace => 7,
     }
 }
 
@@ -36,12 +54,7 @@ impl Log for Kmsg {
         if !self.enabled(record.metadata()) {
             return;
         }
-        let priority = match record.level() {
-            Level::Error => 3,
-            Level::Warn => 4,
-            Level::Info => 6,
-            Level::Debug | Level::Trace => 7,
-        };
+        let priority = priority(record.level());
         let mut line = format!("<{priority}>husk-agent: {}", record.args()).replace('\n', " ");
         if line.len() > LINE_BYTES {
             let mut end = LINE_BYTES;

@@ -16,6 +16,7 @@ mod events;
 mod forward;
 mod hold;
 mod init;
+mod kernel_file;
 mod kmsg;
 mod netlink;
 mod power;
@@ -80,7 +81,7 @@ fn run(mut settings: Settings) -> ExitCode {
     } else {
         early_init::hosted(&settings)
     };
-    kmsg::init(&settings.log_path, settings.log_level);
+    kmsg::init(&settings);
     let served = prepared.map_err(Error::from).and_then(|()| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

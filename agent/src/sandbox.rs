@@ -16,6 +16,7 @@ use crate::error::{Doing, Error, OsError};
 use crate::events::{Event, EventQueue, Events};
 use crate::hold::PidNamespace;
 use crate::init::{namespaces, rootfs};
+use crate::kernel_file;
 use crate::netlink;
 use crate::reaper::Reaper;
 use crate::settings::Settings;
@@ -136,7 +137,7 @@ impl Sandbox {
                 field: "sysctls",
                 reason: format!("{key:?} is no key"),
             })?;
-            fs::write(path, value).doing("set sysctl", key)?;
+            kernel_file::write(path, value).doing("set sysctl", key)?;
         }
         write_name_files(request)?;
         match request.shared_pid_namespace {
@@ -188,14 +189,16 @@ impl Sandbox {
 
     async fn create_reserved(&self, request: CreateContainerRequest) -> Result<Container, Error> {
         let spec: Spec = parse("oci_spec", &request.oci_spec)?;
+        let pid_namespace = self.pid_source(&spec)?;
+        let storages = storage::mount_all(request.storages).await?;
         let order = Order {
-            pid_namespace: self.pid_source(&spec)?,
+            pid_namespace,
             id: request.container_id,
             spec,
             streams: request.streams.unwrap_or_default(),
             terminal: request.terminal,
+            devices: storages.iter().filter_map(Mounted::device).collect(),
         };
-        let storages = storage::mount_all(request.storages).await?;
         match Container::create(order, &self.around).await {
             Ok(container) => {
                 container.keep_storages(storages);

@@ -18,6 +18,8 @@ pub struct Settings {
     pub cgroup_root: PathBuf,
     /// What to log.
     pub log_level: LevelFilter,
+    /// Whether the kernel's console shall show it, whatever `quiet` hides.
+    pub log_to_console: bool,
     /// Where to log.
     pub log_path: String,
 }
@@ -37,6 +39,7 @@ impl Settings {
             log_level: level
                 .and_then(|level| level.parse().ok())
                 .unwrap_or(LevelFilter::Warn),
+            log_to_console: level.is_some(),
             log_path: "/dev/kmsg".to_owned(),
         }
     }
@@ -62,6 +65,7 @@ impl Settings {
             dialler: dialler.ok_or("--connect is required")?,
             cgroup_root,
             log_level: LevelFilter::Debug,
+            log_to_console: false,
             log_path,
         })
     }

@@ -44,6 +44,8 @@ pub enum StorageError {
 pub struct Mounted {
     mount_point: PathBuf,
     kind: Kind,
+    /// Of a raw device: its number.
+    device: Option<u64>,
     /// Directories made on the way, outermost first.
     directories: Vec<PathBuf>,
 }
@@ -198,6 +200,7 @@ impl Source {
             directories: make_directories(mount_point.parent().unwrap_or(Path::new("/")))?,
             mount_point,
             kind: Kind::Mount,
+            device: None,
         };
         match self.attach_at(&mut mounted, options) {
             Ok(()) => Ok(mounted),
@@ -217,6 +220,7 @@ impl Source {
         let tree = match self {
             Self::Node(block) => {
                 mounted.kind = Kind::Node;
+                mounted.device = Some(block.number());
                 let mode = Mode::from_raw_mode(0o600);
                 mknodat(CWD, &at, FileType::BlockDevice, mode, block.number())
                     .doing("make", at.display())?;
@@ -268,6 +272,11 @@ impl Source {
 }
 
 impl Mounted {
+    /// The number of a raw block device, which its container may use.
+    pub fn device(&self) -> Option<u64> {
+        self.device
+    }
+
     fn undo(&self) {
         if self.kind != Kind::Node {
             let path = &self.mount_point;

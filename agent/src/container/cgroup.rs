@@ -10,6 +10,7 @@ use oci_spec::runtime::LinuxResources;
 use super::device_filter;
 use super::limits::{self, LimitError};
 use crate::error::{Doing, OsError};
+use crate::kernel_file;
 use crate::watch::FileWatch;
 
 /// Our part of the tree: container ids must not meet the kernel's file names.
@@ -58,7 +59,7 @@ fn enable_controllers(path: &Path) -> Result<(), OsError> {
     let file = path.join("cgroup.subtree_control");
     for controller in controllers.split_ascii_whitespace() {
         // One at a time: what one refuses is no reason to lack the others.
-        if let Err(error) = fs::write(&file, format!("+{controller}")) {
+        if let Err(error) = kernel_file::write(&file, format!("+{controller}")) {
             log::warn!("cgroup controller {controller}: {error}");
         }
     }
@@ -90,10 +91,11 @@ impl Cgroup {
         self.path.join("cgroup.procs")
     }
 
-    /// Sets limits and the device filter.
-    pub fn apply(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
+    /// Sets limits and the device filter; `devices` are block devices that are
+    /// allowed whatever the rules say.
+    pub fn apply(&self, resources: &LinuxResources, devices: &[u64]) -> Result<(), CgroupError> {
         for limit in limits::writes(resources)? {
-            let written = fs::write(self.path.join(&limit.file), &limit.value);
+            let written = kernel_file::write(self.path.join(&limit.file), &limit.value);
             match written {
                 Err(error) if limit.optional && error.kind() == io::ErrorKind::NotFound => {}
                 written => written.map_err(|source| CgroupError::Set {
@@ -104,7 +106,7 @@ impl Cgroup {
             }
         }
         if let Some(rules) = resources.devices() {
-            device_filter::apply(&self.path, rules)?;
+            device_filter::apply(&self.path, rules, devices)?;
         }
         Ok(())
     }
@@ -128,7 +130,7 @@ impl Cgroup {
     /// Sends SIGKILL to all, also to what they are forking now.
     pub fn kill(&self) -> Result<(), OsError> {
         let file = self.path.join("cgroup.kill");
-        fs::write(&file, "1").doing("write", file.display())
+        kernel_file::write(&file, "1").doing("write", file.display())
     }
 
     /// Stops or continues all processes; returns when they are.
@@ -139,7 +141,7 @@ impl Cgroup {
         } else {
             ("0", "thawed")
         };
-        fs::write(&file, value).doing("write", file.display())?;
+        kernel_file::write(&file, value).doing("write", file.display())?;
         self.wait_for("frozen", frozen, wanted).await
     }
 

@@ -45,8 +45,9 @@ const ALWAYS: [(Option<u32>, Option<u32>, u32); 9] = [
     (Some(136), None, ALL),
 ];
 
-/// Replaces the cgroup's filter by one for these rules.
-pub fn apply(cgroup: &Path, rules: &[LinuxDeviceCgroup]) -> Result<(), OsError> {
+/// Replaces the cgroup's filter by one for these rules, which know the host's
+/// numbers of block devices, and for the pod's own block devices.
+pub fn apply(cgroup: &Path, rules: &[LinuxDeviceCgroup], blocks: &[u64]) -> Result<(), OsError> {
     let mut parsed: Vec<Rule> = rules.iter().map(Rule::from_spec).collect();
     if parsed.is_empty() || allows_everything(&parsed) {
         return Ok(());
@@ -57,6 +58,13 @@ pub fn apply(cgroup: &Path, rules: &[LinuxDeviceCgroup]) -> Result<(), OsError> 
         major: *major,
         minor: *minor,
         access: *access,
+    }));
+    parsed.extend(blocks.iter().map(|number| Rule {
+        allow: true,
+        kind: Some(BLOCK),
+        major: Some(rustix::fs::major(*number)),
+        minor: Some(rustix::fs::minor(*number)),
+        access: ALL,
     }));
     let program = load(&assemble(&parsed)).doing("load", "the device filter")?;
     let directory = File::open(cgroup).doing("open", cgroup.display())?;

@@ -1,7 +1,6 @@
 //! The agent's side of making a process: starts the helper, answers it, and
 //! leaves nothing behind when it fails.
 
-use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -15,6 +14,7 @@ use tokio::sync::oneshot;
 use crate::error::{Doing, OsError};
 use crate::init::channel::{AgentChannel, inherit};
 use crate::init::plan::{Failure, Kind, Order, Plan, Report};
+use crate::kernel_file;
 use crate::reaper::{Exit, Launching, Reaper};
 use crate::stdio::ChildStreams;
 
@@ -157,7 +157,7 @@ fn write_id_maps(pid: i32, spec: &Spec) -> Result<(), OsError> {
         };
         let text: String = mappings.into_iter().flatten().map(line).collect();
         let path = format!("/proc/{pid}/{file}");
-        fs::write(&path, text).doing("write", &path)?;
+        kernel_file::write(&path, text).doing("write", &path)?;
     }
     Ok(())
 }

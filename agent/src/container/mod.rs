@@ -64,6 +64,8 @@ pub struct Order {
     pub terminal: bool,
     /// Where its PID namespace comes from.
     pub pid_namespace: PidSource,
+    /// Block devices that it may use.
+    pub devices: Vec<u64>,
 }
 
 /// Where a container's PID namespace comes from.
@@ -91,6 +93,7 @@ pub struct Container {
     process: OciProcess,
     seccomp: Option<LinuxSeccomp>,
     id_maps: IdMaps,
+    devices: Vec<u64>,
 }
 
 /// What the first process is at, as far as it hasn't ended.
@@ -124,7 +127,7 @@ impl Container {
         let spec = order.spec;
         let linux = spec.linux().as_ref();
         if let Some(resources) = linux.and_then(|linux| linux.resources().as_ref()) {
-            cgroup.apply(resources)?;
+            cgroup.apply(resources, &order.devices)?;
         }
         let process = spec.process().clone().ok_or_else(|| Error::Invalid {
             field: "oci_spec.process",
@@ -185,6 +188,7 @@ impl Container {
             process,
             seccomp,
             id_maps,
+            devices: order.devices,
         })
     }
 
@@ -359,7 +363,7 @@ impl Container {
 
     /// Changes limits.
     pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
-        Ok(self.cgroup.apply(resources)?)
+        Ok(self.cgroup.apply(resources, &self.devices)?)
     }
 
     /// Stops all processes where they are.

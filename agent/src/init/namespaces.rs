@@ -1,7 +1,5 @@
 //! Cgroup and namespaces of the process to be.
 
-use std::fs::{self, OpenOptions};
-use std::io::Write;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
@@ -14,6 +12,7 @@ use super::channel::HelperChannel;
 use super::plan::{ContainerPlan, ExecPlan, Order, PidNamespace, Report};
 use super::program;
 use crate::error::{Doing, OsError};
+use crate::kernel_file;
 
 /// libc has no name for it on every target.
 const CLONE_NEWTIME: CloneFlags = CloneFlags::from_bits_retain(0x80);
@@ -29,10 +28,7 @@ pub fn hide_from_container() -> Result<(), OsError> {
 pub fn join_cgroup(candidates: &[PathBuf]) -> Result<(), OsError> {
     let mut result = Ok(());
     for procs in candidates {
-        let joined = OpenOptions::new()
-            .write(true)
-            .open(procs)
-            .and_then(|mut file| file.write_all(b"0"));
+        let joined = kernel_file::write(procs, b"0");
         result = joined.doing("join", procs.display());
         match &result {
             // The container has delegated parts of its cgroup to itself: with
@@ -140,7 +136,7 @@ fn write_time_offsets(spec: &Spec) -> Result<(), OsError> {
             offset.secs().unwrap_or(0),
             offset.nanosecs().unwrap_or(0)
         );
-        fs::write("/proc/self/timens_offsets", line).doing("set", "a time offset")?;
+        kernel_file::write("/proc/self/timens_offsets", line).doing("set", "a time offset")?;
     }
     Ok(())
 }

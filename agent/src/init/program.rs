@@ -20,6 +20,7 @@ use super::executable::{self, ExecutableError};
 use super::terminal::Terminal;
 use super::{InitError, seccomp};
 use crate::error::{Doing, OsError};
+use crate::kernel_file;
 
 /// A program that only needs to be executed.
 #[derive(Debug)]
@@ -36,9 +37,8 @@ pub struct Program {
 /// lowering it needs rights over the guest.
 pub fn set_oom_score(process: &Process) -> Result<(), OsError> {
     match process.oom_score_adj() {
-        Some(score) => {
-            fs::write("/proc/self/oom_score_adj", score.to_string()).doing("set", "oom_score_adj")
-        }
+        Some(score) => kernel_file::write("/proc/self/oom_score_adj", score.to_string())
+            .doing("set", "oom_score_adj"),
         None => Ok(()),
     }
 }

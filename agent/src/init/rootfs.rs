@@ -1,6 +1,5 @@
 //! Builds a container's view of files and enters it.
 
-use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
@@ -15,6 +14,7 @@ use super::plan::ContainerPlan;
 use super::terminal::Terminal;
 use super::{InitError, in_root, mounts, namespaces};
 use crate::error::{Doing, OsError};
+use crate::kernel_file;
 
 const READ_ONLY: Attributes = Attributes {
     set: MountAttrFlags::MOUNT_ATTR_RDONLY.bits(),
@@ -119,7 +119,7 @@ fn write_sysctls(spec: &Spec) -> Result<(), InitError> {
             field: "linux.sysctl",
             reason: format!("{key:?} is no key"),
         })?;
-        fs::write(path, value).doing("set sysctl", key)?;
+        kernel_file::write(path, value).doing("set sysctl", key)?;
     }
     Ok(())
 }

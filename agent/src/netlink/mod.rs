@@ -5,7 +5,6 @@
 mod address;
 mod message;
 
-use std::fs;
 use std::io;
 use std::time::Duration;
 
@@ -13,6 +12,7 @@ use husk_protocol::agent::{Interface, Neighbour, Network, Route, Rule};
 
 use crate::device;
 use crate::error::{Doing, OsError};
+use crate::kernel_file;
 use address::{Address, Prefix};
 use message::{Mode, Request, RouteSocket};
 
@@ -241,7 +241,7 @@ fn set_up(socket: &RouteSocket, interface: &Interface) -> Result<(), NetworkErro
     // The host has done duplicate address detection already; without IPv6
     // there is nothing to say.
     for file in ["accept_dad", "dad_transmits"] {
-        let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{file}"), "0");
+        let _ = kernel_file::write(format!("/proc/sys/net/ipv6/conf/{name}/{file}"), "0");
     }
     set_link(socket, index, Some(1), |request| match interface.mtu {
         0 => request,

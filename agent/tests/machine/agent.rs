@@ -82,15 +82,8 @@ impl Agent {
         let log = directory.path().join("log");
         let agent = env!("CARGO_BIN_EXE_husk-agent");
         let process = Command::new("unshare")
-            .args([
-                "--mount",
-                "--net",
-                "--ipc",
-                "--uts",
-                "--pid",
-                "--fork",
-                "--kill-child",
-            ])
+            // The letters are those that busybox knows as well.
+            .args(["-m", "-n", "-i", "-u", "-p", "-f"])
             .args([
                 "/bin/sh",
                 "-c",
@@ -147,17 +140,24 @@ impl Agent {
 
     /// The agent's own pid here: the only child of unshare.
     pub fn pid(&self) -> u32 {
-        let unshare = self.process.id();
-        let children = format!("/proc/{unshare}/task/{unshare}/children");
-        let children = std::fs::read_to_string(children).unwrap();
-        children.split_whitespace().next().unwrap().parse().unwrap()
+        self.agent_pid().unwrap().cast_unsigned()
+    }
+
+    fn agent_pid(&self) -> Option<i32> {
+        children_of(self.process.id()).first().copied()
     }
 
     /// Children of the agent, helpers and zombies included.
-    pub fn children(&self) -> Vec<String> {
-        let pid = self.pid();
-        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-        children.split_whitespace().map(str::to_owned).collect()
+    pub fn children(&self) -> Vec<i32> {
+        children_of(self.pid())
+    }
+
+    /// A container that has nothing to complain of.
+    pub async fn wait_for_calm(&self) -> WaitResponse {
+        self.run("calm", &self.spec(&["/bin/true"])).await;
+        let exit = self.wait("calm", "").await;
+        self.delete("calm").await;
+        exit
     }
 
     /// Creates a container without starting it.
@@ -344,8 +344,10 @@ impl Drop for Agent {
         if std::thread::panicking() {
             eprintln!("log of the agent:\n{}", self.log());
         }
-        // unshare takes the agent with it, and the agent's PID namespace goes.
-        let _ = self.process.kill();
+        // Its PID namespace goes with the agent, unshare with its only child.
+        if let Some(pid) = self.agent_pid().and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
         let _ = self.process.wait();
         let husk = self.cgroup.join("husk");
         let _ = std::fs::write(husk.join("cgroup.kill"), "1");
@@ -456,6 +458,21 @@ pub fn status(error: ttrpc::Error) -> (ttrpc::Code, String) {
         ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
         other => panic!("not a status: {other:?}"),
     }
+}
+
+fn children_of(parent: u32) -> Vec<i32> {
+    let parent_of = |pid: i32| -> Option<u32> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        stat.rsplit(')')
+            .next()?
+            .split_whitespace()
+            .nth(1)?
+            .parse()
+            .ok()
+    };
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| parent_of(*pid) == Some(parent)).collect()
 }
 
 fn listen(socket: &Path, port: u32) -> UnixListener {

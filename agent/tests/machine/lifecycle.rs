@@ -13,7 +13,7 @@ agent_test! {
         let spec = agent.spec(&["/bin/sh", "-c", "echo out; echo err >&2; exit 7"]);
         assert_eq!(agent.output(&spec).await, (7, "out\n".to_owned(), "err\n".to_owned()));
         assert_eq!(agent.cgroups(), Vec::<String>::new());
-        assert_eq!(agent.children(), Vec::<String>::new());
+        assert_eq!(agent.children(), Vec::<i32>::new());
     }
 }
 
@@ -37,7 +37,7 @@ agent_test! {
         agent.create("a", &agent.spec(&["/bin/true"])).await.unwrap();
         agent.delete("a").await;
         assert_eq!(agent.cgroups(), Vec::<String>::new());
-        assert_eq!(agent.children(), Vec::<String>::new());
+        assert_eq!(agent.children(), Vec::<i32>::new());
         let (code, _) = status(agent.start_container("a").await.unwrap_err());
         assert_eq!(code, Code::NOT_FOUND);
     }
@@ -59,7 +59,7 @@ agent_test! {
             assert!(started.elapsed().as_secs() < 1, "{:?}", started.elapsed());
         }
         assert_eq!(agent.cgroups(), Vec::<String>::new());
-        assert_eq!(agent.children(), Vec::<String>::new());
+        assert_eq!(agent.children(), Vec::<i32>::new());
         assert_eq!(agent.mounts(), mounts);
     }
 }
@@ -129,7 +129,7 @@ agent_test! {
         agent.signal("a", "", libc::SIGKILL, true).await.unwrap();
         assert_eq!(agent.wait("a", "").await.exit_code, 137);
         agent.delete("a").await;
-        assert_eq!(agent.children(), Vec::<String>::new());
+        assert_eq!(agent.children(), Vec::<i32>::new());
     }
 }
 
@@ -186,7 +186,7 @@ agent_test! {
         let mut spec = agent.spec(&["/bin/sh", "-c", "(sleep 0.1 &); (exit 1 &); sleep 0.3"]);
         spec["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != "pid");
         assert_eq!(agent.output(&spec).await.0, 0);
-        assert_eq!(agent.children(), Vec::<String>::new());
+        assert_eq!(agent.children(), Vec::<i32>::new());
     }
 }
 

@@ -1,0 +1,125 @@
+//! Limits and devices that few development machines have: these run in a guest
+//! (see guest.rs) and are skipped elsewhere.
+
+use husk_protocol::agent::{
+    BlockStorage, Empty, OnlineResourcesRequest, Storage, UpdateResourcesRequest, event, storage,
+};
+use protobuf::Message;
+use serde_json::json;
+
+use crate::agent::{Agent, container, context, read_all, within};
+use crate::agent_test;
+
+fn has_controllers(agent: &Agent) -> bool {
+    let has = agent.cgroup.join("husk/memory.max").exists();
+    if !has {
+        println!("SKIP: no memory controller in cgroup v2");
+    }
+    has
+}
+
+agent_test! {
+    async fn a_container_out_of_memory_is_told_of(agent: Agent) {
+        if !has_controllers(&agent) {
+            return;
+        }
+        let mut spec = agent.spec(&["/bin/sh", "-c", "exec tail /dev/zero"]);
+        spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20, "swap": 16 << 20}});
+        agent.run("a", &spec).await;
+        let event = within("the event", agent.client.next_event(context(), &Empty::new())).await.unwrap();
+        let Some(event::Kind::Oom(oom)) = event.kind else {
+            panic!("not an OOM event: {event:?}");
+        };
+        assert_eq!(oom.container_id, "a");
+        let exit = agent.wait("a", "").await;
+        assert_eq!((exit.exit_code, exit.oom_killed), (137, true));
+        agent.delete("a").await;
+        assert!(!agent.wait_for_calm().await.oom_killed);
+    }
+}
+
+agent_test! {
+    async fn limits_are_set_and_updated(agent: Agent) {
+        if !has_controllers(&agent) {
+            return;
+        }
+        let mut spec = agent.spec(&["/bin/sh", "-c", "cd /sys/fs/cgroup; cat memory.max cpu.weight cpu.max pids.max memory.oom.group; echo ready; read line; cat memory.max cpu.max"]);
+        spec["linux"]["resources"] = json!({
+            "memory": {"limit": 64 << 20},
+            "cpu": {"shares": 2048, "quota": 50_000, "period": 100_000},
+            "pids": {"limit": 40},
+            "unified": {"memory.oom.group": "1"},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 0}, {"pageSize": "17GB", "limit": 0}],
+        });
+        let mut streams = agent.run("a", &spec).await;
+        assert_eq!(streams.read_until("ready\n").await, "67108864\n79\n50000 100000\n40\n1\nready\n");
+        let request = UpdateResourcesRequest {
+            container_id: "a".to_owned(),
+            oci_resources: json!({"memory": {"limit": 32 << 20}, "cpu": {"quota": -1}}).to_string().into_bytes(),
+            ..Default::default()
+        };
+        agent.client.update_resources(context(), &request).await.unwrap();
+        let stats = agent.client.stats(context(), &container("a")).await.unwrap();
+        let metrics = husk_protocol::metrics::Metrics::parse_from_bytes(&stats.cgroup_v2_metrics).unwrap();
+        assert_eq!((metrics.memory.usage_limit, metrics.pids.limit), (32 << 20, 40));
+        assert!(metrics.memory.usage > 0 && metrics.pids.current == 1);
+        streams.write("\n").await;
+        assert_eq!(read_all(streams.stdout).await, "33554432\nmax 100000\n");
+        agent.wait("a", "").await;
+        agent.delete("a").await;
+    }
+}
+
+agent_test! {
+    async fn a_fork_bomb_stays_in_its_limit(agent: Agent) {
+        if !has_controllers(&agent) {
+            return;
+        }
+        let mut spec = agent.spec(&["/bin/sh", "-c", "for i in 1 2 3 4 5 6 7 8; do sleep 100 & done; echo all"]);
+        spec["linux"]["resources"] = json!({"pids": {"limit": 5}});
+        let (_, stdout, stderr) = agent.output(&spec).await;
+        assert!(stdout.is_empty() && stderr.contains("can't fork"), "{stdout}{stderr}");
+    }
+}
+
+agent_test! {
+    async fn a_block_device_is_mounted_by_its_serial(agent: Agent) {
+        if std::env::var_os("HUSK_TEST_DISK").is_none() {
+            println!("SKIP: no disk of the serial husk-disk");
+            return;
+        }
+        let block = |fstype: &str, mount_point: &str, option: &str| Storage {
+            source: Some(storage::Source::Block(BlockStorage {
+                serial: "husk-disk".to_owned(),
+                fstype: fstype.to_owned(),
+                ..Default::default()
+            })),
+            mount_point: mount_point.to_owned(),
+            options: vec![option.to_owned()],
+            ..Default::default()
+        };
+        let mounts = agent.mounts();
+        for option in ["rw", "ro"] {
+            let mut spec = agent.spec(&["/bin/sh", "-c", "touch /disk/file && echo written; ls /disk; head -c 4 /raw | wc -c"]);
+            spec["linux"]["resources"] = json!({"devices": [{"allow": false, "access": "rwm"}]});
+            let list = spec["mounts"].as_array_mut().unwrap();
+            list.push(json!({"destination": "/disk", "type": "bind", "source": "/run/husk/volumes/disk", "options": ["rbind"]}));
+            list.push(json!({"destination": "/raw", "type": "bind", "source": "/run/husk/volumes/raw", "options": ["bind"]}));
+            let storages = vec![block("ext4", "/run/husk/volumes/disk", option), block("", "/run/husk/volumes/raw", "")];
+            let streams = agent.create_with("a", &spec, storages).await.unwrap();
+            agent.start_container("a").await.unwrap();
+            let text = read_all(streams.stdout).await;
+            assert_eq!(text.starts_with("written\n"), option == "rw", "{text}");
+            assert!(text.contains("file\nlost+found\n4\n"), "{text}");
+            agent.wait("a", "").await;
+            agent.delete("a").await;
+            assert_eq!(agent.mounts(), mounts);
+        }
+        let request = OnlineResourcesRequest {
+            vcpus: 1,
+            ..Default::default()
+        };
+        let online = agent.client.online_resources(context(), &request).await.unwrap();
+        assert!(online.vcpus >= 1);
+    }
+}
