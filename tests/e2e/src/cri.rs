@@ -50,6 +50,22 @@ macro_rules! call {
     }};
 }
 
+/// Connects to a gRPC socket.
+pub fn dial(path: PathBuf) -> Result<(Runtime, Channel)> {
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    // The address is only a name: every connection goes to the socket.
+    let endpoint = Endpoint::from_static("http://containerd.socket");
+    let channel = runtime.block_on(endpoint.connect_with_connector(tower::service_fn(
+        move |_: Uri| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        },
+    )))?;
+    Ok((runtime, channel))
+}
+
 /// An error that the CRI answered with.
 #[derive(Debug)]
 pub struct Refused {
@@ -76,17 +92,7 @@ impl std::error::Error for Refused {}
 impl Cri {
     /// Connects to the socket at `path`.
     pub fn connect(path: PathBuf, deadline: Duration) -> Result<Self> {
-        let runtime = runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        // The address is only a name: every connection goes to the socket.
-        let endpoint = Endpoint::from_static("http://containerd.socket");
-        let channel = runtime.block_on(endpoint.connect_with_connector(tower::service_fn(
-            move |_: Uri| {
-                let path = path.clone();
-                async move { UnixStream::connect(path).await.map(TokioIo::new) }
-            },
-        )))?;
+        let (runtime, channel) = dial(path)?;
         Ok(Self {
             runtime,
             client: RuntimeServiceClient::new(channel),

@@ -7,6 +7,8 @@ use anyhow::{Context, Result};
 
 use crate::node::{NAMESPACE, Node, Runtime};
 use crate::process::{self, Finished, OnTerminal, Running, eventually};
+use crate::tasks::Tasks;
+use crate::tasks::api::Process;
 
 /// Calls of `ctr` for one runtime in the cases' namespace.
 #[derive(Clone, Debug)]
@@ -112,31 +114,26 @@ impl Ctr {
         self.command(&args)
     }
 
-    /// The task's state as `ctr task ls` shows it; `None` when there is none.
-    pub fn state(&self, id: &str) -> Result<Option<String>> {
-        let list = self.call(&["task", "ls"])?.ok()?.out();
-        Ok(list.lines().skip(1).find_map(|line| {
-            let mut fields = line.split_whitespace();
-            (fields.next() == Some(id)).then(|| fields.nth(1).unwrap_or_default().to_owned())
-        }))
+    /// What containerd says of a task; `None` when there is none.
+    pub fn task(&self, id: &str) -> Result<Option<Process>> {
+        let tasks = Tasks::connect(self.node.socket.clone(), self.deadline())?;
+        Ok(tasks.list()?.into_iter().find(|task| task.id == id))
     }
 
-    /// The task's process id on the host.
-    pub fn pid(&self, id: &str) -> Result<i32> {
-        let list = self.call(&["task", "ls"])?.ok()?.out();
-        list.lines()
-            .find_map(|line| {
-                let mut fields = line.split_whitespace();
-                (fields.next() == Some(id))
-                    .then(|| fields.next().and_then(|pid| pid.parse().ok()))?
-            })
-            .with_context(|| format!("no task {id} in\n{list}"))
+    /// The task's state as `ctr task ls` shows it; `None` when there is none.
+    pub fn state(&self, id: &str) -> Result<Option<&'static str>> {
+        Ok(self.task(id)?.map(|task| task.status().as_str_name()))
+    }
+
+    /// The task's process id.
+    pub fn pid(&self, id: &str) -> Result<u32> {
+        Ok(self.task(id)?.with_context(|| format!("no task {id}"))?.pid)
     }
 
     /// Waits until the task is in `state`.
     pub fn await_state(&self, id: &str, state: &str, deadline: Duration) -> Result<()> {
         eventually(&format!("{id} is {state}"), deadline, || {
-            Ok((self.state(id)?.as_deref() == Some(state)).then_some(()))
+            Ok((self.state(id)? == Some(state)).then_some(()))
         })
     }
 
@@ -153,15 +150,10 @@ impl Ctr {
         Ok(())
     }
 
-    /// Kills, deletes and forgets a container; whatever is gone already is fine.
+    /// Kills, deletes and forgets a container; a task that is gone is fine.
     pub fn remove(&self, id: &str) -> Result<()> {
-        self.call(&["task", "kill", "--signal", "SIGKILL", id])?;
-        let deadline = self.deadline();
-        eventually(&format!("{id} has stopped"), deadline, || {
-            Ok((!matches!(self.state(id)?.as_deref(), Some("RUNNING" | "PAUSED"))).then_some(()))
-        })?;
         if self.state(id)?.is_some() {
-            self.call(&["task", "delete", id])?;
+            self.call(&["task", "delete", "--force", id])?;
         }
         self.call(&["container", "delete", id])?.ok()?;
         Ok(())

@@ -1,6 +1,7 @@
 //! The images that the cases run, made offline: busybox, the probe and a few
 //! files as an OCI archive.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -12,7 +13,9 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tar::{Builder, EntryType, Header};
 
-use crate::node::Node;
+use crate::cri::Cri;
+use crate::cri::api::StatusResponse;
+use crate::node::{CRI_NAMESPACE, NAMESPACE, Node};
 use crate::process;
 
 /// The image that most cases run.
@@ -27,29 +30,62 @@ const FILES: &[(&str, &str)] = &[
     ("etc/motd", "a file of the image\n"),
 ];
 
-/// Makes the images and gives them to both namespaces of `node`.
-pub fn install(node: &Node, probe: &Path, busybox: &Path, pause_name: &str) -> Result<()> {
+/// Makes the images and gives them to both namespaces of `node`; the sandbox
+/// image that the CRI is configured with only where it is missing.
+pub fn install_for(node: &Node, probe: &Path, busybox: &Path) -> Result<()> {
+    let cri = Cri::connect(node.socket.clone(), Duration::from_secs(30) * node.slowness)?;
+    let pause_name = pause_name(&cri.status()?).context("the CRI names no sandbox image")?;
     let base = node.work.join("base.tar");
     archive(&base, BASE, &base_layer(probe, busybox)?, &["/bin/sh"])?;
-    let pause = node.work.join("pause.tar");
-    archive(
-        &pause,
-        pause_name,
-        &pause_layer(probe)?,
-        &["/probe", "pause"],
+    import(node, NAMESPACE, &base)?;
+    import(node, CRI_NAMESPACE, &base)?;
+    let known = ctr(
+        node,
+        CRI_NAMESPACE,
+        &["images".as_ref(), "list".as_ref(), "--quiet".as_ref()],
     )?;
-    for namespace in [crate::node::NAMESPACE, crate::node::CRI_NAMESPACE] {
-        for file in [&base, &pause] {
-            let mut command = Command::new("ctr");
-            command
-                .arg("--address")
-                .arg(&node.socket)
-                .args(["--namespace", namespace]);
-            command.args(["images", "import"]).arg(file);
-            process::run(&mut command, Duration::from_secs(60) * node.slowness)?.ok()?;
-        }
+    if !known.lines().any(|name| name == pause_name) {
+        let pause = node.work.join("pause.tar");
+        archive(
+            &pause,
+            &pause_name,
+            &pause_layer(probe)?,
+            &["/probe", "pause"],
+        )?;
+        import(node, CRI_NAMESPACE, &pause)?;
     }
     Ok(())
+}
+
+fn import(node: &Node, namespace: &str, file: &Path) -> Result<()> {
+    ctr(
+        node,
+        namespace,
+        &["images".as_ref(), "import".as_ref(), file.as_os_str()],
+    )
+    .map(drop)
+}
+
+fn ctr(node: &Node, namespace: &str, args: &[&OsStr]) -> Result<String> {
+    let mut command = Command::new("ctr");
+    command
+        .arg("--address")
+        .arg(&node.socket)
+        .args(["--namespace", namespace])
+        .args(args);
+    Ok(
+        process::run(&mut command, Duration::from_secs(60) * node.slowness)?
+            .ok()?
+            .out(),
+    )
+}
+
+/// The sandbox image that containerd is configured with.
+fn pause_name(status: &StatusResponse) -> Option<String> {
+    let config: Value = serde_json::from_str(status.info.get("config")?).ok()?;
+    ["/sandboxImage", "/pinnedImages/sandbox"]
+        .iter()
+        .find_map(|path| config.pointer(path)?.as_str().map(str::to_owned))
 }
 
 fn base_layer(probe: &Path, busybox: &Path) -> Result<Vec<u8>> {

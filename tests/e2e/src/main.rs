@@ -3,26 +3,15 @@
 //! Every case runs for runc too, which proves the case; after each the node
 //! must look as it did before.
 
-mod case;
-mod clean;
-mod cri;
-mod ctr;
-mod host;
-mod image;
-mod node;
-mod pod;
-mod process;
-mod runner;
-mod stream;
-
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use case::Case;
-use node::{Node, Runtime};
+use husk_e2e::case::{self, Case};
+use husk_e2e::node::{Node, Runtime};
+use husk_e2e::{clean, cri, host, image, runner};
 
 const USAGE: &str = "\
 usage: husk-e2e [--runtime husk,runc] [--filter TEXT]... [--skip TEXT]... [--list]
@@ -53,15 +42,7 @@ impl Options {
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Self> {
         let beside = std::env::current_exe()?.with_file_name("husk-probe");
         let mut options = Self {
-            node: Node {
-                socket: "/run/containerd/containerd.sock".into(),
-                root: "/var/lib/containerd".into(),
-                state: "/run/containerd".into(),
-                work: "/var/tmp/husk-e2e".into(),
-                restart: None,
-                slowness: 1,
-                bulk_mib: 100,
-            },
+            node: Node::local(),
             runtimes: vec![Runtime::Husk, Runtime::Runc],
             filters: Vec::new(),
             skips: Vec::new(),
@@ -167,8 +148,7 @@ fn prepare(options: &Options) -> Result<()> {
     let cri = cri::Cri::connect(node.socket.clone(), Duration::from_secs(30) * node.slowness)?;
     let version = cri.version()?;
     let status = cri.status()?;
-    let pause = pause_image(&status).context("the CRI names no sandbox image")?;
-    image::install(node, &options.probe, &options.busybox, &pause)?;
+    image::install_for(node, &options.probe, &options.busybox)?;
     println!(
         "{} {}, {} cases",
         version.runtime_name,
@@ -196,12 +176,4 @@ fn prepare(options: &Options) -> Result<()> {
     }
     clean::remove_all(node)?;
     host::await_rest(node, Duration::from_secs(20) * node.slowness)
-}
-
-/// The sandbox image that containerd is configured with.
-fn pause_image(status: &cri::api::StatusResponse) -> Option<String> {
-    let config: serde_json::Value = serde_json::from_str(status.info.get("config")?).ok()?;
-    ["/sandboxImage", "/pinnedImages/sandbox"]
-        .iter()
-        .find_map(|path| config.pointer(path)?.as_str().map(str::to_owned))
 }

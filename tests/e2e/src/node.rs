@@ -63,6 +63,19 @@ impl Runtime {
 }
 
 impl Node {
+    /// The machine's own containerd, on hardware.
+    pub fn local() -> Self {
+        Self {
+            socket: "/run/containerd/containerd.sock".into(),
+            root: "/var/lib/containerd".into(),
+            state: "/run/containerd".into(),
+            work: "/var/tmp/husk-e2e".into(),
+            restart: None,
+            slowness: 1,
+            bulk_mib: 100,
+        }
+    }
+
     /// The options that describe this node to another `husk-e2e`.
     pub fn arguments(&self) -> Vec<String> {
         let mut all = vec![

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -81,8 +82,14 @@ pub fn tail(text: &str, length: usize) -> &str {
 pub struct Running {
     child: Child,
     begun: Instant,
-    stdout: Option<JoinHandle<Vec<u8>>>,
-    stderr: Option<JoinHandle<Vec<u8>>>,
+    stdout: Option<Collector>,
+    stderr: Option<Collector>,
+}
+
+/// Reads a stream to its end on a thread of its own.
+struct Collector {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    thread: JoinHandle<()>,
 }
 
 /// Starts a process with piped standard streams.
@@ -104,13 +111,22 @@ pub fn start(command: &mut Command) -> Result<Running> {
     })
 }
 
-fn collect(mut stream: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
-    thread::spawn(move || {
-        let mut bytes = Vec::new();
+fn collect(mut stream: impl Read + Send + 'static) -> Collector {
+    let bytes = Arc::new(Mutex::new(Vec::new()));
+    let collected = Arc::clone(&bytes);
+    let thread = thread::spawn(move || {
+        let mut block = vec![0; 1 << 16];
         // A stream that breaks has given all it will give.
-        let _ = stream.read_to_end(&mut bytes);
-        bytes
-    })
+        while let Ok(length @ 1..) = stream.read(&mut block) {
+            lock(&collected).extend_from_slice(&block[..length]);
+        }
+    });
+    Collector { bytes, thread }
+}
+
+/// Bytes are whole whatever happened to the thread that held them.
+fn lock(bytes: &Mutex<Vec<u8>>) -> MutexGuard<'_, Vec<u8>> {
+    bytes.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Running {
@@ -148,6 +164,22 @@ impl Running {
     /// Whether it still runs.
     pub fn is_running(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// Waits until its standard output holds `wanted`.
+    pub fn await_output(&mut self, wanted: &str, deadline: Duration) -> Result<()> {
+        eventually(&format!("{wanted:?} on standard output"), deadline, || {
+            let shown = self
+                .stdout
+                .as_ref()
+                .map(|collector| lock(&collector.bytes).clone());
+            let found = String::from_utf8_lossy(&shown.unwrap_or_default()).contains(wanted);
+            ensure!(
+                found || self.is_running()?,
+                "ended before {wanted:?} on standard output"
+            );
+            Ok(found.then_some(()))
+        })
     }
 
     /// Closes its standard input and waits; past the deadline it is killed
@@ -189,10 +221,13 @@ impl Running {
     }
 }
 
-fn joined(collector: Option<JoinHandle<Vec<u8>>>) -> Vec<u8> {
-    collector
-        .and_then(|thread| thread.join().ok())
-        .unwrap_or_default()
+fn joined(collector: Option<Collector>) -> Vec<u8> {
+    let Some(collector) = collector else {
+        return Vec::new();
+    };
+    // What it had read before it panicked counts.
+    let _ = collector.thread.join();
+    std::mem::take(&mut *lock(&collector.bytes))
 }
 
 /// Runs a command to its end with nothing on standard input.

@@ -127,6 +127,18 @@ impl Stream {
             .with_context(|| format!("waiting for {wanted:?}"))
     }
 
+    /// Sends `question` each second until standard output holds `answer`.
+    pub fn asks_until(&mut self, question: &[u8], answer: &str, deadline: Duration) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            self.send(channel::STDIN, question)?;
+            let seen = self.until_text(channel::STDOUT, answer, Duration::from_secs(1));
+            if seen.is_ok() || begun.elapsed() > deadline {
+                return seen;
+            }
+        }
+    }
+
     /// Receives until the server closes.
     pub fn until_closed(&mut self, deadline: Duration) -> Result<()> {
         self.until(deadline, |stream| stream.closed)

@@ -200,9 +200,9 @@ fn terminal_keys(bench: &Bench) -> Result<()> {
     terminal.write("echo started\n")?;
     terminal.read_until("\nstarted", wait)?;
     // ^C reaches the foreground process, not the shell.
-    terminal.write("sleep 1000\n")?;
-    terminal.read_until("sleep 1000", wait)?;
-    thread::sleep(bench.seconds(1));
+    terminal.write("echo now-$((40 + 2)); sleep 1000\n")?;
+    terminal.read_until("now-42", wait)?;
+    thread::sleep(Duration::from_secs(1));
     terminal.write("\x03")?;
     terminal.write("echo $?\n")?;
     terminal.read_until("130", wait)?;

@@ -1,11 +1,12 @@
 //! Exec, Attach and PortForward through containerd's streaming server.
 
-use std::thread;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
 use super::{Bench, Case, case};
 use crate::pod::Pod;
+use crate::process::eventually;
 use crate::stream::{Stream, channel};
 
 /// The cases of this theme.
@@ -77,9 +78,7 @@ fn exec_terminal(bench: &Bench) -> Result<()> {
     stream.resize(33, 101)?;
     stream.send(channel::STDIN, b"tty && echo on-$((40 + 2))\n")?;
     stream.until_text(channel::STDOUT, "on-42", wait)?;
-    thread::sleep(bench.seconds(1));
-    stream.send(channel::STDIN, b"stty size\n")?;
-    stream.until_text(channel::STDOUT, "33 101", wait)?;
+    stream.asks_until(b"stty size\n", "33 101", wait)?;
     stream.send(channel::STDIN, b"exit 4\n")?;
     stream.until_closed(wait)?;
     ensure!(stream.exit_code()? == 4);
@@ -103,9 +102,11 @@ fn attach(bench: &Bench) -> Result<()> {
     stream.until_text(channel::STDERR, "err one\n", wait)?;
     // A second client sees what comes after it; detaching ends nothing.
     let mut second = Stream::open(&cri.attach_url(&container, false)?)?;
-    thread::sleep(bench.seconds(1));
-    stream.send(channel::STDIN, b"two\n")?;
-    second.until_text(channel::STDOUT, "got two\n", wait)?;
+    eventually("the second client sees a line", wait, || {
+        stream.send(channel::STDIN, b"two\n")?;
+        let seen = second.until_text(channel::STDOUT, "got two\n", Duration::from_secs(1));
+        Ok(seen.is_ok().then_some(()))
+    })?;
     drop((stream, second));
     let mut third = Stream::open(&cri.attach_url(&container, false)?)?;
     third.send(channel::STDIN, b"three\n")?;
@@ -125,9 +126,7 @@ fn attach_terminal(bench: &Bench) -> Result<()> {
     stream.resize(44, 122)?;
     stream.send(channel::STDIN, b"echo on-$((40 + 2))\n")?;
     stream.until_text(channel::STDOUT, "on-42", wait)?;
-    thread::sleep(bench.seconds(1));
-    stream.send(channel::STDIN, b"stty size\n")?;
-    stream.until_text(channel::STDOUT, "44 122", wait)?;
+    stream.asks_until(b"stty size\n", "44 122", wait)?;
     stream.send(channel::STDIN, b"exit 8\n")?;
     let status = pod.await_exit(&cri, &container)?;
     ensure!(status.exit_code == 8, "{status:?}");

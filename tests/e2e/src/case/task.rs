@@ -28,29 +28,26 @@ fn signals(bench: &Bench) -> Result<()> {
     let id = bench.id();
     let script = "trap 'echo got term; exit 7' TERM; trap 'echo got usr1' USR1; echo ready; \
                   while :; do sleep 0.1; done";
-    let running = bench.ctr.start(&[], &id, &["sh", "-c", script])?;
-    bench.ctr.await_state(&id, "RUNNING", bench.seconds(10))?;
-    // The traps are set once the shell has said so; ctr collects the output.
-    thread::sleep(bench.seconds(1));
+    let wait = bench.ctr.deadline();
+    let mut running = bench.ctr.start(&[], &id, &["sh", "-c", script])?;
+    running.await_output("ready", wait)?;
     bench
         .ctr
         .call(&["task", "kill", "--signal", "SIGUSR1", &id])?
         .ok()?;
-    thread::sleep(bench.seconds(1));
+    running.await_output("got usr1", wait)?;
     bench.ctr.call(&["task", "kill", &id])?.ok()?;
-    let done = running.wait(bench.ctr.deadline())?.expect_code(7)?;
+    let done = running.wait(wait)?.expect_code(7)?;
     ensure!(
         done.out() == "ready\ngot usr1\ngot term\n",
         "{}",
         done.tail()
     );
     // ctr forwards its own signals to the container.
-    let id = bench.id();
-    let running = bench.ctr.start(&[], &id, &["sh", "-c", script])?;
-    bench.ctr.await_state(&id, "RUNNING", bench.seconds(10))?;
-    thread::sleep(bench.seconds(1));
+    let mut running = bench.ctr.start(&[], &bench.id(), &["sh", "-c", script])?;
+    running.await_output("ready", wait)?;
     running.signal(Signal::SIGTERM)?;
-    let done = running.wait(bench.ctr.deadline())?.expect_code(7)?;
+    let done = running.wait(wait)?.expect_code(7)?;
     ensure!(done.out() == "ready\ngot term\n", "{}", done.tail());
     Ok(())
 }
@@ -137,13 +134,10 @@ fn exec_many(bench: &Bench) -> Result<()> {
 fn exec_outlived(bench: &Bench) -> Result<()> {
     let (id, ctr) = (bench.id(), &bench.ctr);
     ctr.run_detached(&[], &id, &["sleep", "1000"])?;
-    let exec = process::start(&mut ctr.exec_command(
-        &[],
-        &id,
-        "long",
-        &["sh", "-c", "echo up; sleep 1000"],
-    ))?;
-    thread::sleep(bench.seconds(2));
+    let script = "echo up; sleep 1000";
+    let mut command = ctr.exec_command(&[], &id, "long", &["sh", "-c", script]);
+    let mut exec = process::start(&mut command)?;
+    exec.await_output("up", ctr.deadline())?;
     ctr.call(&["task", "kill", "--signal", "SIGKILL", &id])?
         .ok()?;
     let done = exec.wait(ctr.deadline())?.expect_code(137)?;
@@ -180,7 +174,6 @@ fn metrics(bench: &Bench) -> Result<()> {
         &id,
         &["sh", "-c", "probe eat 24 & while :; do :; done"],
     )?;
-    thread::sleep(bench.seconds(1));
     let cpu = [
         "/cpu/usage_usec",
         "/cpu/usageUsec",
@@ -190,16 +183,14 @@ fn metrics(bench: &Bench) -> Result<()> {
     let memory = ["/memory/usage", "/memory/usage/usage", "/Memory/Usage"];
     let pids = ["/pids/current", "/Pids/Current"];
     let first = measured(bench, &id)?;
-    thread::sleep(Duration::from_secs(2));
-    let second = measured(bench, &id)?;
-    ensure!(
-        number(&second, &cpu)? > number(&first, &cpu)?,
-        "no CPU time passed: {first} {second}"
-    );
+    let later = eventually("CPU time passes", bench.seconds(10), || {
+        let now = measured(bench, &id)?;
+        Ok((number(&now, &cpu)? > number(&first, &cpu)?).then_some(now))
+    })?;
+    ensure!(number(&later, &pids)? >= 1, "{later}");
     eventually("24 MiB are in use", bench.seconds(15), || {
         Ok((number(&measured(bench, &id)?, &memory)? > 24 << 20).then_some(()))
     })?;
-    ensure!(number(&second, &pids)? >= 2, "{second}");
     bench.ctr.remove(&id)
 }
 
@@ -220,7 +211,7 @@ fn pause_resume(bench: &Bench) -> Result<()> {
     ctr.call(&["task", "pause", &id])?.ok()?;
     ctr.await_state(&id, "PAUSED", bench.seconds(2))?;
     let paused_at = count();
-    thread::sleep(Duration::from_secs(3));
+    thread::sleep(Duration::from_secs(2));
     ensure!(
         count() <= paused_at + 1,
         "it counted from {paused_at} to {} while paused",
@@ -278,7 +269,7 @@ fn create_start_delete(bench: &Bench) -> Result<()> {
     // A running task can't be deleted.
     let refused = ctr.call(&["task", "delete", &id])?;
     ensure!(
-        refused.code() != 0 && ctr.state(&id)?.as_deref() == Some("RUNNING"),
+        refused.code() != 0 && ctr.state(&id)? == Some("RUNNING"),
         "{}",
         refused.tail()
     );
@@ -314,8 +305,23 @@ fn update_limits(bench: &Bench) -> Result<()> {
 /// containerd's clients rely on the order of a task's events.
 fn events(bench: &Bench) -> Result<()> {
     let id = bench.id();
-    let listener = process::start(&mut bench.ctr.command(&["events"]))?;
-    thread::sleep(bench.seconds(1));
+    let mut listener = process::start(&mut bench.ctr.command(&["events"]))?;
+    // It listens once it shows an event.
+    let mut pokes = 0;
+    eventually("ctr shows events", bench.seconds(20), || {
+        pokes += 1;
+        let label = format!("poke={pokes}");
+        bench
+            .ctr
+            .call(&["namespace", "label", crate::node::NAMESPACE, &label])?
+            .ok()?;
+        let heard = listener.await_output("/namespaces/update", Duration::from_millis(500));
+        Ok(heard.is_ok().then_some(()))
+    })?;
+    bench
+        .ctr
+        .call(&["namespace", "label", crate::node::NAMESPACE, "poke="])?
+        .ok()?;
     let running = bench.ctr.start(&[], &id, &["sleep", "1000"])?;
     bench.ctr.await_state(&id, "RUNNING", bench.seconds(10))?;
     bench.ctr.exec(&[], &id, "e1", &["true"])?.ok()?;
@@ -326,7 +332,7 @@ fn events(bench: &Bench) -> Result<()> {
         .call(&["task", "kill", "--signal", "SIGKILL", &id])?
         .ok()?;
     running.wait(bench.ctr.deadline())?.expect_code(137)?;
-    thread::sleep(bench.seconds(1));
+    listener.await_output("/tasks/delete", bench.seconds(5))?;
     listener.signal(Signal::SIGTERM)?;
     let shown = listener.finish(bench.seconds(5))?.out();
     let ours = shown.lines().filter(|line| line.contains(&id));

@@ -1,0 +1,93 @@
+//! What a pod costs the host: its processes and their memory.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+/// One process of a pod as the host sees it.
+#[derive(Clone, Debug)]
+pub struct HostProcess {
+    /// Process id.
+    pub pid: i32,
+    /// Its parent's.
+    pub parent: i32,
+    /// User it runs as.
+    pub uid: u32,
+    /// Name as the kernel keeps it.
+    pub name: String,
+    /// Its own share of memory without the guest's, KiB.
+    pub own_kib: u64,
+    /// Its share of the guest's memory, KiB.
+    pub guest_kib: u64,
+}
+
+/// The shim of a pod and every process below it.
+pub fn of_pod(pod: &str) -> Result<Vec<HostProcess>> {
+    let all: Vec<HostProcess> = crate::clean::pids()
+        .filter_map(|pid| host_process(pid).ok())
+        .collect();
+    let shim = all
+        .iter()
+        .find(|process| is_shim_of(process.pid, pod))
+        .with_context(|| format!("no shim of {pod}"))?;
+    let mut found = vec![shim.clone()];
+    let mut index = 0;
+    while let Some(process) = found.get(index).cloned() {
+        found.extend(
+            all.iter()
+                .filter(|child| child.parent == process.pid)
+                .cloned(),
+        );
+        index += 1;
+    }
+    Ok(found)
+}
+
+fn is_shim_of(pid: i32, pod: &str) -> bool {
+    let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words: Vec<&str> = command.split('\0').collect();
+    words
+        .first()
+        .is_some_and(|name| name.contains("containerd-shim-"))
+        && words.windows(2).any(|pair| pair == ["-id", pod])
+}
+
+fn host_process(pid: i32) -> Result<HostProcess> {
+    let folder = Path::new("/proc").join(pid.to_string());
+    let status = fs::read_to_string(folder.join("status"))?;
+    let field = |name: &str| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.split_whitespace().next())
+            .with_context(|| format!("no {name} of {pid}"))
+    };
+    let (own_kib, guest_kib) = memory(&folder.join("smaps")).unwrap_or_default();
+    Ok(HostProcess {
+        pid,
+        parent: field("PPid:")?.parse()?,
+        uid: field("Uid:")?.parse()?,
+        name: field("Name:")?.to_owned(),
+        own_kib,
+        guest_kib,
+    })
+}
+
+/// Proportional set size, KiB: of everything but memfds, and of memfds, which
+/// hold the guest's memory.
+fn memory(smaps: &Path) -> Result<(u64, u64)> {
+    let (mut own, mut guest, mut in_guest) = (0, 0, false);
+    for line in fs::read_to_string(smaps)?.lines() {
+        if let Some(rest) = line.strip_prefix("Pss:") {
+            let kib: u64 = rest.split_whitespace().next().unwrap_or_default().parse()?;
+            *(if in_guest { &mut guest } else { &mut own }) += kib;
+        } else if line
+            .split_whitespace()
+            .next()
+            .is_some_and(|word| !word.ends_with(':'))
+        {
+            in_guest = line.contains("/memfd:");
+        }
+    }
+    Ok((own, guest))
+}

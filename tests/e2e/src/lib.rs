@@ -1,0 +1,16 @@
+//! What the end-to-end cases, the demo and the benchmarks share: a containerd
+//! node driven by `ctr` and by the CRI, and looked at from outside.
+
+pub mod case;
+pub mod clean;
+pub mod cri;
+pub mod ctr;
+pub mod footprint;
+pub mod host;
+pub mod image;
+pub mod node;
+pub mod pod;
+pub mod process;
+pub mod runner;
+pub mod stream;
+pub mod tasks;
