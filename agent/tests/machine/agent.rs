@@ -95,6 +95,7 @@ impl Agent {
             .args(["--cgroup-root", cgroup.to_str().unwrap()])
             .args(["--log", log.to_str().unwrap()])
             .stdin(Stdio::null())
+            .stderr(std::fs::File::create(directory.path().join("errors")).unwrap())
             .spawn()
             .unwrap();
         let (stream, _) = within("agent to dial", listener.accept()).await.unwrap();
@@ -112,7 +113,8 @@ impl Agent {
     }
 
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+        let read = |name| std::fs::read_to_string(self.directory.path().join(name));
+        read("log").unwrap_or_default() + &read("errors").unwrap_or_default()
     }
 
     /// A host port of a stream that the agent will dial.

@@ -162,7 +162,7 @@ async fn a_shared_pid_namespace_is_shared_and_collects_orphans() {
         .await
         .read_until("ready")
         .await;
-    let mut spec = agent.spec(&["/bin/sh", "-c", "cat /proc/1/comm; (sleep 2 &); ps -o comm | grep -c sleep; sleep 2.5; ps -o stat | grep -c Z"]);
+    let mut spec = agent.spec(&["/bin/sh", "-c", "cat /proc/1/comm; (sleep 3 &); sleep 0.7; ps -o comm | grep -c sleep; sleep 3; ps -o stat | grep -c Z"]);
     spec["linux"]["namespaces"][0]["path"] = json!("/proc/4242/ns/pid");
     let (_, stdout, stderr) = agent.output(&spec).await;
     // Both the other container's and its own orphan; no zombie afterwards.
