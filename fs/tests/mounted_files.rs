@@ -65,10 +65,8 @@ fn appending_goes_to_the_end() {
 
 fn set_status_flags(file: &File, flags: libc::c_int) {
     // SAFETY: the call takes integers.
-    assert_eq!(
-        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) },
-        0
-    );
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) };
+    assert_eq!(result, 0);
 }
 
 #[test]
