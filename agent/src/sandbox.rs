@@ -9,6 +9,7 @@ use std::time::Duration;
 use husk_protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Network};
 use husk_protocol::{limit, path};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use tokio::sync::OnceCell;
 
 use crate::clock;
 use crate::container::{Container, Order, PidSource, Surroundings};
@@ -51,7 +52,8 @@ enum Pod {
     Absent,
     Creating,
     Created {
-        shared_pids: Option<PidNamespace>,
+        /// Made for the first container that shares it: most pods' don't.
+        shared_pids: Option<Arc<OnceCell<PidNamespace>>>,
         storages: Vec<Mounted>,
     },
 }
@@ -113,8 +115,8 @@ impl Sandbox {
         }
         let storages = storage::mount_all(request.storages.clone()).await?;
         match self.create_shared(&request).await {
-            Ok(shared_pids) => Ok(Pod::Created {
-                shared_pids,
+            Ok(()) => Ok(Pod::Created {
+                shared_pids: request.shared_pid_namespace.then(Arc::default),
                 storages,
             }),
             Err(error) => {
@@ -124,10 +126,7 @@ impl Sandbox {
         }
     }
 
-    async fn create_shared(
-        &self,
-        request: &CreateSandboxRequest,
-    ) -> Result<Option<PidNamespace>, Error> {
+    async fn create_shared(&self, request: &CreateSandboxRequest) -> Result<(), Error> {
         if let Some(network) = request.network.as_ref() {
             netlink::apply(network).await?;
         }
@@ -139,11 +138,7 @@ impl Sandbox {
             })?;
             kernel_file::write(path, value).doing("set sysctl", key)?;
         }
-        write_name_files(request)?;
-        match request.shared_pid_namespace {
-            true => Ok(Some(PidNamespace::make(&self.around.reaper).await?)),
-            false => Ok(None),
-        }
+        Ok(write_name_files(request)?)
     }
 
     /// Applies a network state.
@@ -189,7 +184,7 @@ impl Sandbox {
 
     async fn create_reserved(&self, request: CreateContainerRequest) -> Result<Container, Error> {
         let spec: Spec = parse("oci_spec", &request.oci_spec)?;
-        let pid_namespace = self.pid_source(&spec)?;
+        let pid_namespace = self.pid_source(&spec).await?;
         let storages = storage::mount_all(request.storages).await?;
         let order = Order {
             pid_namespace,
@@ -213,25 +208,29 @@ impl Sandbox {
 
     /// A PID namespace in the spec without a path is the container's own; with
     /// one it is another container's or the pod's shared one.
-    fn pid_source(&self, spec: &Spec) -> Result<PidSource, Error> {
-        let open = |pid: i32| -> Result<PidSource, OsError> {
-            let file = format!("/proc/{pid}/ns/pid");
-            Ok(PidSource::Of(File::open(&file).doing("open", &file)?))
+    async fn pid_source(&self, spec: &Spec) -> Result<PidSource, Error> {
+        let path = match namespaces::find(spec, LinuxNamespaceType::Pid) {
+            None => return Ok(PidSource::Guest),
+            Some(None) => return Ok(PidSource::Own),
+            Some(Some(path)) => path,
         };
-        let shared = match &*lock(&self.pod) {
-            Pod::Created { shared_pids, .. } => shared_pids.as_ref().map(PidNamespace::pid),
-            Pod::Absent | Pod::Creating => None,
+        let target = path.strip_prefix(path::CONTAINERS).ok();
+        let pid = match target.and_then(Path::to_str) {
+            Some(target) => self.container(target)?.first_pid(),
+            None => {
+                let shared = match &*lock(&self.pod) {
+                    Pod::Created { shared_pids, .. } => shared_pids.clone(),
+                    Pod::Absent | Pod::Creating => None,
+                };
+                let Some(shared) = shared else {
+                    return Ok(PidSource::Own);
+                };
+                let make = || PidNamespace::make(&self.around.reaper);
+                shared.get_or_try_init(make).await?.pid()
+            }
         };
-        let named = namespaces::find(spec, LinuxNamespaceType::Pid);
-        let target = named
-            .flatten()
-            .and_then(|path| path.strip_prefix(path::CONTAINERS).ok());
-        match (named, target.and_then(Path::to_str), shared) {
-            (_, Some(target), _) => Ok(open(self.container(target)?.first_pid())?),
-            (Some(Some(_)), None, Some(shared)) => Ok(open(shared)?),
-            (Some(_), None, _) => Ok(PidSource::Own),
-            (None, None, _) => Ok(PidSource::Guest),
-        }
+        let file = format!("/proc/{pid}/ns/pid");
+        Ok(PidSource::Of(File::open(&file).doing("open", &file)?))
     }
 
     /// A container by its id.

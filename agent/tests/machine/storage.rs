@@ -156,6 +156,9 @@ async fn a_shared_pid_namespace_is_shared_and_collects_orphans() {
         .create_sandbox(context(), &request)
         .await
         .unwrap();
+    // Nobody holds it before it is wanted.
+    assert_eq!(agent.children(), Vec::<i32>::new());
+    assert_eq!(agent.shell("echo $$").await, "1\n");
     let shared = Some("/proc/4242/ns/pid");
     agent
         .run("a", &sleeper(&agent, shared))
