@@ -9,6 +9,7 @@ use std::path::Path;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, mount, mount_bind, mount_change, mount_move,
 };
+use rustix::process::{Resource, Rlimit};
 
 use crate::container::cgroup;
 use crate::error::{Doing, OsError};
@@ -76,6 +77,7 @@ pub fn guest(settings: &Settings) -> Result<(), OsError> {
         .doing("mount", filesystem.path)?;
     }
     share_mounts()?;
+    raise_resource_limits()?;
     cgroup::prepare(&settings.cgroup_root)?;
     bring_up_loopback()
 }
@@ -113,6 +115,25 @@ fn share_mounts() -> Result<(), OsError> {
     mount_bind(STAGE, STAGE)
         .and_then(|()| mount_change(STAGE, MountPropagationFlags::PRIVATE))
         .doing("mount", STAGE)
+}
+
+/// What the spec doesn't limit, containers inherit: the kernel's first process
+/// has less than an init system gives a node's services.
+fn raise_resource_limits() -> Result<(), OsError> {
+    const FILES: u64 = 1 << 20;
+    let limits = [
+        (Resource::Nofile, Some(FILES)),
+        (Resource::Nproc, None),
+        (Resource::Core, None),
+    ];
+    for (resource, limit) in limits {
+        let values = Rlimit {
+            current: limit,
+            maximum: limit,
+        };
+        rustix::process::setrlimit(resource, values).doing("raise", "a resource limit")?;
+    }
+    Ok(())
 }
 
 fn make_directory(path: &str) -> Result<(), OsError> {

@@ -29,6 +29,8 @@ pub enum LaunchError {
     Reported(Failure),
     #[error("the process ended while it was being made")]
     Ended,
+    #[error("the process ended while it was being made: its memory limit is too low")]
+    OutOfMemory,
     #[error("the process was not made within {seconds} s")]
     Deadline { seconds: u64 },
     #[error(transparent)]

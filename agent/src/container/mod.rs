@@ -14,6 +14,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use husk_protocol::agent::Streams;
 use husk_protocol::limit;
@@ -35,6 +36,9 @@ use crate::stdio::{Stdio, Terminal};
 use crate::storage::Mounted;
 use cgroup::Cgroup;
 use id_map::IdMaps;
+
+/// How long a killed process may take to end.
+const END_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What every container needs of its surroundings.
 #[derive(Debug)]
@@ -160,7 +164,11 @@ impl Container {
                 pid_namespace,
             })),
         };
-        let launched = launch::launch(&around.reaper, &plan, streams, &inherited).await?;
+        let launched = launch::launch(&around.reaper, &plan, streams, &inherited).await;
+        let launched = launched.map_err(|error| match error {
+            LaunchError::Ended if cgroup.oom_kills() > 0 => LaunchError::OutOfMemory,
+            error => error,
+        })?;
         let terminal = terminal_of(launched.terminal)?;
         let input = stdio.start(terminal.as_ref())?;
         watch_memory(order.id.clone(), &cgroup, around.events.clone());
@@ -411,7 +419,13 @@ impl Container {
     /// again when it fails.
     pub async fn end(&self) -> Result<Vec<Mounted>, Error> {
         self.cgroup.remove().await?;
-        self.first.wait().await?;
+        // A container with rights over cgroups may have moved it out of ours.
+        let _ = self.first.signal(libc::SIGKILL);
+        let ended = tokio::time::timeout(END_DEADLINE, self.first.wait()).await;
+        ended.map_err(|_| Error::Deadline {
+            what: format!("the end of container {:?}", self.id),
+            seconds: END_DEADLINE.as_secs(),
+        })??;
         Ok(std::mem::take(&mut *lock(&self.storages)))
     }
 

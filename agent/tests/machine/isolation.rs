@@ -202,6 +202,15 @@ agent_test! {
         assert_eq!(&lines[2..], ["1", "box", "3", "shm"], "{stderr}");
         let made = std::fs::metadata(agent.rootfs().join("tmp/made")).unwrap();
         assert_eq!(made.uid(), 100_000);
+        spec["process"]["args"] = json!(["/bin/sh", "-c", "echo ready; exec sleep 1000"]);
+        agent.run("u", &spec).await.read_until("ready").await;
+        let exec = json!({"user": {"uid": 1000, "gid": 1000}, "args": ["sh", "-c", "id -u; cat /proc/1/comm; echo > /dev/stdout"], "env": ["PATH=/bin"], "cwd": "/"});
+        let streams = agent.exec("u", "e", &exec).await.unwrap();
+        assert_eq!(crate::agent::read_all(streams.stdout).await, "1000\nsleep\n\n");
+        let exec = json!({"terminal": true, "user": {"uid": 0, "gid": 0}, "args": ["tty"], "env": ["PATH=/bin"], "cwd": "/"});
+        let streams = agent.exec("u", "t", &exec).await.unwrap();
+        assert_eq!(crate::agent::read_all(streams.stdout).await, "/dev/pts/0\r\n");
+        agent.delete("u").await;
     }
 }
 

@@ -39,6 +39,20 @@ agent_test! {
 }
 
 agent_test! {
+    async fn too_little_memory_to_start_is_a_clear_error(agent: Agent) {
+        if !has_controllers(&agent) {
+            return;
+        }
+        let mut spec = agent.spec(&["/bin/true"]);
+        spec["linux"]["resources"] = json!({"memory": {"limit": 8192, "swap": 8192}});
+        let error = agent.create("a", &spec).await.err().unwrap();
+        let expected = "the process ended while it was being made: its memory limit is too low";
+        assert_eq!(crate::agent::status(error).1, expected);
+        assert_eq!(agent.cgroups(), Vec::<String>::new());
+    }
+}
+
+agent_test! {
     async fn limits_are_set_and_updated(agent: Agent) {
         if !has_controllers(&agent) {
             return;
