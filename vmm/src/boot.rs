@@ -153,7 +153,7 @@ pub fn boot(
     let vcpus = vcpu::create_all(&vm, spec.vcpus.max, kernel.entry)?;
     let legacy = Legacy::new(Arc::clone(&console), Arc::clone(&exit));
     let space = Arc::new(AddressSpace::new(Arc::clone(&bus), legacy));
-    let vcpus = VcpuThreads::start(vcpus, &space, &exit, confinement)?;
+    let vcpus = VcpuThreads::start(vcpus, &space, &exit, &console, confinement)?;
     vcpus.wait_paused();
     Ok(Machine {
         vcpus,

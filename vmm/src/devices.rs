@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use husk_virtio::block::{Block, DiskError, Engine};
 use husk_virtio::console::Console;
 use husk_virtio::event_loop::{LoopGone, LoopHandle};
+use husk_virtio::fs::{BackEndError, Fs};
 use husk_virtio::net::Net;
 use husk_virtio::pci::{Reporter, VirtioPci};
 use husk_virtio::rng::Rng;
@@ -32,9 +33,6 @@ pub enum PlugError {
     /// The name is not known, or is that of a device that stays.
     #[error("there is no device {0:?}")]
     Unknown(DeviceId),
-    /// This build cannot make it.
-    #[error("device {0:?} is of a kind that this build lacks")]
-    NotYet(DeviceId),
     /// There is no vsock device.
     #[error("the machine has no vsock device")]
     NoVsock,
@@ -55,6 +53,15 @@ pub enum PlugError {
         /// Why not.
         #[source]
         source: DiskError,
+    },
+    /// The server of a shared file system.
+    #[error("file system {id:?}")]
+    FileServer {
+        /// Which.
+        id: DeviceId,
+        /// What is wrong with its server.
+        #[source]
+        source: BackEndError,
     },
     /// No room on the bus.
     #[error(transparent)]
@@ -275,6 +282,13 @@ fn make(
             let tap = descriptors.take(net.tap).map_err(failed)?;
             Ok(Box::new(Net::new(tap, net.mac.0, net.mtu).map_err(failed)?))
         }
-        DeviceSpec::Fs(_) => Err(PlugError::NotYet(spec.id().to_owned())),
+        DeviceSpec::Fs(fs) => {
+            let socket = descriptors.take(fs.socket).map_err(failed)?;
+            let device = Fs::new(socket, &fs.tag).map_err(|source| PlugError::FileServer {
+                id: fs.id.clone(),
+                source,
+            })?;
+            Ok(Box::new(device))
+        }
     }
 }

@@ -15,6 +15,9 @@ use rustix::io::FdFlags;
 
 fn main() -> ExitCode {
     let exec_ns = monotonic_ns();
+    // SAFETY: only sets a number in the allocator; no thread exists yet.
+    // Threads allocate little, so one arena serves all of them.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     let (spec, socket) = match start() {
         Ok(started) => started,
         Err(error) => {

@@ -28,6 +28,7 @@ use super::vm::{KvmError, Vm, failed};
 use crate::address_space::AddressSpace;
 use crate::arch::x86_64::cpuid::{self, Supported, Topology};
 use crate::arch::x86_64::{msr, regs};
+use crate::console::ConsoleOutput;
 use crate::exit::{ExitLatch, describe};
 use crate::seccomp::{Confinement, Role};
 
@@ -179,6 +180,7 @@ impl VcpuThreads {
         vcpus: Vec<Vcpu>,
         space: &Arc<AddressSpace>,
         exit: &Arc<ExitLatch>,
+        console: &Arc<ConsoleOutput>,
         confinement: Confinement,
     ) -> Result<Self, VcpuError> {
         register_signal_handler(SIGRTMIN(), leave_guest).map_err(VcpuError::Signal)?;
@@ -197,6 +199,7 @@ impl VcpuThreads {
                 fd: vcpu.fd,
                 space: Arc::clone(space),
                 exit: Arc::clone(exit),
+                console: Arc::clone(console),
                 gate: Arc::clone(&this.gate),
                 exits: Arc::clone(&this.exits),
             };
@@ -303,6 +306,7 @@ struct Runner {
     fd: VcpuFd,
     space: Arc<AddressSpace>,
     exit: Arc<ExitLatch>,
+    console: Arc<ConsoleOutput>,
     gate: Arc<Gate>,
     exits: Arc<AtomicU64>,
 }
@@ -367,7 +371,10 @@ impl Runner {
             // No pins, so no level to end; KVM exits for routed ones all the same.
             Ok(VcpuExit::Intr | VcpuExit::IoapicEoi(_)) => None,
             // A triple fault: how a guest resets when all else failed.
-            Ok(VcpuExit::Shutdown) => Some(ExitReason::Reset),
+            Ok(VcpuExit::Shutdown) => {
+                self.tell_where("triple fault");
+                Some(ExitReason::Reset)
+            }
             Ok(VcpuExit::FailEntry(reason, _)) => Some(failure(format!(
                 "the processor refused to enter the guest: {reason:#x}"
             ))),
@@ -379,6 +386,18 @@ impl Runner {
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
             Err(error) => Some(failure(format!("KVM_RUN: {}", io::Error::from(error)))),
         }
+    }
+
+    /// Leaves on the console what a crashed guest could not say itself.
+    fn tell_where(&self, what: &str) {
+        let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs()) else {
+            return;
+        };
+        let line = format!(
+            "husk-vmm: {what} at rip {:#x}, rsp {:#x}, cr2 {:#x}, cr3 {:#x}\n",
+            regs.rip, regs.rsp, sregs.cr2, sregs.cr3
+        );
+        self.console.put(line.as_bytes());
     }
 
     /// KVM could not emulate an instruction, or the like.

@@ -21,20 +21,17 @@ pub(super) const ALLOWED: &[Allowed] = &[
     any(libc::SYS_pwritev2),
     // The driver chooses a tap's offloads.
     only(libc::SYS_ioctl, 1, &[TUNSETOFFLOAD]),
-    // The entropy device.
-    any(libc::SYS_getrandom),
     // vsock streams: without SIGPIPE, and one direction's end.
     any(libc::SYS_recvmsg),
     any(libc::SYS_sendmsg),
-    any(libc::SYS_recvfrom),
-    any(libc::SYS_sendto),
     any(libc::SYS_shutdown),
+    // A shared file system's server is told to stop and to go on.
+    any(libc::SYS_recvfrom),
+    any(libc::SYS_ppoll),
     // Disks: flush, discard, write zeroes.
     any(libc::SYS_fdatasync),
     any(libc::SYS_fallocate),
     only(libc::SYS_ioctl, 1, &[BLKDISCARD]),
     // Disks: requests in flight.
     any(libc::SYS_io_uring_enter),
-    // Interrupt descriptors that are handed out.
-    only(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64]),
 ];

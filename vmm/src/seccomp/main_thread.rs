@@ -35,6 +35,9 @@ pub(super) const ALLOWED: &[Allowed] = &[
     // A plugged interface: its tap's header and offloads.
     only(libc::SYS_ioctl, 1, &[TUNSETOFFLOAD, TUNSETVNETHDRSZ]),
     only(libc::SYS_fcntl, 1, &[libc::F_SETFL as u64]),
+    // A plugged file system: the first talk with its server.
+    any(libc::SYS_recvfrom),
+    any(libc::SYS_shutdown),
     // A disk's ring, which is restricted to what a disk needs before it is used. The
     // price of disks that don't hold up the device thread: a ring without
     // restrictions could be had here, by whoever has taken this thread over.

@@ -109,8 +109,11 @@ fn program(role: Role) -> Result<BpfProgram, seccompiler::BackendError> {
 
 /// What the language's run time and the allocator do on any thread.
 const COMMON: &[Allowed] = &[
-    // Locks and channels.
+    // Locks and channels, which give way before they wait.
     any(libc::SYS_futex),
+    any(libc::SYS_sched_yield),
+    // Keys of hash tables.
+    any(libc::SYS_getrandom),
     // The allocator; never executable memory.
     only(libc::SYS_mmap, 2, DATA_PAGES),
     only(libc::SYS_mprotect, 2, DATA_PAGES),

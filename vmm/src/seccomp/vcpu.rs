@@ -6,6 +6,7 @@ use super::{Allowed, any, only};
 // Numbers of the ioctls of linux/kvm.h.
 const KVM_RUN: u64 = 0xae80;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
+const KVM_GET_SREGS: u64 = 0x8138_ae83;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
 const KVM_IRQFD: u64 = 0x4020_ae76;
@@ -21,8 +22,9 @@ pub(super) const ALLOWED: &[Allowed] = &[
         &[
             // The guest.
             KVM_RUN,
-            // Where it was when KVM gave up, for the error message.
+            // Where it was when it crashed or KVM gave up, for the log.
             KVM_GET_REGS,
+            KVM_GET_SREGS,
             // Tells it that it was paused.
             KVM_KVMCLOCK_CTRL,
             // It masks or moves an interrupt vector.
@@ -36,4 +38,9 @@ pub(super) const ALLOWED: &[Allowed] = &[
     only(libc::SYS_ioctl, 1, &[TUNSETOFFLOAD]),
     // Whether an interrupt vector has one pending.
     any(libc::SYS_ppoll),
+    // A shared file system starts to work: its server gets memory and queues.
+    any(libc::SYS_sendmsg),
+    any(libc::SYS_recvfrom),
+    any(libc::SYS_shutdown),
+    only(libc::SYS_fcntl, 1, &[libc::F_DUPFD_CLOEXEC as u64]),
 ];

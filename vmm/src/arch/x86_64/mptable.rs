@@ -12,6 +12,7 @@ const SPEC_REVISION: u8 = 4;
 // Entry types (4.3).
 const PROCESSOR: u8 = 0;
 const BUS: u8 = 1;
+const IO_INTERRUPT: u8 = 3;
 const LOCAL_INTERRUPT: u8 = 4;
 
 const PROCESSOR_ENABLED: u8 = 1;
@@ -24,6 +25,7 @@ const APIC_VERSION: u8 = 0x14;
 const PROCESSOR_SIGNATURE: u32 = 0x600;
 const PROCESSOR_FEATURES: u32 = 0x201;
 
+const INTERRUPT_VECTORED: u8 = 0;
 const INTERRUPT_NMI: u8 = 1;
 const ALL_APICS: u8 = 0xff;
 
@@ -62,11 +64,14 @@ fn table(vcpus: u8) -> Vec<u8> {
     }
     entries.extend([BUS, 0]);
     entries.extend(*b"PCI   ");
+    // Linux takes a table without this for a broken one and makes up 16 of its
+    // own. It says that the bridge's pin goes to an I/O APIC that is not there.
+    entries.extend([IO_INTERRUPT, INTERRUPT_VECTORED, 0, 0, 0, 0, ALL_APICS, 0]);
     // NMI on every processor's LINT1; flags 0: as the bus has it.
     entries.extend([LOCAL_INTERRUPT, INTERRUPT_NMI, 0, 0, 0, 0, ALL_APICS, 1]);
 
     let length = (TABLE_HEADER_BYTES + entries.len()) as u16;
-    let entry_count = u16::from(vcpus) + 2;
+    let entry_count = u16::from(vcpus) + 3;
     let mut table = b"PCMP".to_vec();
     table.extend(length.to_le_bytes());
     table.extend([SPEC_REVISION, 0]);
@@ -111,12 +116,12 @@ mod tests {
             let table = table(vcpus);
             let said = u16::from_le_bytes([table[4], table[5]]);
             assert_eq!(usize::from(said), table.len());
-            assert_eq!(table.len(), 44 + 20 * usize::from(vcpus) + 8 + 8);
+            assert_eq!(table.len(), 44 + 20 * usize::from(vcpus) + 8 + 8 + 8);
             assert_eq!(
                 &table[28..36],
                 b"\0\0\0\0\0\0"
                     .iter()
-                    .chain(&(u16::from(vcpus) + 2).to_le_bytes())
+                    .chain(&(u16::from(vcpus) + 3).to_le_bytes())
                     .copied()
                     .collect::<Vec<_>>()
                     .as_slice()
