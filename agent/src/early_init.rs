@@ -59,7 +59,13 @@ const FILESYSTEMS: [Filesystem; 9] = [
     // Device nodes of raw storages lie there.
     filesystem("tmpfs", "/run", MountFlags::NOSUID, c"mode=0755"),
     filesystem("tmpfs", "/tmp", TEMPORARY, c"mode=1777"),
-    filesystem("cgroup2", "/sys/fs/cgroup", PLAIN, c""),
+    filesystem(
+        "cgroup2",
+        "/sys/fs/cgroup",
+        PLAIN,
+        // The last one: processes join without waiting for an RCU grace period.
+        c"nsdelegate,memory_recursiveprot,favordynmods",
+    ),
 ];
 
 /// Of a guest, as its PID 1. The log works after this.

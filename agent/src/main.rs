@@ -81,6 +81,8 @@ fn run(mut settings: Settings) -> ExitCode {
     } else {
         early_init::hosted(&settings)
     };
+    // Without /dev there is no log.
+    let speechless = prepared.is_err() || !settings.guest;
     kmsg::init(&settings);
     let served = prepared.map_err(Error::from).and_then(|()| {
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -91,8 +93,10 @@ fn run(mut settings: Settings) -> ExitCode {
     });
     if let Err(error) = served {
         log::error!("{}", chain(&error));
-        if !settings.guest {
+        if speechless {
             eprintln!("husk-agent: {}", chain(&error));
+        }
+        if !settings.guest {
             return ExitCode::FAILURE;
         }
     }

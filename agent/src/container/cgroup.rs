@@ -57,10 +57,18 @@ fn enable_controllers(path: &Path) -> Result<(), OsError> {
     let list = path.join("cgroup.controllers");
     let controllers = fs::read_to_string(&list).doing("read", list.display())?;
     let file = path.join("cgroup.subtree_control");
-    for controller in controllers.split_ascii_whitespace() {
-        // One at a time: what one refuses is no reason to lack the others.
-        if let Err(error) = kernel_file::write(&file, format!("+{controller}")) {
-            log::warn!("cgroup controller {controller}: {error}");
+    let enable = |names: &[&str]| {
+        let words: Vec<String> = names.iter().map(|name| format!("+{name}")).collect();
+        kernel_file::write(&file, words.join(" "))
+    };
+    let names: Vec<&str> = controllers.split_ascii_whitespace().collect();
+    if names.is_empty() || enable(&names).is_ok() {
+        return Ok(());
+    }
+    for name in names {
+        // What one refuses is no reason to lack the others.
+        if let Err(error) = enable(&[name]) {
+            log::warn!("cgroup controller {name}: {error}");
         }
     }
     Ok(())

@@ -301,8 +301,15 @@ impl Container {
         let (stdio, child_streams) = Stdio::connect(&around.dialler, streams, terminal).await?;
         child_streams.hand_over(uid, gid)?;
         let launched = launch::launch(&around.reaper, &plan, child_streams, &[pidfd]).await?;
-        let terminal = terminal_of(launched.terminal)?;
-        let input = stdio.start(terminal.as_ref())?;
+        let terminal = terminal_of(launched.terminal);
+        let wired = terminal.and_then(|terminal| {
+            let input = stdio.start(terminal.as_ref())?;
+            Ok((terminal, input))
+        });
+        let (terminal, input) = wired.inspect_err(|_| {
+            // It runs by now, and nobody would ever hear of it.
+            let _ = process::send_signal(launched.pid, libc::SIGKILL);
+        })?;
         let process = Process::new(launched.pid, terminal, input, launched.exit, || ());
         if let Err(error) = launch::confirm(launched.channel).await {
             process.wait().await?;
