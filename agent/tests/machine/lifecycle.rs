@@ -56,7 +56,7 @@ agent_test! {
             let started = Instant::now();
             let error = agent.create("a", &agent.spec(&args)).await.err().unwrap();
             assert_eq!(status(error), (code, text.to_owned()));
-            assert!(started.elapsed().as_secs() < 1, "{:?}", started.elapsed());
+            assert!(started.elapsed().as_secs() < 5, "{:?}", started.elapsed());
         }
         assert_eq!(agent.cgroups(), Vec::<String>::new());
         assert_eq!(agent.children(), Vec::<i32>::new());
@@ -171,7 +171,7 @@ agent_test! {
         let process_json = json!({"user": {"uid": 0, "gid": 0}, "args": ["nope"], "env": ["PATH=/bin"], "cwd": "/"});
         let error = agent.exec("a", "e", &process_json).await.err().unwrap();
         assert_eq!(status(error), (Code::NOT_FOUND, r#"exec: "nope": executable file not found in $PATH"#.to_owned()));
-        assert!(started.elapsed().as_secs() < 1);
+        assert!(started.elapsed().as_secs() < 5);
         let list = agent.client.list_processes(context(), &container("a")).await.unwrap();
         assert_eq!(list.processes.len(), 1);
         let error = agent.client.delete_process(context(), &process("a", "e")).await.unwrap_err();
