@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use libc::{
     F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, PROT_EXEC, SYS_brk, SYS_capset, SYS_clock_gettime,
     SYS_close, SYS_copy_file_range, SYS_exit, SYS_exit_group, SYS_fallocate, SYS_fchmodat,
-    SYS_fchownat, SYS_fcntl, SYS_fdatasync, SYS_fstat, SYS_fstatfs, SYS_fsync, SYS_ftruncate,
-    SYS_futex, SYS_getdents64, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_getxattr, SYS_linkat,
-    SYS_listxattr, SYS_lseek, SYS_madvise, SYS_mkdirat, SYS_mknodat, SYS_mmap, SYS_mprotect,
-    SYS_mremap, SYS_munmap, SYS_openat, SYS_openat2, SYS_poll, SYS_ppoll, SYS_preadv, SYS_pwritev2,
-    SYS_read, SYS_readlinkat, SYS_recvmsg, SYS_removexattr, SYS_renameat2, SYS_restart_syscall,
+    SYS_fchownat, SYS_fcntl, SYS_fdatasync, SYS_fstatfs, SYS_fsync, SYS_ftruncate, SYS_futex,
+    SYS_getdents64, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_getxattr, SYS_linkat, SYS_listxattr,
+    SYS_lseek, SYS_madvise, SYS_mkdirat, SYS_mknodat, SYS_mmap, SYS_mprotect, SYS_mremap,
+    SYS_munmap, SYS_openat, SYS_openat2, SYS_poll, SYS_ppoll, SYS_preadv, SYS_pwritev2, SYS_read,
+    SYS_readlinkat, SYS_recvmsg, SYS_removexattr, SYS_renameat2, SYS_restart_syscall,
     SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sendmsg, SYS_setfsgid,
     SYS_setfsuid, SYS_setxattr, SYS_sigaltstack, SYS_statx, SYS_symlinkat, SYS_syncfs, SYS_tgkill,
     SYS_umask, SYS_unlinkat, SYS_utimensat, SYS_write, SYS_writev,
@@ -30,7 +30,7 @@ pub enum SeccompError {
 }
 
 /// Calls allowed whatever their arguments.
-const ALLOWED: [i64; 61] = [
+const ALLOWED: [i64; 57] = [
     // Files by name in a directory.
     SYS_openat,
     SYS_openat2,
@@ -60,7 +60,6 @@ const ALLOWED: [i64; 61] = [
     SYS_fsync,
     SYS_fdatasync,
     SYS_syncfs,
-    SYS_fstat,
     SYS_fstatfs,
     SYS_getdents64,
     SYS_close,
@@ -96,10 +95,6 @@ const ALLOWED: [i64; 61] = [
     SYS_tgkill,
     SYS_exit,
     SYS_exit_group,
-    // glibc's malloc asks for the number of processors and overcommitment.
-    libc::SYS_sched_getaffinity,
-    libc::SYS_sysinfo,
-    libc::SYS_prlimit64,
 ];
 
 /// Installs the filter for the calling thread and those it starts.

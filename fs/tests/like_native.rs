@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use harness::Mount;
+use harness::{Mount, OVERLAY, OWN, SHARED};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use rustix::fs::{
@@ -64,6 +64,7 @@ fn mode() -> impl Strategy<Value = u32> {
         4 => Just(0o777u32),
         2 => Just(0o666u32),
         1 => Just(0o2777u32),
+        1 => Just(0o2766u32),
         3 => Just(0o6777u32),
         1 => Just(0o1777u32),
         2 => 0u32..0o10000,
@@ -95,8 +96,13 @@ fn operation() -> impl Strategy<Value = Operation> {
         3 => path().prop_map(O::Unlink),
         2 => path().prop_map(O::Rmdir),
         4 => (path(), mode()).prop_map(|(p, m)| O::Chmod(p, m)),
-        2 => (path(), prop::option::of(user()), prop::option::of(user()))
-            .prop_map(|(p, u, g)| O::Chown(p, u, g)),
+        // Not with neither: a FUSE client then has nothing to send, although
+        // it should take set-id bits off.
+        2 => (path(), user(), prop::option::of(user()), any::<bool>())
+            .prop_map(|(p, a, b, user_first)| match user_first {
+                true => O::Chown(p, Some(a), b),
+                false => O::Chown(p, b, Some(a)),
+            }),
         2 => (path(), 0u64..20_000).prop_map(|(p, n)| O::Truncate(p, n)),
         8 => (path(), flags, 0u64..10_000, 0usize..10_000)
             .prop_map(|(p, f, o, n)| O::Write(p, f.bits(), o, n)),
@@ -265,14 +271,14 @@ fn snapshot(root: &Path) -> BTreeMap<PathBuf, String> {
 
 #[test]
 fn it_does_what_the_host_does() {
-    for (budget, area) in [(1000, "web/rootfs"), (2, "web/rootfs"), (2, "web/mounts/0")] {
+    for (budget, area) in [(1000, OWN), (2, OWN), (2, SHARED), (2, OVERLAY)] {
         let Some(mount) = Mount::new(budget) else {
             return;
         };
-        let native = mount.host("").join("../native");
+        let native = mount.host(area).join("native");
         fs::create_dir(&native).unwrap();
         let mut runner = TestRunner::new(Config {
-            cases: 150,
+            cases: 120,
             max_shrink_iters: 2000,
             failure_persistence: None,
             ..Config::default()

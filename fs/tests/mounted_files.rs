@@ -370,3 +370,35 @@ fn the_kernels_own_files_are_read_whole() {
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
     });
 }
+
+#[test]
+fn files_of_lower_layers_are_copied_up() {
+    let Some(mount) = harness::Mount::new(2) else {
+        return;
+    };
+    let dir = mount.guest(harness::OVERLAY);
+    let path = dir.join("below/file");
+    let before = fs::metadata(&path).unwrap();
+    let mut reader = File::open(&path).unwrap();
+    File::options()
+        .append(true)
+        .open(&path)
+        .unwrap()
+        .write_all(b", changed")
+        .unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "from below, changed");
+    let after = fs::metadata(&path).unwrap();
+    assert_eq!((before.ino(), before.dev()), (after.ino(), after.dev()));
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("from below"));
+    fs::rename(&path, dir.join("file")).unwrap();
+    assert!(!path.exists());
+    fs::remove_dir(dir.join("below")).unwrap();
+    fs::create_dir(dir.join("below")).unwrap();
+    assert_eq!(fs::read_dir(dir.join("below")).unwrap().count(), 0);
+    assert_eq!(
+        fs::read_to_string(dir.join("file")).unwrap(),
+        "from below, changed"
+    );
+}

@@ -6,14 +6,15 @@
 mod driver;
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use driver::{BASE, Descriptor, Guest, INDIRECT, MEMORY_BYTES, QUEUE_SIZE, SCRATCH, object};
 use husk_fs::abi::{
-    self, EntryOut, InHeader, MkdirIn, Opcode, OpenIn, OpenOut, ReadIn, WriteIn, WriteOut, fopen,
+    self, CreateIn, EntryOut, InHeader, LinkIn, MkdirIn, Opcode, OpenIn, OpenOut, ReadIn,
+    SetattrIn, SetxattrIn, WriteIn, WriteOut, fattr, fopen,
 };
 use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::thread::UnshareFlags;
@@ -128,6 +129,53 @@ fn files_travel_through_chains() {
     assert_eq!(object::<WriteOut>(&out).size, 8);
     let told = fs::read_to_string(tree.path("web/rootfs/hello")).unwrap();
     assert_eq!(told, "hello, guest, and us");
+    assert!(guest.hang_up().success());
+}
+
+#[test]
+fn it_acts_for_any_user_in_its_jail() {
+    let Some(tree) = Tree::new() else { return };
+    let mut guest = Guest::start(&tree.path(""));
+    guest.init();
+    let rootfs = walk(&mut guest, "web/rootfs").nodeid;
+    guest.ids = (1234, 2345);
+    let create = CreateIn {
+        flags: libc::O_RDWR as u32,
+        mode: 0o640,
+        ..CreateIn::default()
+    };
+    let answer = guest.ask(Opcode::Create, rootfs, &[create.as_slice(), b"new\0"]);
+    let file = object::<EntryOut>(&answer.unwrap());
+    assert_eq!((file.attr.uid, file.attr.gid), (1234, 2345));
+    // By way of /proc/self/fd: open, chmod, link and attributes.
+    assert!(open(&mut guest, file.nodeid, libc::O_RDWR).is_ok());
+    let chmod = SetattrIn {
+        valid: fattr::MODE,
+        mode: 0o600,
+        ..SetattrIn::default()
+    };
+    guest
+        .ask(Opcode::Setattr, file.nodeid, &[chmod.as_slice()])
+        .unwrap();
+    let link = LinkIn {
+        oldnodeid: file.nodeid,
+    };
+    guest
+        .ask(Opcode::Link, rootfs, &[link.as_slice(), b"again\0"])
+        .unwrap();
+    let set = SetxattrIn {
+        size: 5,
+        ..SetxattrIn::default()
+    };
+    let set: [&[u8]; 3] = [set.as_slice(), b"user.colour\0", b"green"];
+    let set = guest.ask(Opcode::Setxattr, file.nodeid, &set);
+    // tmpfs has user attributes since Linux 6.6.
+    assert!(matches!(set, Ok(_) | Err(libc::EOPNOTSUPP)), "{set:?}");
+    let metadata = fs::metadata(tree.path("web/rootfs/again")).unwrap();
+    assert_eq!(
+        (metadata.mode() & 0o7777, metadata.uid(), metadata.nlink()),
+        (0o600, 1234, 2)
+    );
     assert!(guest.hang_up().success());
 }
 

@@ -58,7 +58,11 @@ impl Server {
         let id = request.header.nodeid;
         let file = self.reference(id)?;
         let has = |flag| set.valid & flag != 0;
-        self.credentials.keep_set_id(!has(fattr::KILL_SUIDGID))?;
+        // With a change of owner the guest always asks for it; what the kernel
+        // does then by itself is what root's change brings on a disk.
+        let by_root = request.header.uid == 0 && !has(fattr::SIZE);
+        let kill = has(fattr::KILL_SUIDGID) && !by_root;
+        self.credentials.keep_set_id(!kill)?;
         if has(fattr::MODE) {
             let mode = Mode::from_raw_mode(set.mode & 0o7777);
             self.proc_self_fd.chmod(file.as_fd(), mode)?;

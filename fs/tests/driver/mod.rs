@@ -54,6 +54,8 @@ pub struct Guest {
     pub memory: GuestMemoryMmap,
     queues: Vec<Queue>,
     unique: u64,
+    /// User and group that requests come from.
+    pub ids: (u32, u32),
 }
 
 /// A descriptor of a chain.
@@ -128,6 +130,7 @@ impl Guest {
             memory,
             queues: Vec::new(),
             unique: 0,
+            ids: (0, 0),
         };
         for index in 0..2 {
             let at = BASE + 0x1_0000 * (index + 1);
@@ -247,6 +250,8 @@ impl Guest {
             opcode: opcode as u32,
             unique: self.unique,
             nodeid: node,
+            uid: self.ids.0,
+            gid: self.ids.1,
             ..InHeader::default()
         };
         let mut chain = Vec::new();

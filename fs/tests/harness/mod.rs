@@ -29,10 +29,11 @@ pub struct Place {
     pub is_own: bool,
 }
 
-/// Runs a test in both areas, with room for all references and for almost none.
+/// Runs a test in both areas and on an overlay, with room for all references
+/// and for almost none.
 pub fn everywhere(test: impl Fn(&Place)) {
     for budget in [1000, 2] {
-        for (area, is_own) in [("web/rootfs", true), ("web/mounts/0", false)] {
+        for (area, is_own) in [(OWN, true), (OVERLAY, true), (SHARED, false)] {
             let Some(mount) = Mount::new(budget) else {
                 return;
             };
@@ -44,6 +45,13 @@ pub fn everywhere(test: impl Fn(&Place)) {
         }
     }
 }
+
+/// The guest's own tree.
+pub const OWN: &str = "web/rootfs";
+/// The same on an overlay, as a container's root file system is.
+pub const OVERLAY: &str = "layered/rootfs";
+/// A volume.
+pub const SHARED: &str = "web/mounts/0";
 
 /// A served tree and where it is mounted; both vanish with it.
 pub struct Mount {
@@ -64,8 +72,8 @@ fn obstacle() -> Option<&'static str> {
 }
 
 impl Mount {
-    /// Serves a fresh tree with `web/rootfs` (the guest's own) and
-    /// `web/mounts/0` (shared), or says why it can't be.
+    /// Serves a fresh tree with [`OWN`], [`OVERLAY`] and [`SHARED`], or says why
+    /// it can't be.
     pub fn new(reference_budget: usize) -> Option<Self> {
         if let Some(why) = obstacle() {
             println!("SKIPPED: {why}");
@@ -78,9 +86,11 @@ impl Mount {
         rustix::mount::mount_change("/", private).unwrap();
 
         let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir_all(dir.path().join("host/web/rootfs")).unwrap();
-        std::fs::create_dir_all(dir.path().join("host/web/mounts/0")).unwrap();
+        for place in [OWN, OVERLAY, SHARED] {
+            std::fs::create_dir_all(dir.path().join("host").join(place)).unwrap();
+        }
         std::fs::create_dir(dir.path().join("guest")).unwrap();
+        mount_overlay(dir.path());
         let device = File::options()
             .read(true)
             .write(true)
@@ -127,6 +137,24 @@ impl Drop for Mount {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// A directory with something in its lower layer.
+fn mount_overlay(dir: &Path) {
+    for layer in ["lower/below", "upper", "work"] {
+        std::fs::create_dir_all(dir.join(layer)).unwrap();
+    }
+    std::fs::write(dir.join("lower/below/file"), "from below").unwrap();
+    let layer = |name| dir.join(name).to_str().unwrap().to_owned();
+    let options = std::ffi::CString::new(format!(
+        "lowerdir={},upperdir={},workdir={}",
+        layer("lower"),
+        layer("upper"),
+        layer("work")
+    ))
+    .unwrap();
+    let target = dir.join("host").join(OVERLAY);
+    rustix::mount::mount("overlay", target, "overlay", MountFlags::empty(), &*options).unwrap();
 }
 
 /// Answers the kernel until it unmounts.
