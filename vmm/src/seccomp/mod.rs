@@ -140,3 +140,75 @@ const COMMON: &[Allowed] = &[
     // Interrupted sleeps go on.
     any(libc::SYS_restart_syscall),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How a process ends that confines itself to `role` and makes a call.
+    fn end(role: Role, call: fn()) -> i32 {
+        // SAFETY: the child only makes system calls and allocates, which glibc
+        // allows after its fork, and leaves without running destructors.
+        let child = unsafe { libc::fork() };
+        assert!(child >= 0);
+        if child == 0 {
+            let confined = Confinement::Filters.enter(role);
+            call();
+            // SAFETY: ends the process.
+            unsafe { libc::_exit(i32::from(confined.is_err())) };
+        }
+        let mut status = 0;
+        // SAFETY: waits for the child made above.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        status
+    }
+
+    fn nothing() {
+        let _ = rustix::io::write(rustix::stdio::stdout(), b"");
+    }
+
+    fn open() {
+        let _ = rustix::fs::open("/", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty());
+    }
+
+    fn socket() {
+        // SAFETY: makes a descriptor that nobody uses.
+        unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0) };
+    }
+
+    fn executable_memory() {
+        let protection = libc::PROT_READ | libc::PROT_EXEC;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: maps fresh memory that nobody uses.
+        unsafe { libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0) };
+    }
+
+    fn create_vm() {
+        const KVM_CREATE_VM: libc::Ioctl = 0xae01;
+        // SAFETY: no such descriptor is open.
+        unsafe { libc::ioctl(-1, KVM_CREATE_VM, 0) };
+    }
+
+    fn signal_another_process() {
+        // SAFETY: signal 0 only asks whether the process is there.
+        unsafe { libc::kill(1, 0) };
+    }
+
+    #[test]
+    fn what_no_list_names_ends_the_process() {
+        for role in [Role::Main, Role::Vcpu, Role::Devices] {
+            assert_eq!(end(role, nothing), 0, "{role:?}");
+            for call in [
+                open,
+                socket,
+                executable_memory,
+                create_vm,
+                signal_another_process,
+            ] {
+                let status = end(role, call);
+                assert!(libc::WIFSIGNALED(status), "{role:?}");
+                assert_eq!(libc::WTERMSIG(status), libc::SIGSYS, "{role:?}");
+            }
+        }
+    }
+}

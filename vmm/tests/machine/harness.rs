@@ -190,13 +190,16 @@ pub fn send(shim: &OwnedFd, bytes: &[u8], descriptors: &[OwnedFd]) {
 /// The next packet; none when the VMM has hung up.
 pub fn receive(shim: &OwnedFd) -> Option<Message> {
     let mut bytes = vec![0; PACKET_BYTES];
-    let length = rustix::net::recvmsg(
-        shim,
-        &mut [IoSliceMut::new(&mut bytes)],
-        &mut RecvAncillaryBuffer::default(),
-        RecvFlags::empty(),
-    )
-    .unwrap()
-    .bytes;
+    let length = loop {
+        match rustix::net::recvmsg(
+            shim,
+            &mut [IoSliceMut::new(&mut bytes)],
+            &mut RecvAncillaryBuffer::default(),
+            RecvFlags::empty(),
+        ) {
+            Err(rustix::io::Errno::INTR) => {}
+            received => break received.unwrap().bytes,
+        }
+    };
     (length > 0).then(|| serde_json::from_slice(&bytes[..length]).unwrap())
 }

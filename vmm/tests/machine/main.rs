@@ -8,6 +8,7 @@
 
 mod devices;
 mod harness;
+mod hostile;
 mod hotplug;
 mod jail;
 mod lifecycle;
