@@ -130,8 +130,14 @@ impl BackEnd {
         let features =
             negotiated_features & (FEATURES | 1 << VIRTIO_F_VERSION_1) | F_PROTOCOL_FEATURES;
         self.exchange(|back_end, deadline| {
+            let mut gone = false;
             let mut post = |request, payload: &[u8], fds: &[BorrowedFd<'_>]| {
-                back_end.post(request, true, payload, fds, deadline)
+                match back_end.post(request, true, payload, fds, deadline) {
+                    // What it said before it went tells why.
+                    Err(BackEndError::Gone) => gone = true,
+                    other => other?,
+                }
+                Ok::<_, BackEndError>(())
             };
             post(Request::SetFeatures, &features.to_le_bytes(), &[])?;
             post(Request::SetMemTable, &memory_table(&regions), &files)?;
@@ -152,7 +158,11 @@ impl BackEnd {
             for served in queues {
                 post(Request::SetVringEnable, &vring_state(served.index, 1), &[])?;
             }
-            back_end.settle(deadline)
+            back_end.settle(deadline)?;
+            match gone {
+                true => Err(BackEndError::Gone),
+                false => Ok(()),
+            }
         })
     }
 

@@ -13,10 +13,14 @@ use std::os::fd::{AsFd, AsRawFd};
 use super::HEADER_BYTES;
 use super::tap::Tap;
 use crate::DeviceError;
-use crate::queue::{CHAIN_SEGMENTS_MAX, Chain, DeviceQueue};
+use crate::queue::{Chain, DeviceQueue};
 
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: usize = 10;
+
+/// Most buffers that the kernel takes at once (`UIO_MAXIOV`), and most chains for
+/// one frame.
+const BUFFERS_MAX: usize = 1024;
 
 /// What became of the attempt to receive a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +76,7 @@ impl Receiver {
             true => self.pieces(),
             false => Vec::new(),
         };
-        let direct = (1..=CHAIN_SEGMENTS_MAX).contains(&pieces.len());
+        let direct = (1..=BUFFERS_MAX).contains(&pieces.len());
         let read = match direct {
             true => self.read(tap, &pieces),
             false => {
@@ -113,7 +117,7 @@ impl Receiver {
     fn hold_buffers(&mut self) -> Result<(), DeviceError> {
         let wanted = self.longest.max(self.waiting);
         while self.room < wanted
-            && self.held.len() < CHAIN_SEGMENTS_MAX
+            && self.held.len() < BUFFERS_MAX
             && (self.mergeable || self.held.is_empty())
         {
             let Some(chain) = self.queue.pop()? else {
@@ -165,7 +169,7 @@ impl Receiver {
             self.use_buffers(len)?;
             return Ok(Received::Frame);
         }
-        let most = usize::from(self.queue.size()).min(CHAIN_SEGMENTS_MAX);
+        let most = usize::from(self.queue.size()).min(BUFFERS_MAX);
         let all = if self.mergeable { most } else { 1 };
         if self.held.len() >= all {
             self.waiting = 0;
@@ -190,7 +194,7 @@ impl Receiver {
             first.get_or_insert(chain);
         }
         if let Some(first) = first {
-            // At most `CHAIN_SEGMENTS_MAX`; every buffer has room for a header.
+            // At most `BUFFERS_MAX`; every buffer has room for a header.
             let count = used.len() as u16;
             let _ = first.write(NUM_BUFFERS, &count.to_le_bytes());
         }

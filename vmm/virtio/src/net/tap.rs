@@ -9,7 +9,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
 };
 
-use super::{GUEST_OFFLOADS, HEADER_BYTES};
+use super::HEADER_BYTES;
 
 // linux/if_tun.h
 const TUN_F_CSUM: u32 = 0x01;
@@ -63,7 +63,7 @@ impl Tap {
         known && self.set_flags(0).is_ok()
     }
 
-    /// Tells the kernel which of [`GUEST_OFFLOADS`] the reader takes.
+    /// Tells the kernel which of [`super::GUEST_OFFLOADS`] the reader takes.
     pub(super) fn set_offloads(&self, offloads: u64) -> io::Result<()> {
         self.set_flags(tun_flags(offloads))
     }
@@ -94,26 +94,32 @@ impl AsFd for Tap {
     }
 }
 
-/// Without checksum offload a tap knows of no other.
+/// A tap refuses offloads whose foundation is missing: any without checksums, ECN
+/// without TCP segmentation, and UDP segmentation of one IP version alone.
 fn tun_flags(offloads: u64) -> u32 {
-    debug_assert_eq!(offloads & !GUEST_OFFLOADS, 0);
-    if offloads & 1 << VIRTIO_NET_F_GUEST_CSUM == 0 {
+    let has = |feature: u32| offloads & 1 << feature != 0;
+    if !has(VIRTIO_NET_F_GUEST_CSUM) {
         return 0;
     }
-    [
-        (VIRTIO_NET_F_GUEST_TSO4, TUN_F_TSO4),
-        (VIRTIO_NET_F_GUEST_TSO6, TUN_F_TSO6),
-        (VIRTIO_NET_F_GUEST_ECN, TUN_F_TSO_ECN),
-        (VIRTIO_NET_F_GUEST_USO4, TUN_F_USO4),
-        (VIRTIO_NET_F_GUEST_USO6, TUN_F_USO6),
-    ]
-    .into_iter()
-    .filter(|(feature, _)| offloads & 1 << feature != 0)
-    .fold(TUN_F_CSUM, |flags, (_, flag)| flags | flag)
+    let mut flags = TUN_F_CSUM;
+    if has(VIRTIO_NET_F_GUEST_TSO4) {
+        flags |= TUN_F_TSO4;
+    }
+    if has(VIRTIO_NET_F_GUEST_TSO6) {
+        flags |= TUN_F_TSO6;
+    }
+    if has(VIRTIO_NET_F_GUEST_ECN) && flags != TUN_F_CSUM {
+        flags |= TUN_F_TSO_ECN;
+    }
+    if has(VIRTIO_NET_F_GUEST_USO4) && has(VIRTIO_NET_F_GUEST_USO6) {
+        flags |= TUN_F_USO4 | TUN_F_USO6;
+    }
+    flags
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::GUEST_OFFLOADS;
     use super::*;
 
     #[test]
@@ -126,5 +132,9 @@ mod tests {
             tun_flags(csum | 1 << VIRTIO_NET_F_GUEST_TSO6),
             TUN_F_CSUM | TUN_F_TSO6
         );
+        let tso = 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6;
+        assert_eq!(tun_flags(GUEST_OFFLOADS & !tso), all & !0xe);
+        let uso6 = 1 << VIRTIO_NET_F_GUEST_USO6;
+        assert_eq!(tun_flags(GUEST_OFFLOADS & !uso6), all & !0x60);
     }
 }

@@ -180,6 +180,8 @@ fn requests_are_served_through_resets_and_pauses() {
         worker.quiesce();
         device.reset(worker);
     }
+    // Each once.
+    assert_eq!(server.lock().unwrap().served, 2 * 5);
     drop(device);
     thread.join().unwrap();
 }
@@ -266,10 +268,14 @@ fn what_the_server_refuses_is_told() {
         ring.queue = virtio_queue::QueueT::new(64).unwrap();
     }
     let guest = Guest::new(memory(), VERSION_1);
-    assert!(matches!(
-        guest.activate(&mut device, VERSION_1),
-        Err(ActivateError::BackEnd(BackEndError::Refused { request: 8 }))
-    ));
+    let refused = guest.activate(&mut device, VERSION_1).err().unwrap();
+    assert!(
+        matches!(
+            refused,
+            ActivateError::BackEnd(BackEndError::Refused { request: 8 })
+        ),
+        "{refused:?}"
+    );
 }
 
 #[test]

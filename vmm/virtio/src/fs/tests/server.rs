@@ -24,6 +24,8 @@ pub(super) struct Server {
     pub features: u64,
     pub offered: u64,
     pub protocol: u64,
+    /// Requests served so far.
+    pub served: usize,
     pub memory: GuestMemoryMmap,
     pub rings: Vec<Ring>,
 }
@@ -103,6 +105,7 @@ impl Server {
                             request.extend(bytes);
                         }
                     }
+                    self.served += 1;
                     let memory = &self.memory;
                     ring.queue.add_used(memory, head, written as u32).unwrap();
                     if ring.queue.needs_notification(memory).unwrap() {

@@ -125,12 +125,20 @@ impl Side {
     }
 }
 
-/// Returns the longest frame either side saw, and how many had no checksum yet.
-fn run_tcp(features: u64) -> Option<(usize, usize)> {
+/// What these tests need, or a word about its absence.
+fn may_make_taps() -> bool {
     // SAFETY: cannot fail and touches nothing.
     let root = unsafe { libc::geteuid() } == 0;
-    if !root || File::open("/dev/net/tun").is_err() {
+    let may = root && File::open("/dev/net/tun").is_ok();
+    if !may {
         eprintln!("skipped: needs root and /dev/net/tun");
+    }
+    may
+}
+
+/// Returns the longest frame either side saw, and how many had no checksum yet.
+fn run_tcp(features: u64) -> Option<(usize, usize)> {
+    if !may_make_taps() {
         return None;
     }
     let (first_tap, listening, server) = namespace("10.9.0.1/24", || {
@@ -189,4 +197,55 @@ fn tcp_in_checked_frames_of_the_mtu() {
         assert_eq!(longest, 12 + 14 + 1500);
         assert_eq!(unchecked, 0);
     }
+}
+
+#[test]
+fn every_choice_of_offloads_is_accepted() {
+    if !may_make_taps() {
+        return;
+    }
+    let (tap, done, thread) = namespace("10.9.0.1/24", || ());
+    let tap = Tap::new(tap).unwrap();
+    let bits: Vec<u64> = (0..64)
+        .map(|bit| 1 << bit)
+        .filter(|bit| GUEST_OFFLOADS & bit != 0)
+        .collect();
+    for choice in 0..1u32 << bits.len() {
+        let chosen = bits
+            .iter()
+            .enumerate()
+            .filter(|(i, _)| choice & 1 << i != 0);
+        let offloads = chosen.fold(0, |offloads, (_, bit)| offloads | bit);
+        assert!(tap.set_offloads(offloads).is_ok(), "{offloads:#x}");
+    }
+    done.send(()).unwrap();
+    thread.join().unwrap();
+}
+
+#[test]
+fn an_interface_that_is_deleted_is_left_alone() {
+    if !may_make_taps() {
+        return;
+    }
+    let (tap, go, thread) = namespace("10.9.0.1/24", || {
+        let arguments = ["link", "delete", "tap0"];
+        assert!(
+            Command::new("ip")
+                .args(arguments)
+                .status()
+                .unwrap()
+                .success()
+        );
+    });
+    let mut side = Side::new(tap, EVENT_IDX);
+    side.driver.give(10, 2048);
+    let Driver { rx, tx, .. } = &side.driver;
+    test_driver::run(&mut *side.worker, &[&rx.notify, &tx.notify], 1000).unwrap();
+    assert_eq!(side.worker.sources().len(), 1);
+    go.send(()).unwrap();
+    thread.join().unwrap();
+    side.driver.send(&frame(1, 100));
+    let Driver { rx, tx, .. } = &side.driver;
+    test_driver::run(&mut *side.worker, &[&rx.notify, &tx.notify], 1000).unwrap();
+    assert!(side.worker.sources().is_empty());
 }

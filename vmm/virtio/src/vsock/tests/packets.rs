@@ -319,6 +319,29 @@ fn overrunning_the_credit_ends_the_connection_but_not_others() {
 }
 
 #[test]
+fn connections_take_turns() {
+    let (mut many, many_socket) = pair();
+    let (mut one, one_socket) = pair();
+    let ports = vec![(1024, many_socket), (1025, one_socket)];
+    let mut guest = Guest::new(&mut Vsock::new(CID as u32, ports), FEATURES);
+    guest.send(header(Op::Request, 7, 1024), &[]);
+    guest.send(header(Op::Request, 7, 1025), &[]);
+    guest.give(2);
+    guest.run();
+    while guest.receive().is_some() {}
+    many.write_all(&[0; 100_000]).unwrap();
+    guest.run();
+    one.write_all(b"me too").unwrap();
+    guest.run();
+    guest.give(2);
+    guest.run();
+    let first = guest.receive().unwrap();
+    let second = guest.receive().unwrap();
+    assert_eq!((first.0.src_port, second.0.src_port), (1024, 1025));
+    assert_eq!(second.1, b"me too");
+}
+
+#[test]
 fn bytes_the_guest_never_read_are_no_error_for_the_host() {
     let (mut guest, mut host) = connected();
     guest.send(
@@ -329,7 +352,7 @@ fn bytes_the_guest_never_read_are_no_error_for_the_host() {
         b"bye",
     );
     guest.run();
-    host.write_all(b"never read").unwrap();
+    host.write_all(&[0; 20_000]).unwrap();
     guest.run();
     guest.send(shutdown_header(7, 1024, SHUTDOWN_BOTH), &[]);
     guest.run();
