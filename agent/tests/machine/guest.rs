@@ -36,7 +36,7 @@ fn limits_hold_in_a_guest() {
         .arg("8M")
         .status();
     if !made.is_ok_and(|status| status.success()) {
-        println!("SKIP limits_hold_in_a_guest: needs mke2fs");
+        crate::agent::skip("limits_hold_in_a_guest", "needs mke2fs");
         return;
     }
     guest.file("/init", &guest.script(INIT));
@@ -100,7 +100,7 @@ impl Guest {
             (busybox().is_some(), "busybox-static"),
         ];
         if let Some((_, what)) = missing.iter().find(|(there, _)| !there) {
-            println!("SKIP guest {name}: needs {what}");
+            crate::agent::skip(&format!("guest {name}"), &format!("needs {what}"));
             return None;
         }
         let directory =

@@ -7,13 +7,13 @@ use husk_protocol::agent::{
 use protobuf::Message;
 use serde_json::json;
 
-use crate::agent::{Agent, container, context, read_all, within};
+use crate::agent::{Agent, container, context, read_all, skip, within};
 use crate::agent_test;
 
 fn has_controllers(agent: &Agent) -> bool {
     let has = agent.cgroup.join("husk/memory.max").exists();
     if !has {
-        println!("SKIP: no memory controller in cgroup v2");
+        skip("limits", "no memory controller in cgroup v2");
     }
     has
 }
@@ -99,7 +99,7 @@ agent_test! {
 agent_test! {
     async fn a_block_device_is_mounted_by_its_serial(agent: Agent) {
         if std::env::var_os("HUSK_TEST_DISK").is_none() {
-            println!("SKIP: no disk of the serial husk-disk");
+            skip("a disk", "none of the serial husk-disk");
             return;
         }
         let block = |fstype: &str, mount_point: &str, option: &str| Storage {

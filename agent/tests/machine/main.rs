@@ -19,7 +19,7 @@ macro_rules! agent_test {
         #[tokio::test]
         async fn $name() {
             if let Some(reason) = crate::agent::unable() {
-                println!("SKIP {}: {reason}", stringify!($name));
+                crate::agent::skip(stringify!($name), &reason);
                 return;
             }
             let $agent = crate::agent::Agent::start().await;

@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use ttrpc::Code;
 
-use crate::agent::{Agent, context, status, unable, within};
+use crate::agent::{Agent, context, skip, status, unable, within};
 
 const FIRST: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const SECOND: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -93,7 +93,7 @@ fn network() -> Network {
 
 async fn agent_with_network() -> Option<Agent> {
     if let Some(reason) = unable() {
-        println!("SKIP: {reason}");
+        skip("network", &reason);
         return None;
     }
     let agent = Agent::start_with(PREPARE).await;

@@ -7,7 +7,7 @@ use husk_protocol::agent::{
 use serde_json::{Value, json};
 use ttrpc::Code;
 
-use crate::agent::{Agent, container, context, read_all, status, unable};
+use crate::agent::{Agent, container, context, read_all, skip, status, unable};
 use crate::agent_test;
 
 fn at(mount_point: &str, source: storage::Source) -> Storage {
@@ -143,7 +143,7 @@ fn sleeper(agent: &Agent, pid_path: Option<&str>) -> Value {
 #[tokio::test]
 async fn a_shared_pid_namespace_is_shared_and_collects_orphans() {
     if let Some(reason) = unable() {
-        println!("SKIP: {reason}");
+        skip("shared PID namespace", &reason);
         return;
     }
     let agent = Agent::start_with("true").await;
