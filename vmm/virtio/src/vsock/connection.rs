@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use rustix::net::{RecvFlags, Shutdown, recv, shutdown};
 
 use super::packet::{
     HEADER_BYTES, HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
@@ -238,8 +238,7 @@ impl Connection {
     /// Writes what was kept, as far as the socket takes it.
     pub(super) fn flush(&mut self) {
         while !self.backlog.is_empty() {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match send(&self.socket, self.backlog.bytes(), flags).map_err(io::Error::from) {
+            match socket::send_bytes(self.socket.as_fd(), self.backlog.bytes()) {
                 Ok(written) => {
                     self.backlog.consume(written);
                     self.forward(written);

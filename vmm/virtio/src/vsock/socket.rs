@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::queue::Chain;
 
+const SEND_FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+
 /// Sends `len` bytes of a chain's readable buffers from `offset` on; returns how
 /// many went.
 pub(super) fn send(
@@ -16,10 +18,21 @@ pub(super) fn send(
 ) -> io::Result<usize> {
     let mut pieces = chain.readable_iovecs(offset, len);
     let message = message(&mut pieces);
-    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     // SAFETY: `message` names `pieces`, which lie in guest memory that the chain
     // keeps mapped; there are at most UIO_MAXIOV of them.
-    retry(|| unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) })
+    retry(|| unsafe { libc::sendmsg(socket.as_raw_fd(), &message, SEND_FLAGS) })
+}
+
+/// Sends bytes of our own; returns how many went. By the same system call, so that
+/// the thread needs no other.
+pub(super) fn send_bytes(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    let mut pieces = [libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    }];
+    let message = message(&mut pieces);
+    // SAFETY: `message` names `bytes`, which the call only reads.
+    retry(|| unsafe { libc::sendmsg(socket.as_raw_fd(), &message, SEND_FLAGS) })
 }
 
 /// Receives at most `len` bytes into a chain's writable buffers from `offset` on;
