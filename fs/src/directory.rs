@@ -74,6 +74,10 @@ impl Listing {
             self.chunk.truncate(*filled.as_ref().unwrap_or(&0));
             self.at = 0;
             filled?;
+            if self.chunk.is_empty() {
+                // At the end; an open directory costs next to nothing.
+                self.chunk = Vec::new();
+            }
         }
         let Some(rest) = self.chunk.get(self.at..).filter(|rest| !rest.is_empty()) else {
             return Ok(None);

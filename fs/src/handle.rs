@@ -1,5 +1,6 @@
 //! The guest's open files and directories, each by a number (`fh`).
 
+use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
@@ -63,6 +64,19 @@ impl HandleTable {
         self.free
             .push(usize::try_from(fh).map_err(|_| Errno::BADF)?);
         Ok(())
+    }
+
+    /// Closes everything that was opened from these nodes.
+    pub fn revoke(&mut self, nodes: &HashSet<NodeId>) {
+        for (index, slot) in self.handles.iter_mut().enumerate() {
+            if slot
+                .as_ref()
+                .is_some_and(|handle| nodes.contains(&handle.node))
+            {
+                *slot = None;
+                self.free.push(index);
+            }
+        }
     }
 
     /// The regular file that was opened as this number from this node.

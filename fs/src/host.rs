@@ -71,6 +71,11 @@ impl Identity {
         }
     }
 
+    /// The mount through which the file was reached.
+    pub fn mount(&self) -> u64 {
+        self.mount
+    }
+
     /// The device, major and minor.
     pub fn device(&self) -> (u32, u32) {
         self.device

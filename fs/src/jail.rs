@@ -63,6 +63,11 @@ pub fn enter(source: &Path) -> Result<Resources, JailError> {
     step("enter new namespaces", unsafe {
         rustix::thread::unshare_unsafe(namespaces)
     })?;
+    let path_only = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let this_thread = step(
+        "open /proc/thread-self",
+        rustix::fs::open(c"/proc/thread-self", path_only, Mode::empty()),
+    )?;
     // Mounts of the shim arrive here, none of ours leaves.
     let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     step(
@@ -84,14 +89,24 @@ pub fn enter(source: &Path) -> Result<Resources, JailError> {
         rustix::mount::unmount(c".", UnmountFlags::DETACH),
     )?;
     step("enter the root", rustix::process::chdir(c"/"))?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let top = step(
         "open the root",
-        rustix::fs::open(c"/", flags, Mode::empty()),
+        rustix::fs::open(c"/", path_only, Mode::empty()),
+    )?;
+    // It tells of mounts below the root that its opener had.
+    let mountinfo = step(
+        "open the mount table",
+        rustix::fs::openat(
+            this_thread,
+            c"mountinfo",
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        ),
     )?;
     Ok(Resources {
         top,
         proc_self_fd,
+        mountinfo: Some(mountinfo),
         reference_budget: limit_descriptors()?,
     })
 }

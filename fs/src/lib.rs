@@ -12,6 +12,7 @@ pub mod directory;
 pub mod handle;
 pub mod host;
 pub mod jail;
+pub mod mount_table;
 pub mod name;
 pub mod node;
 pub mod seccomp;

@@ -5,8 +5,8 @@
 //! found again by its directory and name, and only taken for itself if device
 //! and inode number still fit. A node without a name (unlinked) stays open.
 
-use std::collections::{HashMap, VecDeque};
-use std::ffi::CString;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
@@ -125,6 +125,36 @@ impl NodeTable {
         if let Some(top) = self.nodes.get_mut(&ROOT_ID) {
             top.children = 0;
         }
+    }
+
+    /// Lets go of everything in mounts that are no more, and returns it: the
+    /// guest cannot hold what the shim has unmounted.
+    pub fn revoke(&mut self, is_mounted: impl Fn(u64) -> bool) -> HashSet<NodeId> {
+        let gone: HashSet<NodeId> = (self.nodes.iter())
+            .filter(|(id, node)| **id != ROOT_ID && !is_mounted(node.identity.mount()))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in &gone {
+            let Some(node) = self.nodes.get_mut(id) else {
+                continue;
+            };
+            if node.reference.take().is_some() {
+                self.opened = self.opened.saturating_sub(1);
+            }
+            if self.by_identity.get(&node.identity) == Some(id) {
+                self.by_identity.remove(&node.identity);
+            }
+            if let Some(place) = node.place.take() {
+                self.lost_child(place.parent);
+            }
+        }
+        gone
+    }
+
+    /// Whether the node was last seen under this name.
+    pub fn is_named(&self, id: NodeId, name: &CStr) -> bool {
+        let place = self.nodes.get(&id).and_then(|node| node.place.as_ref());
+        place.is_some_and(|place| place.name.as_c_str() == name)
     }
 
     /// Number of nodes known.
@@ -338,7 +368,7 @@ impl NodeTable {
                 return;
             };
             if node.reference.is_some() {
-                self.opened -= 1;
+                self.opened = self.opened.saturating_sub(1);
             }
             if self.by_identity.get(&node.identity) == Some(&id) {
                 self.by_identity.remove(&node.identity);
@@ -393,7 +423,7 @@ impl NodeTable {
                 continue;
             }
             node.reference = None;
-            self.opened -= 1;
+            self.opened = self.opened.saturating_sub(1);
             left -= 1;
         }
     }

@@ -24,6 +24,7 @@ use crate::buffers::Buffers;
 use crate::credentials::Credentials;
 use crate::handle::HandleTable;
 use crate::host::ProcSelfFd;
+use crate::mount_table::MountTable;
 use crate::node::NodeTable;
 
 /// Most data of one READ or WRITE.
@@ -67,6 +68,8 @@ pub struct Resources {
     pub top: OwnedFd,
     /// `/proc/self/fd`.
     pub proc_self_fd: OwnedFd,
+    /// `/proc/self/mountinfo`, to let go of what is unmounted.
+    pub mountinfo: Option<OwnedFd>,
     /// References to files held open at a time; beyond, they are reopened.
     pub reference_budget: usize,
 }
@@ -78,6 +81,7 @@ pub struct Server {
     credentials: Credentials,
     nodes: NodeTable,
     handles: HandleTable,
+    mounts: Option<MountTable>,
     session: Option<Session>,
     /// Whether a device's files are made up by the kernel, see `file`.
     synthetic: HashMap<(u32, u32), bool>,
@@ -121,6 +125,7 @@ impl Server {
             proc_self_fd: ProcSelfFd::enter(resources.proc_self_fd)?,
             credentials: Credentials::prepare()?,
             handles: HandleTable::default(),
+            mounts: resources.mountinfo.map(MountTable::new),
             session: None,
             synthetic: HashMap::new(),
             arguments: Vec::new(),
@@ -135,6 +140,20 @@ impl Server {
             self.nodes.opened(),
             self.handles.count(),
         )
+    }
+
+    /// Polled for `POLLPRI`, tells when to call [`Self::mounts_changed`].
+    pub fn mount_table(&self) -> Option<&MountTable> {
+        self.mounts.as_ref()
+    }
+
+    /// Closes everything that lies in mounts which are no more.
+    pub fn mounts_changed(&mut self) {
+        // Without the table nothing is let go of, which costs only memory.
+        if let Some(Ok(mounts)) = self.mounts.as_ref().map(MountTable::mounts) {
+            let gone = self.nodes.revoke(|mount| mounts.contains(&mount));
+            self.handles.revoke(&gone);
+        }
     }
 
     /// Serves one request and returns how many bytes of `reply` are filled.

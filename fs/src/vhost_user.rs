@@ -9,7 +9,7 @@ mod device;
 mod vring;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostUserError};
 
+use crate::mount_table::MountTable;
 use crate::server::Server;
 use device::Device;
 
@@ -41,7 +42,12 @@ pub fn serve(socket: UnixStream, server: &mut Server) -> Result<(), ServeError> 
     let watched = socket.try_clone().map_err(ServeError::Socket)?;
     let mut front_end = BackendReqHandler::from_stream(socket, device.clone());
     loop {
-        if wait(&watched, &mut lock(&device)).map_err(ServeError::Poll)? {
+        let ready = wait(&watched, &mut lock(&device), server.mount_table());
+        let ready = ready.map_err(ServeError::Poll)?;
+        if ready.mounts {
+            server.mounts_changed();
+        }
+        if ready.front_end {
             match front_end.handle_request() {
                 Ok(()) => (),
                 Err(
@@ -60,30 +66,45 @@ fn lock(device: &Mutex<Device>) -> MutexGuard<'_, Device> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits for something to do; takes note of kicked queues. Whether there is a
-/// message of the front end.
-fn wait(front_end: &UnixStream, device: &mut Device) -> Result<bool, Errno> {
+/// What there is to do, kicked queues apart.
+struct Ready {
+    front_end: bool,
+    mounts: bool,
+}
+
+/// Waits for something to do; takes note of kicked queues.
+fn wait(
+    front_end: &UnixStream,
+    device: &mut Device,
+    mounts: Option<&MountTable>,
+) -> Result<Ready, Errno> {
     const NO_TIME: Timespec = Timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
     let timeout = device.has_work().then_some(&NO_TIME);
-    let mut watched = vec![PollFd::new(front_end, PollFlags::IN)];
     let kicks: Vec<(usize, &OwnedFd)> = device.kicks().collect();
-    watched.extend(
-        (kicks.iter()).map(|(_, kick)| PollFd::from_borrowed_fd(kick.as_fd(), PollFlags::IN)),
-    );
+    let mut watched = vec![PollFd::new(front_end, PollFlags::IN)];
+    watched.extend((kicks.iter()).map(|(_, kick)| PollFd::new(*kick, PollFlags::IN)));
+    watched.extend(mounts.map(|table| PollFd::new(table, PollFlags::PRI)));
     match poll(&mut watched, timeout) {
         Ok(_) | Err(Errno::INTR) => (),
         Err(error) => return Err(error),
     }
     let mut ready = watched.iter().map(|fd| !fd.revents().is_empty());
     let message = ready.next().unwrap_or_default();
-    let kicked: Vec<usize> = (kicks.iter().zip(ready))
-        .filter_map(|((queue, _), ready)| ready.then_some(*queue))
-        .collect();
+    let mut kicked = Vec::new();
+    for (queue, _) in kicks {
+        if ready.next().unwrap_or_default() {
+            kicked.push(queue);
+        }
+    }
+    let mounts = ready.next().unwrap_or_default();
     for queue in kicked {
         device.kicked(queue);
     }
-    Ok(message)
+    Ok(Ready {
+        front_end: message,
+        mounts,
+    })
 }

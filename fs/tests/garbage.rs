@@ -150,6 +150,7 @@ fn server(dir: &Path) -> Server {
     Server::new(Resources {
         top: open(dir),
         proc_self_fd: open(Path::new("/proc/self/fd")),
+        mountinfo: None,
         reference_budget: 8,
     })
     .unwrap()

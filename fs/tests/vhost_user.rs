@@ -214,6 +214,72 @@ fn volumes_appear_while_it_runs_and_are_not_kept() {
 }
 
 #[test]
+fn what_is_unmounted_is_let_go_of() {
+    let Some(tree) = Tree::new() else { return };
+    let mut guest = Guest::start(&tree.path(""));
+    guest.init();
+    let volume = tree.path("web/mounts/0");
+    tmpfs(&volume);
+    fs::create_dir(volume.join("dir")).unwrap();
+    fs::write(volume.join("dir/file"), "text").unwrap();
+    let dir = walk(&mut guest, "web/mounts/0/dir").nodeid;
+    let file = lookup(&mut guest, dir, b"file").unwrap().nodeid;
+    let kept = walk(&mut guest, "web/rootfs/hello").nodeid;
+    let read = |guest: &mut Guest, node, fh| {
+        let read = ReadIn {
+            fh,
+            size: 100,
+            ..ReadIn::default()
+        };
+        guest.ask(Opcode::Read, node, &[read.as_slice()])
+    };
+    let opened = open(&mut guest, file, libc::O_RDONLY).unwrap().fh;
+    let still = open(&mut guest, kept, libc::O_RDONLY).unwrap().fh;
+    assert_eq!(read(&mut guest, file, opened).unwrap(), b"text");
+    let descriptors = |guest: &Guest| {
+        let dir = format!("/proc/{}/fd", guest.child.id());
+        fs::read_dir(dir).unwrap().count()
+    };
+    let before = descriptors(&guest);
+    rustix::mount::unmount(&volume, rustix::mount::UnmountFlags::DETACH).unwrap();
+    let end = Instant::now() + Duration::from_secs(5);
+    // The volume's top, the directory, the file and the open file.
+    while descriptors(&guest) > before - 4 {
+        assert!(Instant::now() < end, "{} {before}", descriptors(&guest));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(read(&mut guest, file, opened).unwrap_err(), libc::EBADF);
+    assert_eq!(lookup(&mut guest, dir, b"file").unwrap_err(), libc::ESTALE);
+    assert_eq!(read(&mut guest, kept, still).unwrap(), b"hello, guest");
+    // Another volume in the same place is another one.
+    tmpfs(&volume);
+    fs::write(volume.join("file"), "new").unwrap();
+    let file = walk(&mut guest, "web/mounts/0/file").nodeid;
+    let opened = open(&mut guest, file, libc::O_RDONLY).unwrap().fh;
+    assert_eq!(read(&mut guest, file, opened).unwrap(), b"new");
+    assert!(guest.hang_up().success());
+}
+
+#[test]
+fn its_own_memory_stays_closed() {
+    let Some(tree) = Tree::new() else { return };
+    rustix::mount::mount_bind_recursive("/proc", tree.path("web/mounts/0")).unwrap();
+    let mut guest = Guest::start(&tree.path(""));
+    guest.init();
+    let own = format!("web/mounts/0/{}", guest.child.id());
+    let status = walk(&mut guest, &format!("{own}/status")).nodeid;
+    let opened = open(&mut guest, status, libc::O_RDONLY).unwrap();
+    assert_eq!(opened.open_flags, fopen::DIRECT_IO);
+    for name in ["mem".to_owned(), format!("task/{}/mem", guest.child.id())] {
+        let node = walk(&mut guest, &format!("{own}/{name}")).nodeid;
+        for flags in [libc::O_RDONLY, libc::O_RDWR] {
+            assert_eq!(open(&mut guest, node, flags).unwrap_err(), libc::EACCES);
+        }
+    }
+    assert!(guest.hang_up().success());
+}
+
+#[test]
 fn the_tree_cannot_be_left() {
     let Some(tree) = Tree::new() else { return };
     rustix::fs::mknodat(
@@ -357,10 +423,11 @@ fn the_process_keeps_little() {
         let ours = fs::read_link(Path::new("/proc/self/ns").join(namespace)).unwrap();
         assert_ne!(theirs, ours);
     }
-    // Socket, /proc/self/fd, the top, kicks and calls, beside standard streams;
+    // Socket, /proc/self/fd, the mount table, the top, kicks and calls, beside
+    // standard streams;
     // guest memory is mapped, not open.
     let open = fs::read_dir(proc.join("fd")).unwrap().count();
-    assert!(open <= 3 + 4 + 4 + 1, "{open} descriptors");
+    assert!(open <= 3 + 5 + 4 + 1, "{open} descriptors");
     assert!(guest.hang_up().success());
 }
 

@@ -124,6 +124,13 @@ impl Server {
         let proc_self_fd = &self.proc_self_fd;
         with_room(&mut self.nodes, |nodes| {
             let reference = nodes.reference(id)?;
+            // With the host's /proc as a volume: the memory of this process,
+            // which the kernel would let it open.
+            if nodes.is_named(id, c"mem")
+                && rustix::fs::fstatfs(&*reference)?.f_type == rustix::fs::PROC_SUPER_MAGIC
+            {
+                return Err(Errno::ACCESS);
+            }
             proc_self_fd.open(reference.as_fd(), flags)
         })
     }

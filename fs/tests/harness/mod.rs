@@ -169,6 +169,7 @@ fn serve(mut device: File, top: &Path, reference_budget: usize) -> (usize, usize
     let mut server = Server::new(Resources {
         top: open(top),
         proc_self_fd: open(Path::new("/proc/self/fd")),
+        mountinfo: None,
         reference_budget,
     })
     .unwrap();
