@@ -19,6 +19,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         })
         .run()?;
     // The generator lists the messages alone; the service stands beside them.
-    std::fs::write(out.join("mod.rs"), "pub mod agent;\npub mod agent_ttrpc;\npub mod cgroup2_metrics;\n")?;
+    std::fs::write(
+        out.join("mod.rs"),
+        "pub mod agent;\npub mod agent_ttrpc;\npub mod cgroup2_metrics;\n",
+    )?;
     Ok(())
 }
