@@ -44,6 +44,11 @@ pub fn of_pod(pod: &str) -> Result<Vec<HostProcess>> {
     Ok(found)
 }
 
+/// One process.
+pub fn of_process(pid: i32) -> Result<HostProcess> {
+    host_process(pid)
+}
+
 fn is_shim_of(pid: i32, pod: &str) -> bool {
     let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let words: Vec<&str> = command.split('\0').collect();

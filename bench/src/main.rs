@@ -1,0 +1,86 @@
+//! `husk-bench`: what a start costs with Husk, runc and QEMU microvm, in one
+//! run and alternating, on a node with containerd. Runs as root; writes
+//! `results.json`, `table.md` and `starts.svg`.
+
+mod measure;
+mod plot;
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use husk_e2e::node::Node;
+
+use measure::{Measured, Setup};
+
+const USAGE: &str = "\
+usage: husk-bench [--rounds N] [--slowness N] [--out DIR] [--busybox FILE]
+                  [--qemu FILE --qemu-initramfs FILE] [--method TEXT]
+  --rounds N             measured rounds after one that warms up (5)
+  --slowness N           how much longer to wait than on hardware (1)
+  --out DIR              where results go (.)
+  --qemu FILE            a QEMU to compare with; an initramfs that says
+  --qemu-initramfs FILE    \"guest up\" for it
+  --method TEXT          how time was counted, for the table";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("husk-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let mut setup = Setup {
+        node: Node::local(),
+        qemu: None,
+        rounds: 5,
+    };
+    setup.node.work = "/var/tmp/husk-bench".into();
+    let (mut out, mut busybox) = (PathBuf::from("."), PathBuf::from("/bin/busybox"));
+    let (mut qemu, mut initramfs) = (None, None);
+    let mut method = "wall clock".to_owned();
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let value = words
+            .next()
+            .with_context(|| format!("{word} wants a value\n{USAGE}"))?;
+        match word.as_str() {
+            "--rounds" => setup.rounds = value.parse()?,
+            "--slowness" => setup.node.slowness = value.parse()?,
+            "--out" => out = value.into(),
+            "--busybox" => busybox = value.into(),
+            "--qemu" => qemu = Some(PathBuf::from(value)),
+            "--qemu-initramfs" => initramfs = Some(PathBuf::from(value)),
+            "--method" => method = value,
+            _ => bail!("no option {word}\n{USAGE}"),
+        }
+    }
+    setup.qemu = qemu.zip(initramfs);
+    std::fs::create_dir_all(&out)?;
+    std::fs::create_dir_all(&setup.node.work)?;
+    let probe = std::env::current_exe()?.with_file_name("husk-probe");
+    husk_e2e::image::install_for(&setup.node, &probe, &busybox)?;
+
+    let mut all: Vec<Measured> = Vec::new();
+    for round in 0..=setup.rounds {
+        // The first round is cold: caches, the snapshotter, the bridge.
+        let measured = setup.round(round)?;
+        if round > 0 {
+            all.extend(measured);
+        }
+    }
+    all.extend(setup.sizes());
+    std::fs::write(
+        out.join("results.json"),
+        serde_json::to_vec_pretty(&table::as_json(&all, &method))?,
+    )?;
+    let text = table::as_text(&all, &method);
+    std::fs::write(out.join("table.md"), &text)?;
+    print!("{text}");
+    plot::starts(&all, &out.join("starts.svg"))
+}
