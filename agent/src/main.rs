@@ -19,6 +19,7 @@ mod init;
 mod kernel_file;
 mod kmsg;
 mod netlink;
+mod oci;
 mod power;
 mod reaper;
 mod sandbox;

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use husk_protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Network};
 use husk_protocol::{limit, path};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tokio::sync::OnceCell;
 
 use crate::clock;
@@ -19,6 +18,7 @@ use crate::hold::PidNamespace;
 use crate::init::{namespaces, rootfs};
 use crate::kernel_file;
 use crate::netlink;
+use crate::oci::{NamespaceKind, Spec};
 use crate::reaper::Reaper;
 use crate::settings::Settings;
 use crate::storage::{self, Mounted};
@@ -209,7 +209,7 @@ impl Sandbox {
     /// A PID namespace in the spec without a path is the container's own; with
     /// one it is another container's or the pod's shared one.
     async fn pid_source(&self, spec: &Spec) -> Result<PidSource, Error> {
-        let path = match namespaces::find(spec, LinuxNamespaceType::Pid) {
+        let path = match namespaces::find(spec, NamespaceKind::Pid) {
             None => return Ok(PidSource::Guest),
             Some(None) => return Ok(PidSource::Own),
             Some(Some(path)) => path,

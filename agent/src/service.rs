@@ -10,13 +10,12 @@ use husk_protocol::agent::{
     ProcessRequest, RemoveDeviceRequest, ResizePtyRequest, SignalRequest, StatsResponse,
     UpdateNetworkRequest, UpdateResourcesRequest, WaitResponse, event, remove_device_request,
 };
-use oci_spec::runtime::{LinuxResources, Process as OciProcess};
 use tokio::sync::Notify;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::error::{Doing, Error};
 use crate::sandbox::{Sandbox, check_id, parse};
-use crate::{clock, device, events, forward, netlink};
+use crate::{clock, device, events, forward, netlink, oci};
 
 /// Answers the shim.
 #[derive(Debug)]
@@ -96,7 +95,7 @@ impl Agent for Service {
     async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<ExecResponse> {
         check_id(&request.exec_id)?;
         let container = self.sandbox.container(&request.container_id)?;
-        let process: OciProcess = parse("oci_process", &request.oci_process)?;
+        let process: oci::Process = parse("oci_process", &request.oci_process)?;
         let sandbox = Arc::clone(&self.sandbox);
         let made = to_the_end(async move {
             let streams = request.streams.unwrap_or_default();
@@ -189,7 +188,7 @@ impl Agent for Service {
         request: UpdateResourcesRequest,
     ) -> ttrpc::Result<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
-        let resources: LinuxResources = parse("oci_resources", &request.oci_resources)?;
+        let resources: oci::Resources = parse("oci_resources", &request.oci_resources)?;
         container.update(&resources)?;
         Ok(Empty::new())
     }

@@ -5,12 +5,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use oci_spec::runtime::LinuxResources;
-
 use super::device_filter;
 use super::limits::{self, LimitError};
 use crate::error::{Doing, OsError};
 use crate::kernel_file;
+use crate::oci::Resources;
 use crate::watch::FileWatch;
 
 /// Our part of the tree: container ids must not meet the kernel's file names.
@@ -101,7 +100,7 @@ impl Cgroup {
 
     /// Sets limits and the device filter; `devices` are block devices that are
     /// allowed whatever the rules say.
-    pub fn apply(&self, resources: &LinuxResources, devices: &[u64]) -> Result<(), CgroupError> {
+    pub fn apply(&self, resources: &Resources, devices: &[u64]) -> Result<(), CgroupError> {
         for limit in limits::writes(resources)? {
             let written = kernel_file::write(self.path.join(&limit.file), &limit.value);
             match written {
@@ -113,10 +112,11 @@ impl Cgroup {
                 })?,
             }
         }
-        if let Some(rules) = resources.devices() {
-            device_filter::apply(&self.path, rules, devices)?;
-        }
-        Ok(())
+        Ok(device_filter::apply(
+            &self.path,
+            &resources.devices,
+            devices,
+        )?)
     }
 
     /// Every process in it and below.

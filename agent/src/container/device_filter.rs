@@ -5,9 +5,8 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
-
 use crate::error::{Doing, OsError};
+use crate::oci::DeviceRule;
 
 // linux/bpf.h
 const BPF_PROG_LOAD: i32 = 5;
@@ -47,7 +46,7 @@ const ALWAYS: [(Option<u32>, Option<u32>, u32); 9] = [
 
 /// Replaces the cgroup's filter by one for these rules, which know the host's
 /// numbers of block devices, and for the pod's own block devices.
-pub fn apply(cgroup: &Path, rules: &[LinuxDeviceCgroup], blocks: &[u64]) -> Result<(), OsError> {
+pub fn apply(cgroup: &Path, rules: &[DeviceRule], blocks: &[u64]) -> Result<(), OsError> {
     let mut parsed: Vec<Rule> = rules.iter().map(Rule::from_spec).collect();
     if parsed.is_empty() || allows_everything(&parsed) {
         return Ok(());
@@ -72,14 +71,14 @@ pub fn apply(cgroup: &Path, rules: &[LinuxDeviceCgroup], blocks: &[u64]) -> Resu
 }
 
 impl Rule {
-    fn from_spec(rule: &LinuxDeviceCgroup) -> Self {
-        let kind = match rule.typ() {
-            Some(LinuxDeviceType::B) => Some(BLOCK),
-            Some(LinuxDeviceType::C | LinuxDeviceType::U) => Some(CHARACTER),
+    fn from_spec(rule: &DeviceRule) -> Self {
+        let kind = match rule.kind.as_deref() {
+            Some("b") => Some(BLOCK),
+            Some("c" | "u") => Some(CHARACTER),
             _ => None,
         };
         let number = |number: Option<i64>| number.and_then(|number| u32::try_from(number).ok());
-        let access = rule.access().as_deref().unwrap_or("rwm");
+        let access = rule.access.as_deref().unwrap_or("rwm");
         let bits = access.chars().fold(0, |bits, letter| {
             bits | match letter {
                 'r' => READ,
@@ -89,10 +88,10 @@ impl Rule {
             }
         });
         Self {
-            allow: rule.allow(),
+            allow: rule.allow,
             kind,
-            major: number(rule.major()),
-            minor: number(rule.minor()),
+            major: number(rule.major),
+            minor: number(rule.minor),
             access: if access.is_empty() { ALL } else { bits },
         }
     }
@@ -318,7 +317,7 @@ mod tests {
     }
 
     fn rules(json: &str) -> Vec<Rule> {
-        let rules: Vec<LinuxDeviceCgroup> = serde_json::from_str(json).unwrap();
+        let rules: Vec<DeviceRule> = serde_json::from_str(json).unwrap();
         rules.iter().map(Rule::from_spec).collect()
     }
 

@@ -1,56 +1,53 @@
 //! User and group ids of a container, as the guest's first user namespace has
 //! them.
 
-use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec, User};
-
 use crate::error::Error;
 use crate::init::namespaces;
+use crate::oci::{IdMapping, NamespaceKind, Spec, User};
 
 /// The maps of a container's user namespace; without one, ids are themselves.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct IdMaps {
-    maps: Option<(Vec<LinuxIdMapping>, Vec<LinuxIdMapping>)>,
+    maps: Option<(Vec<IdMapping>, Vec<IdMapping>)>,
 }
 
 impl IdMaps {
     /// Those of a spec.
     pub fn from_spec(spec: &Spec) -> Result<Self, Error> {
-        if namespaces::find(spec, LinuxNamespaceType::User).is_none() {
+        if namespaces::find(spec, NamespaceKind::User).is_none() {
             return Ok(Self::default());
         }
-        let linux = spec.linux().as_ref();
-        let users = linux.and_then(|linux| linux.uid_mappings().clone());
-        let groups = linux.and_then(|linux| linux.gid_mappings().clone());
-        match (users, groups) {
-            (Some(users), Some(groups)) if !users.is_empty() && !groups.is_empty() => Ok(Self {
-                maps: Some((users, groups)),
-            }),
-            _ => Err(Error::Invalid {
+        let (users, groups) = (&spec.linux.uid_mappings, &spec.linux.gid_mappings);
+        if users.is_empty() || groups.is_empty() {
+            return Err(Error::Invalid {
                 field: "linux.uidMappings",
                 reason: "a user namespace needs maps of users and groups".to_owned(),
-            }),
+            });
         }
+        Ok(Self {
+            maps: Some((users.clone(), groups.clone())),
+        })
     }
 
     /// A user's ids outside of the container.
     pub fn outside(&self, user: &User) -> Result<(u32, u32), Error> {
         let Some((users, groups)) = &self.maps else {
-            return Ok((user.uid(), user.gid()));
+            return Ok((user.uid, user.gid));
         };
-        match (find(users, user.uid()), find(groups, user.gid())) {
+        match (find(users, user.uid), find(groups, user.gid)) {
             (Some(uid), Some(gid)) => Ok((uid, gid)),
             _ => Err(Error::Invalid {
                 field: "process.user",
-                reason: format!("{}:{} is in no map", user.uid(), user.gid()),
+                reason: format!("{}:{} is in no map", user.uid, user.gid),
             }),
         }
     }
 }
 
-fn find(maps: &[LinuxIdMapping], id: u32) -> Option<u32> {
+fn find(maps: &[IdMapping], id: u32) -> Option<u32> {
     maps.iter().find_map(|map| {
-        let offset = id.checked_sub(map.container_id())?;
-        (offset < map.size()).then(|| map.host_id().checked_add(offset))?
+        let offset = id.checked_sub(map.container_id)?;
+        (offset < map.size).then(|| map.host_id.checked_add(offset))?
     })
 }
 
@@ -60,7 +57,7 @@ mod tests {
 
     #[test]
     fn ids_are_mapped_by_the_range_that_has_them() {
-        let maps: Vec<LinuxIdMapping> = serde_json::from_str(
+        let maps: Vec<IdMapping> = serde_json::from_str(
             r#"[{"containerID":0,"hostID":1000,"size":1},{"containerID":1,"hostID":5000,"size":10}]"#,
         )
         .unwrap();

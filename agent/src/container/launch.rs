@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxIdMapping, Spec};
 use tokio::sync::oneshot;
 
 use crate::error::{Doing, OsError};
 use crate::init::channel::{AgentChannel, inherit};
 use crate::init::plan::{Failure, Kind, Order, Plan, Report};
 use crate::kernel_file;
+use crate::oci::{IdMapping, Spec};
 use crate::reaper::{Exit, Launching, Reaper};
 use crate::stdio::ChildStreams;
 
@@ -142,22 +142,13 @@ async fn converse(
 }
 
 fn write_id_maps(pid: i32, spec: &Spec) -> Result<(), OsError> {
-    let linux = spec.linux().as_ref();
     let maps = [
-        (
-            "uid_map",
-            linux.and_then(|linux| linux.uid_mappings().as_ref()),
-        ),
-        (
-            "gid_map",
-            linux.and_then(|linux| linux.gid_mappings().as_ref()),
-        ),
+        ("uid_map", &spec.linux.uid_mappings),
+        ("gid_map", &spec.linux.gid_mappings),
     ];
     for (file, mappings) in maps {
-        let line = |map: &LinuxIdMapping| {
-            format!("{} {} {}\n", map.container_id(), map.host_id(), map.size())
-        };
-        let text: String = mappings.into_iter().flatten().map(line).collect();
+        let line = |map: &IdMapping| format!("{} {} {}\n", map.container_id, map.host_id, map.size);
+        let text: String = mappings.iter().map(line).collect();
         let path = format!("/proc/{pid}/{file}");
         kernel_file::write(&path, text).doing("write", &path)?;
     }

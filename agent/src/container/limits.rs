@@ -1,8 +1,6 @@
 //! OCI resources, which speak of cgroup v1, as files of cgroup v2.
 
-use oci_spec::runtime::{
-    LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources, LinuxThrottleDevice,
-};
+use crate::oci::{BlockIo, Cpu, HugepageLimit, Memory, Resources, Throttle};
 
 /// The default period of CPU quotas, microseconds.
 const CPU_PERIOD: u64 = 100_000;
@@ -30,27 +28,19 @@ pub struct Limit {
 }
 
 /// The files to write, in order.
-pub fn writes(resources: &LinuxResources) -> Result<Vec<Limit>, LimitError> {
+pub fn writes(resources: &Resources) -> Result<Vec<Limit>, LimitError> {
     let mut writes = Writes(Vec::new());
-    if let Some(memory) = resources.memory() {
-        writes.memory(memory)?;
+    writes.memory(&resources.memory)?;
+    writes.cpu(&resources.cpu);
+    match resources.pids.limit {
+        None | Some(0) => {}
+        Some(limit) => writes.set("pids.max", number_or_max(limit)),
     }
-    if let Some(cpu) = resources.cpu() {
-        writes.cpu(cpu);
-    }
-    if let Some(pids) = resources.pids() {
-        match pids.limit() {
-            0 => {}
-            limit => writes.set("pids.max", number_or_max(limit)),
-        }
-    }
-    if let Some(block_io) = resources.block_io() {
-        writes.block_io(block_io);
-    }
-    for limit in resources.hugepage_limits().iter().flatten() {
+    writes.block_io(&resources.block_io);
+    for limit in &resources.hugepage_limits {
         writes.huge_pages(limit);
     }
-    for (key, value) in resources.unified().iter().flatten() {
+    for (key, value) in &resources.unified {
         let plain = !key.contains('/') && key.contains('.') && !key.starts_with("cgroup.");
         if !plain {
             return Err(LimitError::Unified { key: key.clone() });
@@ -77,11 +67,11 @@ impl Writes {
         });
     }
 
-    fn memory(&mut self, memory: &LinuxMemory) -> Result<(), LimitError> {
+    fn memory(&mut self, memory: &Memory) -> Result<(), LimitError> {
         // Zero is how Go writes a number that isn't set.
         let given = |value: Option<i64>| value.filter(|value| *value != 0);
-        let limit = given(memory.limit());
-        match (given(memory.swap()), limit) {
+        let limit = given(memory.limit);
+        match (given(memory.swap), limit) {
             (None, _) => {}
             (Some(-1), _) => self.push("memory.swap.max", "max".to_owned(), true),
             (Some(swap), Some(limit)) if limit > 0 => {
@@ -95,23 +85,23 @@ impl Writes {
         if let Some(limit) = limit {
             self.set("memory.max", number_or_max(limit));
         }
-        if let Some(reservation) = given(memory.reservation()) {
+        if let Some(reservation) = given(memory.reservation) {
             self.set("memory.low", number_or_max(reservation));
         }
         Ok(())
     }
 
-    fn cpu(&mut self, cpu: &LinuxCpu) {
-        if let Some(idle) = cpu.idle() {
+    fn cpu(&mut self, cpu: &Cpu) {
+        if let Some(idle) = cpu.idle {
             self.set("cpu.idle", idle.to_string());
         }
-        if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
+        if let Some(shares) = cpu.shares.filter(|shares| *shares != 0) {
             self.set("cpu.weight", weight_of_shares(shares).to_string());
         }
-        let quota = cpu.quota().filter(|quota| *quota != 0);
-        let period = cpu.period().filter(|period| *period != 0);
+        let quota = cpu.quota.filter(|quota| *quota != 0);
+        let period = cpu.period.filter(|period| *period != 0);
         // A burst may not exceed the quota: drop the old one first.
-        if cpu.burst().is_some() {
+        if cpu.burst.is_some() {
             self.push("cpu.max.burst", "0".to_owned(), true);
         }
         if quota.is_some() || period.is_some() {
@@ -119,48 +109,51 @@ impl Writes {
             let period = period.unwrap_or(CPU_PERIOD);
             self.set("cpu.max", format!("{quota} {period}"));
         }
-        if let Some(burst) = cpu.burst().filter(|burst| *burst != 0) {
+        if let Some(burst) = cpu.burst.filter(|burst| *burst != 0) {
             self.set("cpu.max.burst", burst.to_string());
         }
-        for (file, list) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
+        for (file, list) in [("cpuset.cpus", &cpu.cpus), ("cpuset.mems", &cpu.mems)] {
             if let Some(list) = list.as_deref().filter(|list| !list.is_empty()) {
                 self.set(file, list.to_owned());
             }
         }
     }
 
-    fn block_io(&mut self, block_io: &LinuxBlockIo) {
-        if let Some(weight) = block_io.weight().filter(|weight| *weight != 0) {
+    fn block_io(&mut self, block_io: &BlockIo) {
+        if let Some(weight) = block_io.weight.filter(|weight| *weight != 0) {
             // 10..=1000 becomes 1..=10000.
             let weight = 1 + (u64::from(weight).clamp(10, 1000) - 10) * 9999 / 990;
             self.push("io.weight", format!("default {weight}"), true);
         }
         let throttles = [
-            ("rbps", block_io.throttle_read_bps_device()),
-            ("wbps", block_io.throttle_write_bps_device()),
-            ("riops", block_io.throttle_read_iops_device()),
-            ("wiops", block_io.throttle_write_iops_device()),
+            ("rbps", &block_io.throttle_read_bps_device),
+            ("wbps", &block_io.throttle_write_bps_device),
+            ("riops", &block_io.throttle_read_iops_device),
+            ("wiops", &block_io.throttle_write_iops_device),
         ];
         for (key, devices) in throttles {
-            for device in devices.iter().flatten() {
+            for device in devices {
                 self.throttle(key, device);
             }
         }
     }
 
-    fn throttle(&mut self, key: &str, device: &LinuxThrottleDevice) {
-        let rate = match device.rate() {
+    fn throttle(&mut self, key: &str, device: &Throttle) {
+        let rate = match device.rate {
             0 => "max".to_owned(),
             rate => rate.to_string(),
         };
-        let value = format!("{}:{} {key}={rate}", device.major(), device.minor());
+        let value = format!("{}:{} {key}={rate}", device.major, device.minor);
         self.set("io.max", value);
     }
 
-    fn huge_pages(&mut self, limit: &LinuxHugepageLimit) {
+    fn huge_pages(&mut self, limit: &HugepageLimit) {
         // The kubelet names every size of its node; the guest may lack some.
-        let size = limit.page_size();
-        let value = number_or_max(limit.limit());
+        let size = &limit.page_size;
+        let value = match limit.limit {
+            u64::MAX => "max".to_owned(),
+            limit => limit.to_string(),
+        };
         self.push(&format!("hugetlb.{size}.max"), value.clone(), true);
         self.push(&format!("hugetlb.{size}.rsvd.max"), value, true);
     }

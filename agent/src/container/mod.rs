@@ -18,18 +18,15 @@ use std::time::Duration;
 
 use husk_protocol::agent::Streams;
 use husk_protocol::limit;
-use nix::sched::CloneFlags;
-use oci_spec::runtime::{
-    LinuxNamespaceType, LinuxResources, LinuxSeccomp, Process as OciProcess, Spec,
-};
-
 pub use launch::LaunchError;
+use nix::sched::CloneFlags;
 pub use process::Process;
 
 use crate::error::{Doing, Error};
 use crate::events::Events;
 use crate::init::channel::AgentChannel;
 use crate::init::plan::{ContainerPlan, ExecPlan, Kind, PidNamespace, Plan};
+use crate::oci::{self, NamespaceKind, Resources, Seccomp, Spec};
 use crate::reaper::Reaper;
 use crate::socket::Dialler;
 use crate::stdio::{Stdio, Terminal};
@@ -94,8 +91,8 @@ pub struct Container {
     storages: Mutex<Vec<Mounted>>,
     /// `CLONE_NEW*` flags for those who join.
     namespaces: CloneFlags,
-    process: OciProcess,
-    seccomp: Option<LinuxSeccomp>,
+    process: oci::Process,
+    seccomp: Option<Seccomp>,
     id_maps: IdMaps,
     devices: Vec<u64>,
 }
@@ -129,21 +126,20 @@ impl Container {
         cgroup: Arc<Cgroup>,
     ) -> Result<Self, Error> {
         let spec = order.spec;
-        let linux = spec.linux().as_ref();
-        if let Some(resources) = linux.and_then(|linux| linux.resources().as_ref()) {
+        if let Some(resources) = &spec.linux.resources {
             cgroup.apply(resources, &order.devices)?;
         }
-        let process = spec.process().clone().ok_or_else(|| Error::Invalid {
+        let process = spec.process.clone().ok_or_else(|| Error::Invalid {
             field: "oci_spec.process",
             reason: "missing".to_owned(),
         })?;
-        if process.apparmor_profile().is_some() || process.selinux_label().is_some() {
+        if process.apparmor_profile.is_some() || process.selinux_label.is_some() {
             log::info!("{}: the guest has no AppArmor and no SELinux", order.id);
         }
-        let seccomp = linux.and_then(|linux| linux.seccomp().clone());
+        let seccomp = spec.linux.seccomp.clone();
         let namespaces = namespaces_to_join(&spec);
         let id_maps = IdMaps::from_spec(&spec)?;
-        let (uid, gid) = id_maps.outside(process.user())?;
+        let (uid, gid) = id_maps.outside(&process.user)?;
         let (stdio, streams) =
             Stdio::connect(&around.dialler, &order.streams, order.terminal).await?;
         streams.hand_over(uid, gid)?;
@@ -227,14 +223,14 @@ impl Container {
     pub async fn exec(
         &self,
         exec_id: &str,
-        mut process: OciProcess,
+        mut process: oci::Process,
         streams: &Streams,
         terminal: bool,
         around: &Surroundings,
     ) -> Result<Arc<Process>, Error> {
         self.expect_running()?;
-        if process.capabilities().is_none() {
-            process.set_capabilities(self.process.capabilities().clone());
+        if process.capabilities.is_none() {
+            process.capabilities.clone_from(&self.process.capabilities);
         }
         self.reserve_exec(exec_id)?;
         let made = self.exec_reserved(process, streams, terminal, around).await;
@@ -274,7 +270,7 @@ impl Container {
 
     async fn exec_reserved(
         &self,
-        process: OciProcess,
+        process: oci::Process,
         streams: &Streams,
         terminal: bool,
         around: &Surroundings,
@@ -285,7 +281,7 @@ impl Container {
         // Taken before the exit is looked at: a pid of a process that is not
         // collected yet can't be another's.
         self.expect_running()?;
-        let (uid, gid) = self.id_maps.outside(process.user())?;
+        let (uid, gid) = self.id_maps.outside(&process.user)?;
         let mut cgroups = vec![self.cgroup.procs_file()];
         cgroups.extend(own_cgroup_of(self.first.pid(), &around.cgroup_root));
         let plan = Plan {
@@ -377,7 +373,7 @@ impl Container {
     }
 
     /// Changes limits.
-    pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
+    pub fn update(&self, resources: &Resources) -> Result<(), Error> {
         Ok(self.cgroup.apply(resources, &self.devices)?)
     }
 
@@ -513,14 +509,10 @@ fn namespaces_to_join(spec: &Spec) -> CloneFlags {
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWCGROUP;
-    let namespaces = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.namespaces().as_ref());
-    for namespace in namespaces.into_iter().flatten() {
-        match namespace.typ() {
-            LinuxNamespaceType::User => flags |= CloneFlags::CLONE_NEWUSER,
-            LinuxNamespaceType::Time => flags |= CloneFlags::from_bits_retain(0x80),
+    for namespace in &spec.linux.namespaces {
+        match namespace.kind {
+            NamespaceKind::User => flags |= CloneFlags::CLONE_NEWUSER,
+            NamespaceKind::Time => flags |= CloneFlags::from_bits_retain(0x80),
             _ => {}
         }
     }

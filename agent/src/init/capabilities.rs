@@ -3,9 +3,9 @@
 use std::str::FromStr;
 
 use caps::CapSet;
-use oci_spec::runtime::LinuxCapabilities;
 
 use crate::error::{Doing, OsError};
+use crate::oci;
 
 /// `_LINUX_CAPABILITY_VERSION_3` of linux/capability.h.
 const VERSION: u32 = 0x2008_0522;
@@ -22,25 +22,27 @@ pub struct Capabilities {
 
 impl Capabilities {
     /// Those of the spec; without any, none.
-    pub fn from_spec(spec: Option<&LinuxCapabilities>) -> Result<Self, OsError> {
+    pub fn from_spec(spec: Option<&oci::Capabilities>) -> Result<Self, OsError> {
         let held = held()?;
-        let mask = |set: &Option<oci_spec::runtime::Capabilities>| {
-            let names = set.iter().flatten().map(|name| format!("CAP_{name}"));
-            let bits = names.filter_map(|name| caps::Capability::from_str(&name).ok());
+        let mask = |names: &[String]| {
+            // A name that this kernel doesn't have is nothing it could allow.
+            let bits = names
+                .iter()
+                .filter_map(|name| caps::Capability::from_str(name).ok());
             bits.fold(0, |mask, bit| mask | bit.bitmask()) & held
         };
         let Some(spec) = spec else {
             return Ok(Self::default());
         };
-        let permitted = mask(spec.permitted());
-        let inheritable = mask(spec.inheritable());
+        let permitted = mask(&spec.permitted);
+        let inheritable = mask(&spec.inheritable);
         Ok(Self {
-            bounding: mask(spec.bounding()),
-            effective: mask(spec.effective()) & permitted,
+            bounding: mask(&spec.bounding),
+            effective: mask(&spec.effective) & permitted,
             permitted,
             inheritable,
             // The kernel wants them in both.
-            ambient: mask(spec.ambient()) & permitted & inheritable,
+            ambient: mask(&spec.ambient) & permitted & inheritable,
         })
     }
 

@@ -3,7 +3,6 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, Uid, chmodat, chownat, makedev, mknodat, statat, symlinkat,
     unlinkat,
@@ -13,6 +12,7 @@ use rustix::io::Errno;
 use super::mount_options::Recursion;
 use super::{InitError, in_root, mounts};
 use crate::error::{Doing, OsError};
+use crate::oci::{Device, Mount, Spec};
 
 /// What every container has, whatever its spec says.
 const DEFAULT: [(&str, u32, u32); 6] = [
@@ -51,16 +51,11 @@ pub enum NodeSource {
 
 /// Fills `/dev`, unless it is the guest's own that was bound there.
 pub fn populate(root: &OwnedFd, spec: &Spec, source: NodeSource) -> Result<(), InitError> {
-    let mounts = spec.mounts().iter().flatten();
-    let is_bound = |mount: &oci_spec::runtime::Mount| {
-        in_root::clean(mount.destination()) == Path::new("/dev")
-            && mount
-                .options()
-                .iter()
-                .flatten()
-                .any(|option| option.ends_with("bind"))
+    let is_bound = |mount: &Mount| {
+        in_root::clean(&mount.destination) == Path::new("/dev")
+            && mount.options.iter().any(|option| option.ends_with("bind"))
     };
-    if mounts.into_iter().any(is_bound) {
+    if spec.mounts.iter().any(is_bound) {
         return Ok(());
     }
     for (path, major, minor) in DEFAULT {
@@ -73,12 +68,8 @@ pub fn populate(root: &OwnedFd, spec: &Spec, source: NodeSource) -> Result<(), I
         };
         make(root, &node, source).doing("make", path)?;
     }
-    let devices = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.devices().as_ref());
-    for device in devices.into_iter().flatten() {
-        make(root, &node_of(device)?, source).doing("make", device.path().display())?;
+    for device in &spec.linux.devices {
+        make(root, &node_of(device)?, source).doing("make", device.path.display())?;
     }
     for (target, path) in LINKS {
         link(root, target, Path::new(path)).doing("link", path)?;
@@ -86,25 +77,25 @@ pub fn populate(root: &OwnedFd, spec: &Spec, source: NodeSource) -> Result<(), I
     Ok(())
 }
 
-fn node_of(device: &LinuxDevice) -> Result<Node<'_>, InitError> {
-    let kind = match device.typ() {
-        LinuxDeviceType::B => FileType::BlockDevice,
-        LinuxDeviceType::C | LinuxDeviceType::U => FileType::CharacterDevice,
-        LinuxDeviceType::P => FileType::Fifo,
-        LinuxDeviceType::A => {
+fn node_of(device: &Device) -> Result<Node<'_>, InitError> {
+    let kind = match device.kind.as_str() {
+        "b" => FileType::BlockDevice,
+        "c" | "u" => FileType::CharacterDevice,
+        "p" => FileType::Fifo,
+        other => {
             return Err(InitError::Invalid {
                 field: "linux.devices",
-                reason: format!("{} has no type", device.path().display()),
+                reason: format!("{} has the type {other:?}", device.path.display()),
             });
         }
     };
     let number = |number: i64| u32::try_from(number).unwrap_or(0);
     Ok(Node {
-        path: device.path(),
+        path: &device.path,
         kind,
-        device: makedev(number(device.major()), number(device.minor())),
-        mode: device.file_mode().unwrap_or(0o666) & 0o7777,
-        owner: (device.uid().unwrap_or(0), device.gid().unwrap_or(0)),
+        device: makedev(number(device.major), number(device.minor)),
+        mode: device.file_mode.unwrap_or(0o666) & 0o7777,
+        owner: (device.uid.unwrap_or(0), device.gid.unwrap_or(0)),
     })
 }
 

@@ -83,7 +83,7 @@ fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
     namespaces::join_cgroup(&plan.cgroups)?;
     match plan.kind {
         Kind::Container(container) => {
-            let process = container.spec.process().as_ref();
+            let process = container.spec.process.as_ref();
             let process = process.ok_or_else(|| InitError::Invalid {
                 field: "process",
                 reason: "missing".to_owned(),
@@ -93,8 +93,7 @@ fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
             become_child(channel)?;
             let terminal = rootfs::enter(&container, plan.terminal)?;
             program::set_personality(&container.spec)?;
-            let seccomp = container.spec.linux().as_ref();
-            let seccomp = seccomp.and_then(|linux| linux.seccomp().as_ref());
+            let seccomp = container.spec.linux.seccomp.as_ref();
             let program = program::prepare(process, seccomp, terminal.as_ref())?;
             let master = terminal.as_ref().map(|terminal| &terminal.master);
             channel

@@ -4,7 +4,6 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use oci_spec::runtime::Mount;
 use rustix::fs::{CWD, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -17,14 +16,15 @@ use super::copy_up::copy_up;
 use super::in_root;
 use super::mount_options::{Attributes, MountOptions, Recursion};
 use crate::error::{Doing, OsError};
+use crate::oci::Mount;
 
 /// Makes one mount of the spec below `root`.
 pub fn mount(root: &OwnedFd, mount: &Mount) -> Result<(), InitError> {
-    let target = in_root::clean(mount.destination());
-    let options = mount.options().iter().flatten().map(String::as_str);
+    let target = in_root::clean(&mount.destination);
+    let options = mount.options.iter().map(String::as_str);
     let options = MountOptions::parse(options);
-    let source = mount.source().as_deref();
-    let fstype = mount.typ().as_deref().unwrap_or("none");
+    let source = mount.source.as_deref();
+    let fstype = mount.kind.as_deref().unwrap_or("none");
     if target == Path::new("/") {
         return Err(InitError::Invalid {
             field: "mounts",

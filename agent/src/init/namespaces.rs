@@ -1,11 +1,10 @@
 //! Cgroup and namespaces of the process to be.
 
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{Gid, Uid, setresgid, setresuid};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::InitError;
 use super::channel::HelperChannel;
@@ -13,6 +12,7 @@ use super::plan::{ContainerPlan, ExecPlan, Order, PidNamespace, Report};
 use super::program;
 use crate::error::{Doing, OsError};
 use crate::kernel_file;
+use crate::oci::{NamespaceKind, Spec};
 
 /// libc has no name for it on every target.
 const CLONE_NEWTIME: CloneFlags = CloneFlags::from_bits_retain(0x80);
@@ -49,27 +49,27 @@ pub fn enter_new(channel: &mut HelperChannel, plan: &ContainerPlan) -> Result<()
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
         setns(fd, CloneFlags::CLONE_NEWPID).doing("join", "the PID namespace")?;
     }
-    if let Some(user) = find(&plan.spec, LinuxNamespaceType::User) {
+    if let Some(user) = find(&plan.spec, NamespaceKind::User) {
         log::debug!("user namespace {user:?}");
-        if let Some(process) = plan.spec.process() {
+        if let Some(process) = &plan.spec.process {
             program::set_resource_limits(process)?;
         }
         enter_user_namespace(channel)?;
     }
     let mut flags = CloneFlags::CLONE_NEWNS;
     for (kind, flag) in [
-        (LinuxNamespaceType::Ipc, CloneFlags::CLONE_NEWIPC),
-        (LinuxNamespaceType::Uts, CloneFlags::CLONE_NEWUTS),
+        (NamespaceKind::Ipc, CloneFlags::CLONE_NEWIPC),
+        (NamespaceKind::Uts, CloneFlags::CLONE_NEWUTS),
     ] {
         // With a path it is the pod's, which we are in already.
         if matches!(find(&plan.spec, kind), Some(None)) {
             flags |= flag;
         }
     }
-    if find(&plan.spec, LinuxNamespaceType::Cgroup).is_some() {
+    if find(&plan.spec, NamespaceKind::Cgroup).is_some() {
         flags |= CloneFlags::CLONE_NEWCGROUP;
     }
-    if find(&plan.spec, LinuxNamespaceType::Time).is_some() {
+    if find(&plan.spec, NamespaceKind::Time).is_some() {
         flags |= CLONE_NEWTIME;
     }
     if plan.pid_namespace == PidNamespace::Own {
@@ -86,7 +86,7 @@ pub fn enter_new(channel: &mut HelperChannel, plan: &ContainerPlan) -> Result<()
 }
 
 /// Joins the namespaces of a running container.
-pub fn join(plan: &ExecPlan) -> Result<(), OsError> {
+pub fn join(plan: &ExecPlan) -> Result<(), InitError> {
     // SAFETY: the agent left this descriptor open for us.
     let pidfd = unsafe { BorrowedFd::borrow_raw(plan.pidfd) };
     let flags = CloneFlags::from_bits_retain(plan.namespaces.cast_signed());
@@ -101,12 +101,11 @@ pub fn join(plan: &ExecPlan) -> Result<(), OsError> {
 }
 
 /// The namespace of this kind in a spec, and its path.
-pub fn find(spec: &Spec, kind: LinuxNamespaceType) -> Option<Option<&PathBuf>> {
-    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    let found = namespaces
-        .iter()
-        .find(|namespace| namespace.typ() == kind)?;
-    Some(found.path().as_ref())
+pub fn find(spec: &Spec, kind: NamespaceKind) -> Option<Option<&Path>> {
+    let namespaces = &spec.linux.namespaces;
+    let found = namespaces.iter().find(|namespace| namespace.kind == kind)?;
+    let path = found.path.as_deref();
+    Some(path.filter(|path| !path.as_os_str().is_empty()))
 }
 
 fn enter_user_namespace(channel: &mut HelperChannel) -> Result<(), InitError> {
@@ -126,26 +125,18 @@ fn become_namespace_root() -> Result<(), OsError> {
 }
 
 fn write_time_offsets(spec: &Spec) -> Result<(), OsError> {
-    let offsets = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.time_offsets().as_ref());
-    for (clock, offset) in offsets.into_iter().flatten() {
-        let line = format!(
-            "{clock} {} {}\n",
-            offset.secs().unwrap_or(0),
-            offset.nanosecs().unwrap_or(0)
-        );
+    for (clock, offset) in &spec.linux.time_offsets {
+        let line = format!("{clock} {} {}\n", offset.secs, offset.nanosecs);
         kernel_file::write("/proc/self/timens_offsets", line).doing("set", "a time offset")?;
     }
     Ok(())
 }
 
 fn name_host(spec: &Spec) -> Result<(), OsError> {
-    if let Some(name) = spec.hostname() {
+    if let Some(name) = &spec.hostname {
         rustix::system::sethostname(name.as_bytes()).doing("set host name", name)?;
     }
-    if let Some(name) = spec.domainname() {
+    if let Some(name) = &spec.domainname {
         rustix::system::setdomainname(name.as_bytes()).doing("set domain name", name)?;
     }
     Ok(())

@@ -8,8 +8,9 @@ use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
 use serde::{Deserialize, Serialize};
+
+use crate::oci::{Process, Seccomp, Spec};
 
 /// A process to make.
 #[derive(Debug, Serialize, Deserialize)]
@@ -59,7 +60,7 @@ pub struct ExecPlan {
     /// The OCI process.
     pub process: Process,
     /// The container's filter.
-    pub seccomp: Option<LinuxSeccomp>,
+    pub seccomp: Option<Seccomp>,
     /// An inherited pidfd of the container's first process.
     pub pidfd: RawFd,
     /// `CLONE_NEW*` flags of the namespaces to join.

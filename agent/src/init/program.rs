@@ -8,10 +8,6 @@ use std::path::PathBuf;
 
 use libseccomp::ScmpFilterContext;
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
-use oci_spec::runtime::{
-    IOPriorityClass, LinuxPersonalityDomain, LinuxSchedulerFlag, LinuxSchedulerPolicy,
-    LinuxSeccomp, PosixRlimitType, Process, Scheduler, Spec,
-};
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit};
 
@@ -21,6 +17,7 @@ use super::terminal::Terminal;
 use super::{InitError, seccomp};
 use crate::error::{Doing, OsError};
 use crate::kernel_file;
+use crate::oci::{PersonalityDomain, Process, Scheduler, Seccomp, Spec};
 
 /// A program that only needs to be executed.
 #[derive(Debug)]
@@ -36,7 +33,7 @@ pub struct Program {
 /// Sets how eagerly the kernel kills it for memory. Before a user namespace:
 /// lowering it needs rights over the guest.
 pub fn set_oom_score(process: &Process) -> Result<(), OsError> {
-    match process.oom_score_adj() {
+    match process.oom_score_adj {
         Some(score) => kernel_file::write("/proc/self/oom_score_adj", score.to_string())
             .doing("set", "oom_score_adj"),
         None => Ok(()),
@@ -45,13 +42,12 @@ pub fn set_oom_score(process: &Process) -> Result<(), OsError> {
 
 /// Sets the execution domain.
 pub fn set_personality(spec: &Spec) -> Result<(), OsError> {
-    let linux = spec.linux().as_ref();
-    let Some(personality) = linux.and_then(|linux| linux.personality().as_ref()) else {
+    let Some(personality) = &spec.linux.personality else {
         return Ok(());
     };
-    let domain = match personality.domain() {
-        LinuxPersonalityDomain::PerLinux => 0,
-        LinuxPersonalityDomain::PerLinux32 => 8,
+    let domain = match personality.domain {
+        PersonalityDomain::Linux => 0,
+        PersonalityDomain::Linux32 => 8,
     };
     // SAFETY: a number.
     let result = unsafe { libc::personality(domain) };
@@ -59,14 +55,18 @@ pub fn set_personality(spec: &Spec) -> Result<(), OsError> {
 }
 
 /// Sets the resource limits.
-pub fn set_resource_limits(process: &Process) -> Result<(), OsError> {
-    for limit in process.rlimits().iter().flatten() {
+pub fn set_resource_limits(process: &Process) -> Result<(), InitError> {
+    for limit in &process.rlimits {
+        let resource = resource(&limit.kind).ok_or_else(|| InitError::Invalid {
+            field: "process.rlimits",
+            reason: format!("{:?} is unknown", limit.kind),
+        })?;
         let infinite = |value: u64| (value != u64::MAX).then_some(value);
         let values = Rlimit {
-            current: infinite(limit.soft()),
-            maximum: infinite(limit.hard()),
+            current: infinite(limit.soft),
+            maximum: infinite(limit.hard),
         };
-        rustix::process::setrlimit(resource(limit.typ()), values).doing("set", limit.typ())?;
+        rustix::process::setrlimit(resource, values).doing("set", &limit.kind)?;
     }
     Ok(())
 }
@@ -74,14 +74,14 @@ pub fn set_resource_limits(process: &Process) -> Result<(), OsError> {
 /// Does everything up to, not including, the execution.
 pub fn prepare(
     process: &Process,
-    seccomp: Option<&LinuxSeccomp>,
+    seccomp: Option<&Seccomp>,
     terminal: Option<&Terminal>,
 ) -> Result<Program, InitError> {
     rustix::process::setsid().doing("make", "a session")?;
     if let Some(terminal) = terminal {
         take_terminal(process, terminal)?;
     }
-    if let Some(umask) = process.user().umask() {
+    if let Some(umask) = process.user.umask {
         rustix::process::umask(Mode::from_raw_mode(umask));
     }
     set_resource_limits(process)?;
@@ -89,26 +89,21 @@ pub fn prepare(
     enter_working_directory(process)?;
 
     let environment = environment(process);
-    let arguments = process.args().iter().flatten();
+    let arguments = process.args.iter();
     let arguments: Vec<CString> = arguments
         .map(|word| c_string("process.args", word))
         .collect::<Result<_, _>>()?;
-    let name = process
-        .args()
-        .iter()
-        .flatten()
-        .next()
-        .ok_or(ExecutableError::NoArguments)?;
+    let name = process.args.first().ok_or(ExecutableError::NoArguments)?;
     let filter = match seccomp {
         Some(spec) => seccomp::build(spec)?,
         None => None,
     };
 
-    let no_new_privileges = process.no_new_privileges().unwrap_or(false);
+    let no_new_privileges = process.no_new_privileges;
     if no_new_privileges {
         rustix::thread::set_no_new_privs(true).doing("set", "no_new_privs")?;
     }
-    let capabilities = Capabilities::from_spec(process.capabilities().as_ref())?;
+    let capabilities = Capabilities::from_spec(process.capabilities.as_ref())?;
     capabilities.limit_bounding()?;
     become_user(process)?;
     let search = environment
@@ -161,18 +156,18 @@ fn c_string(field: &'static str, text: &str) -> Result<CString, InitError> {
 }
 
 fn take_terminal(process: &Process, terminal: &Terminal) -> Result<(), OsError> {
-    if let Some(size) = process.console_size() {
+    if let Some(size) = process.console_size {
         let cells = |count: u64| u16::try_from(count).unwrap_or(u16::MAX);
         let size = rustix::termios::Winsize {
-            ws_row: cells(size.height()),
-            ws_col: cells(size.width()),
+            ws_row: cells(size.height),
+            ws_col: cells(size.width),
             ws_xpixel: 0,
             ws_ypixel: 0,
         };
         rustix::termios::tcsetwinsize(&terminal.slave, size).doing("size", "the terminal")?;
     }
     // Its owner may open it by name; its group is the terminals'.
-    let owner = rustix::fs::Uid::from_raw(process.user().uid());
+    let owner = rustix::fs::Uid::from_raw(process.user.uid);
     rustix::fs::fchown(&terminal.slave, Some(owner), None).doing("hand over", "the terminal")?;
     nix::unistd::dup2_stdin(&terminal.slave)
         .and_then(|()| nix::unistd::dup2_stdout(&terminal.slave))
@@ -182,20 +177,26 @@ fn take_terminal(process: &Process, terminal: &Terminal) -> Result<(), OsError> 
 }
 
 fn set_priorities(process: &Process) -> Result<(), InitError> {
-    if let Some(priority) = process.io_priority() {
-        let class = match priority.class() {
-            IOPriorityClass::IoprioClassRt => 1,
-            IOPriorityClass::IoprioClassBe => 2,
-            IOPriorityClass::IoprioClassIdle => 3,
+    if let Some(priority) = &process.io_priority {
+        let class = match priority.class.as_str() {
+            "IOPRIO_CLASS_RT" => 1,
+            "IOPRIO_CLASS_BE" => 2,
+            "IOPRIO_CLASS_IDLE" => 3,
+            other => {
+                return Err(InitError::Invalid {
+                    field: "process.ioPriority",
+                    reason: format!("{other:?} is unknown"),
+                });
+            }
         };
-        let value = class << 13 | (priority.priority() & 7);
+        let value = class << 13 | (priority.priority & 7);
         // IOPRIO_WHO_PROCESS, ourselves.
         // SAFETY: three numbers.
         let result = unsafe { libc::syscall(libc::SYS_ioprio_set, 1, 0, value) };
         checked(result).doing("set", "the I/O priority")?;
     }
-    if let Some(scheduler) = process.scheduler() {
-        set_scheduler(scheduler).doing("set", "the scheduler")?;
+    if let Some(scheduler) = &process.scheduler {
+        set_scheduler(scheduler)?;
     }
     Ok(())
 }
@@ -213,46 +214,56 @@ struct SchedAttr {
     period: u64,
 }
 
-fn set_scheduler(scheduler: &Scheduler) -> io::Result<()> {
-    let policy = match scheduler.policy() {
-        LinuxSchedulerPolicy::SchedOther => 0,
-        LinuxSchedulerPolicy::SchedFifo => 1,
-        LinuxSchedulerPolicy::SchedRr => 2,
-        LinuxSchedulerPolicy::SchedBatch => 3,
-        LinuxSchedulerPolicy::SchedIso => 4,
-        LinuxSchedulerPolicy::SchedIdle => 5,
-        LinuxSchedulerPolicy::SchedDeadline => 6,
+fn set_scheduler(scheduler: &Scheduler) -> Result<(), InitError> {
+    const POLICIES: [&str; 7] = [
+        "SCHED_OTHER",
+        "SCHED_FIFO",
+        "SCHED_RR",
+        "SCHED_BATCH",
+        "SCHED_ISO",
+        "SCHED_IDLE",
+        "SCHED_DEADLINE",
+    ];
+    const FLAGS: [&str; 7] = [
+        "SCHED_FLAG_RESET_ON_FORK",
+        "SCHED_FLAG_RECLAIM",
+        "SCHED_FLAG_DL_OVERRUN",
+        "SCHED_FLAG_KEEP_POLICY",
+        "SCHED_FLAG_KEEP_PARAMS",
+        "SCHED_FLAG_UTIL_CLAMP_MIN",
+        "SCHED_FLAG_UTIL_CLAMP_MAX",
+    ];
+    // The kernel numbers both as they stand here.
+    let number = |names: &[&str], name: &str| {
+        let found = names.iter().position(|other| *other == name);
+        found.ok_or_else(|| InitError::Invalid {
+            field: "process.scheduler",
+            reason: format!("{name:?} is unknown"),
+        })
     };
-    let flags = scheduler.flags().iter().flatten().fold(0, |flags, flag| {
-        flags
-            | match flag {
-                LinuxSchedulerFlag::SchedResetOnFork => 0x01,
-                LinuxSchedulerFlag::SchedFlagReclaim => 0x02,
-                LinuxSchedulerFlag::SchedFlagDLOverrun => 0x04,
-                LinuxSchedulerFlag::SchedFlagKeepPolicy => 0x08,
-                LinuxSchedulerFlag::SchedFlagKeepParams => 0x10,
-                LinuxSchedulerFlag::SchedFlagUtilClampMin => 0x20,
-                LinuxSchedulerFlag::SchedFlagUtilClampMax => 0x40,
-            }
-    });
+    let mut flags = 0;
+    for flag in &scheduler.flags {
+        flags |= 1 << number(&FLAGS, flag)?;
+    }
     let attributes = SchedAttr {
         size: size_of::<SchedAttr>() as u32,
-        policy,
+        policy: number(&POLICIES, &scheduler.policy)? as u32,
         flags,
-        nice: scheduler.nice().unwrap_or(0),
-        priority: scheduler.priority().unwrap_or(0).cast_unsigned(),
-        runtime: scheduler.runtime().unwrap_or(0),
-        deadline: scheduler.deadline().unwrap_or(0),
-        period: scheduler.period().unwrap_or(0),
+        nice: scheduler.nice,
+        priority: scheduler.priority.cast_unsigned(),
+        runtime: scheduler.runtime,
+        deadline: scheduler.deadline,
+        period: scheduler.period,
     };
     // SAFETY: the struct tells its own size and lives until the call ends.
-    checked(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) })
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+    Ok(checked(result).doing("set", "the scheduler")?)
 }
 
 /// Makes the directory when the image lacks it, and makes sure that it is in
 /// the container: a path by way of one of our descriptors isn't.
 fn enter_working_directory(process: &Process) -> Result<(), InitError> {
-    let path = process.cwd();
+    let path = &process.cwd;
     if !path.is_absolute() {
         return Err(InitError::Invalid {
             field: "process.cwd",
@@ -276,7 +287,7 @@ fn enter_working_directory(process: &Process) -> Result<(), InitError> {
 /// The last value of a name counts; `HOME` is the user's when not given.
 fn environment(process: &Process) -> Vec<String> {
     let mut environment: Vec<String> = Vec::new();
-    for line in process.env().iter().flatten() {
+    for line in &process.env {
         let name = line.split_once('=').map_or(line.as_str(), |(name, _)| name);
         let same = |other: &String| {
             other
@@ -290,7 +301,7 @@ fn environment(process: &Process) -> Vec<String> {
     }
     if !environment.iter().any(|line| line.starts_with("HOME=/")) {
         environment.retain(|line| !line.starts_with("HOME="));
-        environment.push(format!("HOME={}", home_of(process.user().uid())));
+        environment.push(format!("HOME={}", home_of(process.user.uid)));
     }
     environment
 }
@@ -315,14 +326,14 @@ fn home_of(uid: u32) -> String {
 }
 
 fn become_user(process: &Process) -> Result<(), InitError> {
-    let user = process.user();
-    let more = user.additional_gids().iter().flatten();
+    let user = &process.user;
+    let more = user.additional_gids.iter();
     let groups: Vec<Gid> = more.map(|gid| Gid::from_raw(*gid)).collect();
     setgroups(&groups).doing("set", "groups")?;
     rustix::thread::set_keep_capabilities(true).doing("keep", "capabilities")?;
-    let gid = Gid::from_raw(user.gid());
+    let gid = Gid::from_raw(user.gid);
     setresgid(gid, gid, gid).doing("change to group", gid)?;
-    let uid = Uid::from_raw(user.uid());
+    let uid = Uid::from_raw(user.uid);
     setresuid(uid, uid, uid).doing("change to user", uid)?;
     rustix::thread::set_keep_capabilities(false).doing("no longer keep", "capabilities")?;
     Ok(())
@@ -355,23 +366,24 @@ fn checked(result: libc::c_long) -> io::Result<()> {
     }
 }
 
-fn resource(kind: PosixRlimitType) -> Resource {
-    match kind {
-        PosixRlimitType::RlimitCpu => Resource::Cpu,
-        PosixRlimitType::RlimitFsize => Resource::Fsize,
-        PosixRlimitType::RlimitData => Resource::Data,
-        PosixRlimitType::RlimitStack => Resource::Stack,
-        PosixRlimitType::RlimitCore => Resource::Core,
-        PosixRlimitType::RlimitRss => Resource::Rss,
-        PosixRlimitType::RlimitNproc => Resource::Nproc,
-        PosixRlimitType::RlimitNofile => Resource::Nofile,
-        PosixRlimitType::RlimitMemlock => Resource::Memlock,
-        PosixRlimitType::RlimitAs => Resource::As,
-        PosixRlimitType::RlimitLocks => Resource::Locks,
-        PosixRlimitType::RlimitSigpending => Resource::Sigpending,
-        PosixRlimitType::RlimitMsgqueue => Resource::Msgqueue,
-        PosixRlimitType::RlimitNice => Resource::Nice,
-        PosixRlimitType::RlimitRtprio => Resource::Rtprio,
-        PosixRlimitType::RlimitRttime => Resource::Rttime,
-    }
+fn resource(name: &str) -> Option<Resource> {
+    Some(match name {
+        "RLIMIT_CPU" => Resource::Cpu,
+        "RLIMIT_FSIZE" => Resource::Fsize,
+        "RLIMIT_DATA" => Resource::Data,
+        "RLIMIT_STACK" => Resource::Stack,
+        "RLIMIT_CORE" => Resource::Core,
+        "RLIMIT_RSS" => Resource::Rss,
+        "RLIMIT_NPROC" => Resource::Nproc,
+        "RLIMIT_NOFILE" => Resource::Nofile,
+        "RLIMIT_MEMLOCK" => Resource::Memlock,
+        "RLIMIT_AS" => Resource::As,
+        "RLIMIT_LOCKS" => Resource::Locks,
+        "RLIMIT_SIGPENDING" => Resource::Sigpending,
+        "RLIMIT_MSGQUEUE" => Resource::Msgqueue,
+        "RLIMIT_NICE" => Resource::Nice,
+        "RLIMIT_RTPRIO" => Resource::Rtprio,
+        "RLIMIT_RTTIME" => Resource::Rttime,
+        _ => return None,
+    })
 }

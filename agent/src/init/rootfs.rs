@@ -3,7 +3,6 @@
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags, mount_change, unmount};
@@ -15,6 +14,7 @@ use super::terminal::Terminal;
 use super::{InitError, in_root, mounts, namespaces};
 use crate::error::{Doing, OsError};
 use crate::kernel_file;
+use crate::oci::{NamespaceKind, Spec};
 
 const READ_ONLY: Attributes = Attributes {
     set: MountAttrFlags::MOUNT_ATTR_RDONLY.bits(),
@@ -33,10 +33,10 @@ pub fn enter(plan: &ContainerPlan, terminal: bool) -> Result<Option<Terminal>, I
         mount_change("/", flags).doing("set the propagation of", "/")?;
     }
     let root = attach_root(spec, &plan.stage)?;
-    for mount in spec.mounts().iter().flatten() {
+    for mount in &spec.mounts {
         mounts::mount(&root, mount)?;
     }
-    let nodes = match namespaces::find(spec, LinuxNamespaceType::User) {
+    let nodes = match namespaces::find(spec, NamespaceKind::User) {
         Some(_) => NodeSource::Bind,
         None => NodeSource::Make,
     };
@@ -51,12 +51,7 @@ pub fn enter(plan: &ContainerPlan, terminal: bool) -> Result<Option<Terminal>, I
     write_sysctls(spec)?;
     make_read_only(&root, spec)?;
     mask(&root, spec)?;
-    if spec
-        .root()
-        .as_ref()
-        .and_then(|root| root.readonly())
-        .unwrap_or(false)
-    {
+    if spec.root.as_ref().is_some_and(|root| root.readonly) {
         mounts::set_attributes(&root, READ_ONLY, Recursion::Alone).doing("make read-only", "/")?;
     }
     pivot(&root)?;
@@ -67,11 +62,7 @@ pub fn enter(plan: &ContainerPlan, terminal: bool) -> Result<Option<Terminal>, I
 }
 
 fn propagation_of(spec: &Spec) -> Result<Option<(u64, Recursion)>, InitError> {
-    let name = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.rootfs_propagation().as_ref());
-    match name.map(String::as_str) {
+    match spec.linux.rootfs_propagation.as_deref() {
         None | Some("") => Ok(None),
         Some(name) => match root_propagation(name) {
             Some(propagation) => Ok(Some(propagation)),
@@ -86,7 +77,7 @@ fn propagation_of(spec: &Spec) -> Result<Option<(u64, Recursion)>, InitError> {
 /// pivot_root(2) wants a root that is a mount whose parent is private: the
 /// stage's is.
 fn attach_root(spec: &Spec, stage: &Path) -> Result<OwnedFd, InitError> {
-    let path = spec.root().as_ref().map(|root| root.path().as_path());
+    let path = spec.root.as_ref().map(|root| root.path.as_path());
     let path = path
         .filter(|path| path.is_absolute())
         .ok_or_else(|| InitError::Invalid {
@@ -110,11 +101,7 @@ fn attach_root(spec: &Spec, stage: &Path) -> Result<OwnedFd, InitError> {
 
 /// Through the agent's /proc: what it shows are this process's namespaces.
 fn write_sysctls(spec: &Spec) -> Result<(), InitError> {
-    let sysctls = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.sysctl().as_ref());
-    for (key, value) in sysctls.into_iter().flatten() {
+    for (key, value) in &spec.linux.sysctl {
         let path = sysctl_path(key).ok_or_else(|| InitError::Invalid {
             field: "linux.sysctl",
             reason: format!("{key:?} is no key"),
@@ -146,11 +133,7 @@ pub fn sysctl_path(key: &str) -> Option<PathBuf> {
 }
 
 fn make_read_only(root: &OwnedFd, spec: &Spec) -> Result<(), OsError> {
-    let paths = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.readonly_paths().as_ref());
-    for path in paths.into_iter().flatten() {
+    for path in &spec.linux.readonly_paths {
         let Some(at) = open_if_there(root, path)? else {
             continue;
         };
@@ -165,11 +148,7 @@ fn make_read_only(root: &OwnedFd, spec: &Spec) -> Result<(), OsError> {
 }
 
 fn mask(root: &OwnedFd, spec: &Spec) -> Result<(), InitError> {
-    let paths = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.masked_paths().as_ref());
-    for path in paths.into_iter().flatten() {
+    for path in &spec.linux.masked_paths {
         let Some(at) = open_if_there(root, path)? else {
             continue;
         };

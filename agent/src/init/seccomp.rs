@@ -1,20 +1,16 @@
 //! The seccomp filter of a spec.
 
+use super::InitError;
+use crate::oci::{Seccomp, SeccompAction, SeccompArgument, SeccompOperator, SeccompRule};
 use libseccomp::error::SeccompError;
 use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
 };
-use oci_spec::runtime::{
-    Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag,
-    LinuxSeccompOperator, LinuxSyscall,
-};
-
-use super::InitError;
 
 /// Builds the filter; `None` when it would allow everything.
-pub fn build(spec: &LinuxSeccomp) -> Result<Option<ScmpFilterContext>, InitError> {
-    let rules = spec.syscalls().iter().flatten();
-    let default = action(spec.default_action(), spec.default_errno_ret())?;
+pub fn build(spec: &Seccomp) -> Result<Option<ScmpFilterContext>, InitError> {
+    let rules = spec.syscalls.iter();
+    let default = action(spec.default_action, spec.default_errno_ret)?;
     if default == ScmpAction::Allow && rules.clone().next().is_none() {
         return Ok(None);
     }
@@ -22,15 +18,15 @@ pub fn build(spec: &LinuxSeccomp) -> Result<Option<ScmpFilterContext>, InitError
         let mut filter = ScmpFilterContext::new(default)?;
         // The spec says whether, not the library.
         filter.set_ctl_nnp(false)?;
-        for architecture in spec.architectures().iter().flatten() {
-            if let Some(architecture) = architecture_of(*architecture) {
+        for architecture in &spec.architectures {
+            if let Some(architecture) = architecture_of(architecture) {
                 filter.add_arch(architecture)?;
             }
         }
-        for flag in spec.flags().iter().flatten() {
-            match flag {
-                LinuxSeccompFilterFlag::SeccompFilterFlagLog => filter.set_ctl_log(true)?,
-                LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => filter.set_ctl_ssb(true)?,
+        for flag in &spec.flags {
+            match flag.as_str() {
+                "SECCOMP_FILTER_FLAG_LOG" => filter.set_ctl_log(true)?,
+                "SECCOMP_FILTER_FLAG_SPEC_ALLOW" => filter.set_ctl_ssb(true)?,
                 // One thread; nobody is notified.
                 _ => &mut filter,
             };
@@ -39,7 +35,7 @@ pub fn build(spec: &LinuxSeccomp) -> Result<Option<ScmpFilterContext>, InitError
     };
     let mut filter = filter().map_err(InitError::Seccomp)?;
     for rule in rules {
-        let action = action(rule.action(), rule.errno_ret())?;
+        let action = action(rule.action, rule.errno_ret)?;
         if action != default {
             add(&mut filter, rule, action)?;
         }
@@ -49,18 +45,18 @@ pub fn build(spec: &LinuxSeccomp) -> Result<Option<ScmpFilterContext>, InitError
 
 fn add(
     filter: &mut ScmpFilterContext,
-    rule: &LinuxSyscall,
+    rule: &SeccompRule,
     action: ScmpAction,
 ) -> Result<(), InitError> {
-    let arguments: Vec<&LinuxSeccompArg> = rule.args().iter().flatten().collect();
-    for name in rule.names() {
+    let arguments = &rule.args;
+    for name in &rule.names {
         // A name that the library doesn't know is one that no rule can hit.
         let Ok(syscall) = ScmpSyscall::from_name(name) else {
             continue;
         };
         let added = if arguments.is_empty() {
             filter.add_rule(action, syscall).map(|_| ())
-        } else if repeats_an_argument(&arguments) {
+        } else if repeats_an_argument(arguments) {
             // Conditions on the same argument are alternatives.
             arguments.iter().try_for_each(|argument| {
                 let condition = [condition(argument)];
@@ -81,48 +77,41 @@ fn add(
     Ok(())
 }
 
-fn repeats_an_argument(arguments: &[&LinuxSeccompArg]) -> bool {
+fn repeats_an_argument(arguments: &[SeccompArgument]) -> bool {
     let mut seen = [false; 6];
     arguments
         .iter()
-        .any(|argument| match seen.get_mut(argument.index()) {
+        .any(|argument| match seen.get_mut(argument.index as usize) {
             Some(seen) => std::mem::replace(seen, true),
             None => false,
         })
 }
 
-fn condition(argument: &LinuxSeccompArg) -> ScmpArgCompare {
-    // An index that doesn't fit is one that the library refuses.
-    let index = u32::try_from(argument.index()).unwrap_or(u32::MAX);
-    let value = argument.value();
-    let (operator, value) = match argument.op() {
-        LinuxSeccompOperator::ScmpCmpNe => (ScmpCompareOp::NotEqual, value),
-        LinuxSeccompOperator::ScmpCmpLt => (ScmpCompareOp::Less, value),
-        LinuxSeccompOperator::ScmpCmpLe => (ScmpCompareOp::LessOrEqual, value),
-        LinuxSeccompOperator::ScmpCmpEq => (ScmpCompareOp::Equal, value),
-        LinuxSeccompOperator::ScmpCmpGe => (ScmpCompareOp::GreaterEqual, value),
-        LinuxSeccompOperator::ScmpCmpGt => (ScmpCompareOp::Greater, value),
-        LinuxSeccompOperator::ScmpCmpMaskedEq => (
-            ScmpCompareOp::MaskedEqual(value),
-            argument.value_two().unwrap_or(0),
-        ),
+fn condition(argument: &SeccompArgument) -> ScmpArgCompare {
+    let value = argument.value;
+    let (operator, value) = match argument.op {
+        SeccompOperator::NotEqual => (ScmpCompareOp::NotEqual, value),
+        SeccompOperator::Less => (ScmpCompareOp::Less, value),
+        SeccompOperator::LessOrEqual => (ScmpCompareOp::LessOrEqual, value),
+        SeccompOperator::Equal => (ScmpCompareOp::Equal, value),
+        SeccompOperator::GreaterOrEqual => (ScmpCompareOp::GreaterEqual, value),
+        SeccompOperator::Greater => (ScmpCompareOp::Greater, value),
+        SeccompOperator::MaskedEqual => (ScmpCompareOp::MaskedEqual(value), argument.value_two),
     };
-    ScmpArgCompare::new(index, operator, value)
+    ScmpArgCompare::new(argument.index, operator, value)
 }
 
-fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<ScmpAction, InitError> {
+fn action(action: SeccompAction, errno: Option<u32>) -> Result<ScmpAction, InitError> {
     let errno = errno.unwrap_or(libc::EPERM.cast_unsigned()) & 0xffff;
     Ok(match action {
-        LinuxSeccompAction::ScmpActKill | LinuxSeccompAction::ScmpActKillThread => {
-            ScmpAction::KillThread
-        }
-        LinuxSeccompAction::ScmpActKillProcess => ScmpAction::KillProcess,
-        LinuxSeccompAction::ScmpActTrap => ScmpAction::Trap,
-        LinuxSeccompAction::ScmpActErrno => ScmpAction::Errno(errno.cast_signed()),
-        LinuxSeccompAction::ScmpActTrace => ScmpAction::Trace(errno as u16),
-        LinuxSeccompAction::ScmpActLog => ScmpAction::Log,
-        LinuxSeccompAction::ScmpActAllow => ScmpAction::Allow,
-        LinuxSeccompAction::ScmpActNotify => {
+        SeccompAction::Kill | SeccompAction::KillThread => ScmpAction::KillThread,
+        SeccompAction::KillProcess => ScmpAction::KillProcess,
+        SeccompAction::Trap => ScmpAction::Trap,
+        SeccompAction::Errno => ScmpAction::Errno(errno.cast_signed()),
+        SeccompAction::Trace => ScmpAction::Trace(errno as u16),
+        SeccompAction::Log => ScmpAction::Log,
+        SeccompAction::Allow => ScmpAction::Allow,
+        SeccompAction::Notify => {
             return Err(InitError::Invalid {
                 field: "linux.seccomp",
                 reason: "SCMP_ACT_NOTIFY needs a listener, which is not in the guest".to_owned(),
@@ -132,11 +121,11 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<ScmpAction, 
 }
 
 /// Those a process of this machine can have.
-fn architecture_of(architecture: Arch) -> Option<ScmpArch> {
+fn architecture_of(architecture: &str) -> Option<ScmpArch> {
     match architecture {
-        Arch::ScmpArchX86 => Some(ScmpArch::X86),
-        Arch::ScmpArchX86_64 => Some(ScmpArch::X8664),
-        Arch::ScmpArchX32 => Some(ScmpArch::X32),
+        "SCMP_ARCH_X86" => Some(ScmpArch::X86),
+        "SCMP_ARCH_X86_64" => Some(ScmpArch::X8664),
+        "SCMP_ARCH_X32" => Some(ScmpArch::X32),
         _ => None,
     }
 }
