@@ -105,7 +105,7 @@ pub fn boot(
         Some(file) => Some(boot_params::load_initramfs(
             &memory,
             kernel,
-            &mut File::from(take(descriptors, "boot.initramfs", file)?),
+            &File::from(take(descriptors, "boot.initramfs", file)?),
         )?),
         None => None,
     };

@@ -2,10 +2,14 @@
 //! server of a virtio-fs device can map it as well.
 
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, SealFlags};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
+};
 
 use crate::arch::x86_64::layout;
 
@@ -19,7 +23,7 @@ pub enum MemoryError {
         step: &'static str,
         /// Why it failed.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// A part of it could not be mapped.
     #[error("map {bytes} bytes of guest memory at {gpa:#x}")]
@@ -68,6 +72,46 @@ pub fn create(mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)
 }
 
+/// Copies `bytes` of `file` from `offset` on to `gpa`. The copy goes from file to
+/// file inside the host's kernel: reading into the mapping would fault on each
+/// of its pages.
+///
+/// # Errors
+/// The file is shorter, cannot be read, or there is no such memory.
+pub fn copy_in(
+    memory: &GuestMemoryMmap,
+    gpa: u64,
+    file: &File,
+    offset: u64,
+    bytes: u64,
+) -> io::Result<()> {
+    let region = memory.find_region(GuestAddress(gpa));
+    let found = region.and_then(|region| {
+        let at = gpa.checked_sub(region.start_addr().0)?;
+        let fits = at.checked_add(bytes)? <= region.len();
+        fits.then_some((region.file_offset()?, at))
+    });
+    let Some((memory_file, at)) = found else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    rustix::fs::seek(
+        memory_file.file(),
+        SeekFrom::Start(memory_file.start() + at),
+    )?;
+    let mut from = offset;
+    let mut left = bytes;
+    while left > 0 {
+        let most = usize::try_from(left).unwrap_or(usize::MAX);
+        match rustix::fs::sendfile(memory_file.file(), file, Some(&mut from), most) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(copied) => left = left.saturating_sub(copied as u64),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
 /// Whoever else gets the file can neither shrink it under our feet (SIGBUS) nor
 /// grow it past what the pod is accounted for.
 fn sealed_file(bytes: u64) -> Result<File, MemoryError> {
@@ -91,7 +135,7 @@ fn sealed_file(bytes: u64) -> Result<File, MemoryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+    use vm_memory::Bytes;
 
     #[test]
     fn memory_above_the_hole_is_the_rest_of_the_file() {

@@ -3,15 +3,12 @@
 
 mod devices;
 mod main_thread;
+mod program;
 mod vcpu;
 
-use std::collections::BTreeMap;
 use std::io;
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
+use seccompiler::BpfProgram;
 
 /// Whether threads are confined. Tests of the library in a process of their own
 /// share its threads with the test harness, so they are not.
@@ -70,41 +67,20 @@ impl Confinement {
         match self {
             Self::None => Ok(()),
             Self::Filters => {
-                let program = program(role).map_err(io::Error::other)?;
+                let program = program(role)?;
                 seccompiler::apply_filter(&program).map_err(io::Error::other)
             }
         }
     }
 }
 
-fn program(role: Role) -> Result<BpfProgram, seccompiler::BackendError> {
-    let (list, common): (&[Allowed], &[Allowed]) = match role {
-        Role::Main => (main_thread::ALLOWED, COMMON),
-        Role::Vcpu => (vcpu::ALLOWED, COMMON),
-        Role::Devices => (devices::ALLOWED, COMMON),
+fn program(role: Role) -> io::Result<BpfProgram> {
+    let list = match role {
+        Role::Main => main_thread::ALLOWED,
+        Role::Vcpu => vcpu::ALLOWED,
+        Role::Devices => devices::ALLOWED,
     };
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    for allowed in list.iter().chain(common) {
-        let rules = rules.entry(allowed.call).or_default();
-        if let Some((position, values)) = allowed.only {
-            for value in values {
-                rules.push(SeccompRule::new(vec![SeccompCondition::new(
-                    position,
-                    // All arguments that we look at are ints.
-                    SeccompCmpArgLen::Dword,
-                    SeccompCmpOp::Eq,
-                    *value,
-                )?])?);
-            }
-        }
-    }
-    SeccompFilter::new(
-        rules,
-        SeccompAction::KillProcess,
-        SeccompAction::Allow,
-        TargetArch::x86_64,
-    )?
-    .try_into()
+    program::compile(&[list, COMMON])
 }
 
 /// What the language's run time and the allocator do on any thread.

@@ -2,12 +2,12 @@
 //! line, the initramfs (Documentation/arch/x86/boot.rst of Linux).
 
 use std::fs::File;
-use std::io::Seek;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::elf::Kernel;
 use super::layout;
+use crate::kvm::memory;
 
 const PAGE: u64 = 4096;
 
@@ -43,7 +43,7 @@ pub enum LoadError {
     },
     /// The initramfs could not be copied.
     #[error("read the initramfs")]
-    InitramfsRead(#[source] vm_memory::GuestMemoryError),
+    InitramfsRead(#[source] std::io::Error),
     /// The tables could not be written.
     #[error("write {what} into guest memory")]
     Write {
@@ -71,20 +71,16 @@ pub struct Initramfs {
 pub fn load_initramfs(
     memory: &GuestMemoryMmap,
     kernel: Kernel,
-    file: &mut File,
+    file: &File,
 ) -> Result<Initramfs, LoadError> {
     let bytes = file.metadata().map_err(LoadError::InitramfsSize)?.len();
-    file.rewind().map_err(LoadError::InitramfsSize)?;
     let no_room = || LoadError::InitramfsRoom { bytes };
     let memory_end = low_memory_end(memory).min(layout::INITRAMFS_END);
     let start = memory_end.checked_sub(bytes).ok_or_else(no_room)? & !(PAGE - 1);
     if start < kernel.end {
         return Err(no_room());
     }
-    let length = usize::try_from(bytes).map_err(|_| no_room())?;
-    memory
-        .read_exact_volatile_from(GuestAddress(start), file, length)
-        .map_err(LoadError::InitramfsRead)?;
+    memory::copy_in(memory, start, file, 0, bytes).map_err(LoadError::InitramfsRead)?;
     Ok(Initramfs { start, bytes })
 }
 
@@ -165,7 +161,6 @@ fn low_memory_end(memory: &GuestMemoryMmap) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kvm::memory;
     use std::io::Write;
 
     fn map_of(mib: u32) -> Vec<(u64, u64, u32)> {
@@ -197,7 +192,7 @@ mod tests {
             entry: 1 << 20,
             end: 2 << 20,
         };
-        let loaded = load_initramfs(&memory, kernel, &mut file).unwrap();
+        let loaded = load_initramfs(&memory, kernel, &file).unwrap();
         assert_eq!(loaded.start, (64 << 20) - 8192);
         assert_eq!(
             memory.read_obj::<u8>(GuestAddress(loaded.start)).unwrap(),
@@ -208,7 +203,7 @@ mod tests {
             end: loaded.start + 1,
         };
         assert!(matches!(
-            load_initramfs(&memory, kernel, &mut file),
+            load_initramfs(&memory, kernel, &file),
             Err(LoadError::InitramfsRoom { bytes: 5000 })
         ));
     }

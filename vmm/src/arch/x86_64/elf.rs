@@ -1,16 +1,13 @@
 //! Puts an uncompressed ELF kernel where its program headers say.
-//!
-//! The copy goes from file to file inside the host's kernel: reading into the
-//! mapping would fault on every page of it.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::SeekFrom;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::layout;
+use crate::kvm::memory;
 
 const HEADER_BYTES: usize = 64;
 const SEGMENT_BYTES: usize = 56;
@@ -122,27 +119,17 @@ fn copy(memory: &GuestMemoryMmap, file: &File, segment: &Segment) -> Result<u64,
     let (Some(end), Some(region)) = (end, region) else {
         return Err(nowhere);
     };
-    let region_start = region.start_addr().0;
-    let Some(memory_file) = region.file_offset() else {
-        return Err(nowhere);
-    };
-    if segment.address < layout::HIGH_MEMORY || end > region_start + region.len() {
+    if segment.address < layout::HIGH_MEMORY || end > region.start_addr().0 + region.len() {
         return Err(nowhere);
     }
-    let to = memory_file.start() + (segment.address - region_start);
-    rustix::fs::seek(memory_file.file(), SeekFrom::Start(to))
-        .map_err(|error| ElfError::Read(error.into()))?;
-    let mut from = segment.file_offset;
-    let mut left = segment.file_bytes;
-    while left > 0 {
-        let most = usize::try_from(left).unwrap_or(usize::MAX);
-        match rustix::fs::sendfile(memory_file.file(), file, Some(&mut from), most) {
-            Ok(0) => return Err(ElfError::Read(io::ErrorKind::UnexpectedEof.into())),
-            Ok(copied) => left = left.saturating_sub(copied as u64),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(ElfError::Read(error.into())),
-        }
-    }
+    memory::copy_in(
+        memory,
+        segment.address,
+        file,
+        segment.file_offset,
+        segment.file_bytes,
+    )
+    .map_err(ElfError::Read)?;
     Ok(end)
 }
 
@@ -185,7 +172,6 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
-    use crate::kvm::memory;
 
     /// One segment of four bytes, at `address`, with `memory_bytes` of room.
     fn file(address: u64, entry: u64, memory_bytes: u64) -> File {
