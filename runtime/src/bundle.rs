@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::id::{Id, IdError};
 
@@ -67,6 +67,19 @@ pub struct PodSpec {
     pub oom_score_adj: Option<i32>,
     /// Containers may ask to see each other's processes.
     pub shared_pid_namespace: bool,
+    /// Of the pod; none: containerd writes the containers' files about names.
+    pub dns: Option<Dns>,
+}
+
+/// How the pod resolves names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dns {
+    /// Addresses.
+    pub servers: Vec<String>,
+    /// Domains.
+    pub searches: Vec<String>,
+    /// As resolv.conf(5) has them.
+    pub options: Vec<String>,
 }
 
 /// Limits from which the machine's size follows.
@@ -280,6 +293,7 @@ impl Bundle {
             oom_score_adj: self.spec.process.as_ref().and_then(|p| p.oom_score_adj),
             // Which of them do is in their own specs, which come later.
             shared_pid_namespace: *role == Role::Sandbox,
+            dns: None,
         })
     }
 
@@ -294,10 +308,11 @@ impl Bundle {
             .and_then(|r| r.memory.as_ref())
             .and_then(|m| m.limit);
         let cpu = resources.and_then(|r| r.cpu.as_ref());
-        Ok(Limits {
-            memory_bytes: memory_limit(memory)?,
-            cpu_millis: cpu.and_then(|cpu| cpu_millis(cpu.quota?, cpu.period?)),
-        })
+        Limits::new(
+            memory,
+            cpu.and_then(|cpu| cpu.quota),
+            cpu.and_then(|cpu| cpu.period),
+        )
     }
 
     /// Directory that is the container's root when containerd gives no mounts.
@@ -317,16 +332,34 @@ impl Bundle {
     }
 
     /// The spec as the agent gets it: guest paths for the root and for those
-    /// mounts that have an entry in `sources`, and nothing that only makes sense
-    /// on the host.
-    pub fn guest_spec(&self, root: &str, sources: &BTreeMap<usize, String>) -> Vec<u8> {
+    /// mounts that have an entry in `sources`, binds of guest paths added, and
+    /// nothing that only makes sense on the host.
+    pub fn guest_spec(
+        &self,
+        root: &str,
+        sources: &BTreeMap<usize, String>,
+        binds: &[(&str, String)],
+    ) -> Vec<u8> {
         let mut json = self.json.clone();
         json["root"]["path"] = root.into();
         for (index, source) in sources {
             json["mounts"][*index]["source"] = source.as_str().into();
         }
-        if let Some(object) = json.as_object_mut() {
-            object.remove("hooks");
+        let Some(spec) = json.as_object_mut() else {
+            return Vec::new();
+        };
+        spec.remove("hooks");
+        if !binds.is_empty() {
+            let mounts = spec.entry("mounts").or_insert_with(|| json!([]));
+            if let Some(mounts) = mounts.as_array_mut() {
+                mounts.extend(binds.iter().map(|(destination, source)| {
+                    let options = ["rbind", "rprivate"];
+                    json!({
+                        "destination": destination, "type": "bind",
+                        "source": source, "options": options,
+                    })
+                }));
+            }
         }
         json.to_string().into_bytes()
     }
@@ -336,7 +369,26 @@ impl Bundle {
     }
 }
 
-/// Checks a limit as OCI and CRI write it: 0 and -1 mean none.
+impl Limits {
+    /// Limits as OCI and CRI write them.
+    ///
+    /// # Errors
+    /// A memory limit no container can run under.
+    pub fn new(
+        memory_bytes: Option<i64>,
+        cpu_quota: Option<i64>,
+        cpu_period: Option<u64>,
+    ) -> Result<Self, BundleError> {
+        Ok(Self {
+            memory_bytes: memory_limit(memory_bytes)?,
+            cpu_millis: cpu_quota
+                .zip(cpu_period)
+                .and_then(|(q, p)| cpu_millis(q, p)),
+        })
+    }
+}
+
+/// 0 and -1 mean none.
 fn memory_limit(bytes: Option<i64>) -> Result<Option<u64>, BundleError> {
     match bytes {
         None | Some(0 | -1) => Ok(None),
@@ -355,7 +407,6 @@ fn cpu_millis(quota: i64, period: u64) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn bundle(json: Value) -> Bundle {
         Bundle::parse(Path::new("/bundle"), json.to_string().as_bytes()).unwrap()
@@ -491,14 +542,17 @@ mod tests {
             "surprise": {"kept": [1, 2]},
         }));
         let sources = BTreeMap::from([(1, "/guest/v".to_owned())]);
+        let binds = [("/etc/hosts", "/guest/hosts".to_owned())];
         let guest: Value =
-            serde_json::from_slice(&bundle.guest_spec("/guest/root", &sources)).unwrap();
+            serde_json::from_slice(&bundle.guest_spec("/guest/root", &sources, &binds)).unwrap();
         assert_eq!(
             guest["root"],
             json!({"path": "/guest/root", "readonly": true})
         );
         assert_eq!(guest["mounts"][0]["source"], "proc");
         assert_eq!(guest["mounts"][1]["source"], "/guest/v");
+        assert_eq!(guest["mounts"][2]["destination"], "/etc/hosts");
+        assert_eq!(guest["mounts"][2]["source"], "/guest/hosts");
         assert_eq!(guest["surprise"], json!({"kept": [1, 2]}));
         assert!(guest.get("hooks").is_none());
     }

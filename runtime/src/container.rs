@@ -30,6 +30,8 @@ pub struct Container {
     pub execs: BTreeMap<String, Exec>,
     /// Frozen.
     pub paused: bool,
+    /// When containerd asked for it, wall clock.
+    pub created_ns: u64,
 }
 
 /// What a container is to the guest.

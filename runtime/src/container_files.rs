@@ -46,6 +46,8 @@ pub struct FilesRequest {
     pub tree: PathBuf,
     /// Serial of its disk, should it get one.
     pub serial: String,
+    /// The pod's own files about names are mounted in it.
+    pub pod_binds: bool,
 }
 
 impl FilesRequest {
@@ -77,12 +79,17 @@ impl FilesRequest {
             }
         };
         let sources = volume::mount_volumes(&mut tree, self.bundle.mounts())?;
+        let binds = if self.pod_binds {
+            volume::pod_binds(self.bundle.mounts())
+        } else {
+            Vec::new()
+        };
         let files = ContainerFiles {
             tree,
             disk: disk.as_ref().map(|disk| disk.serial.clone()),
         };
         let guest = GuestFiles {
-            oci_spec: self.bundle.guest_spec(&root, &sources),
+            oci_spec: self.bundle.guest_spec(&root, &sources, &binds),
             storages,
             disk,
         };

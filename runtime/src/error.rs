@@ -10,6 +10,7 @@ use crate::cgroup::CgroupError;
 use crate::config::ConfigError;
 use crate::id::IdError;
 use crate::network::NetworkError;
+use crate::pod_config::PodConfigError;
 use crate::rootfs::RootfsError;
 use crate::shared_tree::SharedTreeError;
 use crate::state_dir::StateDirError;
@@ -74,6 +75,9 @@ pub enum Error {
     /// The bundle.
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    /// The pod's configuration.
+    #[error(transparent)]
+    PodConfig(#[from] PodConfigError),
     /// The machine's plan.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -116,7 +120,9 @@ impl Error {
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::ShuttingDown => Code::UNAVAILABLE,
             Self::TooMany(_) => Code::RESOURCE_EXHAUSTED,
-            Self::Argument(_) | Self::Id(_) | Self::Bundle(_) => Code::INVALID_ARGUMENT,
+            Self::Argument(_) | Self::Id(_) | Self::Bundle(_) | Self::PodConfig(_) => {
+                Code::INVALID_ARGUMENT
+            }
             Self::Agent(error) => error.code(),
             Self::Rootfs(error) => error.code(),
             Self::Volume(error) => error.code(),

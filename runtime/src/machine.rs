@@ -173,6 +173,13 @@ impl MachineParts {
         state.timeline.vmm_exec_ns = timeline.exec_ns;
         state.timeline.vmm_spec_ns = timeline.spec_ns;
         state.timeline.guest_entered_ns = timeline.entered_ns;
+        let since = |ns: u64| ns.saturating_sub(state.timeline.request_ns) / 1_000_000;
+        tracing::info!(
+            vmm_exec_ms = since(timeline.exec_ns),
+            spec_ms = since(timeline.spec_ns),
+            entered_ms = since(timeline.entered_ns),
+            "machine runs"
+        );
 
         let machine = Machine {
             vm,
@@ -272,8 +279,12 @@ fn sandbox_request(pod: &PodSpec, network: Network) -> CreateSandboxRequest {
         tag: path::SHARED_TAG.to_owned(),
         ..VirtioFsStorage::default()
     });
+    let dns = pod.dns.clone().unwrap_or_default();
     CreateSandboxRequest {
         hostname: pod.hostname.clone(),
+        dns_servers: dns.servers,
+        dns_searches: dns.searches,
+        dns_options: dns.options,
         sysctls: pod.sysctls.clone().into_iter().collect(),
         network: Some(network).into(),
         storages: vec![shared, volume::shm_storage()],

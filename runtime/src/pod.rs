@@ -37,7 +37,7 @@ mod exit;
 mod query;
 mod run;
 
-pub use create::CreateRequest;
+pub use create::{CreateRequest, SandboxRequest};
 pub use run::ExecRequest;
 
 /// Exit code of a process whose machine went away.
@@ -46,8 +46,8 @@ const MACHINE_GONE: u32 = 137;
 /// Least time between two events of a guest, so that it cannot flood containerd.
 const EVENT_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long a machine may go on without its agent.
-const WITHOUT_AGENT: Duration = Duration::from_secs(1);
+/// How long a machine may go on without its agent or its file server.
+const WITHOUT_PART: Duration = Duration::from_secs(1);
 
 /// A function that looks at the pod or changes it.
 type Step = Box<dyn FnOnce(&mut Pod) + Send>;
@@ -85,6 +85,8 @@ pub struct Pod {
     containers: BTreeMap<String, Container>,
     /// Deletions that are under way.
     deleting: usize,
+    /// Containers get the pod's own files about names.
+    pod_binds: bool,
     /// Code with which the sandbox ends, once it was asked to.
     sandbox_exit: Option<u32>,
     ports: Ports,
@@ -156,6 +158,7 @@ impl Pod {
             cgroup: None,
             containers: BTreeMap::new(),
             deleting: 0,
+            pod_binds: false,
             sandbox_exit: None,
             ports: Ports::default(),
             next_disk: 0,
@@ -172,6 +175,7 @@ impl Pod {
             }
         }
         // Whatever is still there goes with the pod.
+        self.containers.clear();
         match std::mem::replace(&mut self.machine, MachineState::None) {
             MachineState::Running(machine) | MachineState::Ended(machine, _) => machine.end().await,
             MachineState::None | MachineState::Booting => {}
@@ -267,13 +271,14 @@ impl Pod {
         let file_server = Arc::clone(machine.file_server());
         let server_vm = vm.clone();
         tokio::spawn(async move {
-            // It outlives the machine, unless it fails.
             tokio::select! {
-                () = file_server.ended() => {
-                    tracing::error!("the file server has ended; so does the machine");
-                    server_vm.kill().await;
-                }
-                _ = server_vm.ended() => {}
+                () = file_server.ended() => {}
+                _ = server_vm.ended() => return,
+            }
+            // It ends with the machine, unless it fails.
+            if timeout(WITHOUT_PART, server_vm.ended()).await.is_err() {
+                tracing::error!("the file server has ended; so does the machine");
+                server_vm.kill().await;
             }
         });
         let end_vm = vm.clone();
@@ -353,7 +358,7 @@ async fn follow_agent(agent: Agent, vm: Vm, pod: PodHandle) {
             }
         }
     }
-    if timeout(WITHOUT_AGENT, vm.ended()).await.is_err() {
+    if timeout(WITHOUT_PART, vm.ended()).await.is_err() {
         tracing::error!("the agent is gone; so is the machine");
         vm.kill().await;
     }

@@ -21,6 +21,7 @@ use crate::flags::Flags;
 use crate::id::{Id, IdError};
 use crate::log;
 use crate::pod::{Pod, PodSettings};
+use crate::sandbox_service::SandboxService;
 use crate::task_service::TaskService;
 
 /// Environment variable with the address for events.
@@ -103,7 +104,8 @@ async fn run(listener: UnixListener, settings: PodSettings) -> Result<(), ServeE
     let listener = Listener::try_from(listener).map_err(io_error("socket"))?;
     let mut server = Server::new()
         .add_listener(listener)
-        .register_service(TaskService::new(pod).services());
+        .register_service(TaskService::new(pod.clone()).services())
+        .register_service(SandboxService::new(pod).services());
     server.start().await?;
     over.await;
 

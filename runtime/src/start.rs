@@ -87,7 +87,14 @@ pub fn start(flags: &Flags) -> Result<(), StartError> {
         .map_err(io_error("reading standard input"))?;
     let wish = Wish::read(&input, flags);
     let bundle = env::current_dir().map_err(io_error("working directory"))?;
-    let role = Bundle::load(&bundle)?.role()?;
+    let role = match Bundle::load(&bundle) {
+        Ok(bundle) => bundle.role()?,
+        // A pod of the Sandbox API comes without a spec.
+        Err(BundleError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Role::Sandbox
+        }
+        Err(error) => return Err(error.into()),
+    };
     let pod = match &role {
         Role::Member { sandbox } => sandbox.as_str(),
         Role::Single | Role::Sandbox => &flags.id,

@@ -79,11 +79,14 @@ impl StateDir {
     /// # Errors
     /// The file system refuses.
     pub fn create(&self) -> Result<(), StateDirError> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o711)
-            .create(&self.path)
-            .and_then(|()| fs::set_permissions(&self.path, Permissions::from_mode(0o700)))
+        let mut builder = DirBuilder::new();
+        builder.recursive(true).mode(0o711);
+        let made = match builder.create(&self.path) {
+            // Another shim has just removed the parents, which were empty.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => builder.create(&self.path),
+            made => made,
+        };
+        made.and_then(|()| fs::set_permissions(&self.path, Permissions::from_mode(0o700)))
             .map_err(|source| self.error(source))
     }
 
@@ -119,9 +122,10 @@ impl StateDir {
         {
             tracing::warn!(path = %self.path.display(), %error, "pod's directory stays");
         }
-        if let Some(namespace) = self.path.parent() {
-            // It fails while there are other pods, as it should.
-            let _ = fs::remove_dir(namespace);
+        // The namespace's and the one of all; it fails while there are other
+        // pods, as it should.
+        for dir in self.path.ancestors().skip(1).take(2) {
+            let _ = fs::remove_dir(dir);
         }
     }
 
@@ -151,6 +155,6 @@ mod tests {
         dir.write(&state).unwrap();
         assert_eq!(dir.read(), Some(state));
         dir.remove();
-        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+        assert!(!root.path().exists());
     }
 }

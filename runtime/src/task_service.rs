@@ -34,7 +34,7 @@ const V3: &str = "containerd.task.v3.Task";
 const V2: &str = "containerd.task.v2.Task";
 
 /// Type of the counters.
-const METRICS: &str = "io.containerd.cgroups.v2.Metrics";
+pub const METRICS: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// Type of what is told about a process that was added.
 const PROCESS_DETAILS: &str = "containerd.runc.v1.ProcessDetails";

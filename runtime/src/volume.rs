@@ -120,6 +120,25 @@ fn shm_path() -> String {
     format!("{}/shm", path::SANDBOX)
 }
 
+/// Binds of the pod's own files that a container lacks, where containerd does
+/// not write them: destination and the guest's path.
+pub fn pod_binds(mounts: &[Mount]) -> Vec<(&'static str, String)> {
+    let file = |name: &str| format!("{}/{name}", path::SANDBOX);
+    [
+        ("/etc/resolv.conf", file("resolv.conf")),
+        ("/etc/hosts", file("hosts")),
+        ("/etc/hostname", file("hostname")),
+        ("/dev/shm", shm_path()),
+    ]
+    .into_iter()
+    .filter(|(destination, _)| {
+        !mounts
+            .iter()
+            .any(|mount| mount.destination == Path::new(destination))
+    })
+    .collect()
+}
+
 /// Brings the volumes into the tree; the guest's paths of those mounts that have
 /// one. Blocks.
 ///
@@ -229,6 +248,13 @@ mod tests {
         assert_eq!(VolumePlan::new(&shm), VolumePlan::Shm);
         let volume = mount("bind", "/var/lib/volume", "/dev/shm", &["rbind"]);
         assert!(matches!(VolumePlan::new(&volume), VolumePlan::Tree { .. }));
+    }
+
+    #[test]
+    fn adds_only_what_is_not_mounted() {
+        let hosts = mount("bind", "/h", "/etc/hosts", &["rbind"]);
+        let added: Vec<_> = pod_binds(&[hosts]).into_iter().map(|(to, _)| to).collect();
+        assert_eq!(added, ["/etc/resolv.conf", "/etc/hostname", "/dev/shm"]);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use husk_vmm_spec::{MEMORY_MAX_MIB, VCPU_MAX};
 
-use super::{BundleError, Limits, Role, cpu_millis, memory_limit};
+use super::{BundleError, Limits, Role};
 use crate::id::Id;
 
 /// Keys that are ours begin so.
@@ -119,10 +119,7 @@ pub(super) fn sandbox_limits(
     let quota: Option<i64> = plain(annotations, "io.kubernetes.cri.sandbox-cpu-quota")?;
     let period: Option<u64> = plain(annotations, "io.kubernetes.cri.sandbox-cpu-period")?;
     let memory = plain(annotations, "io.kubernetes.cri.sandbox-memory")?;
-    Ok(Limits {
-        memory_bytes: memory_limit(memory)?,
-        cpu_millis: quota.zip(period).and_then(|(q, p)| cpu_millis(q, p)),
-    })
+    Limits::new(memory, quota, period)
 }
 
 fn plain<T: FromStr>(

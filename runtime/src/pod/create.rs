@@ -1,5 +1,6 @@
 //! Creating containers; the first brings the machine up.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use tokio::time::timeout;
 
 use super::{MachineState, Pod, PodHandle, Reply};
 use crate::agent_client::{Agent, AgentError};
-use crate::bundle::{Bundle, Role};
+use crate::bundle::{Bundle, PodSpec, Role};
 use crate::cgroup::PodCgroup;
 use crate::clock;
 use crate::container::{Container, Kind, Process, State as ProcessState};
@@ -42,6 +43,16 @@ pub struct CreateRequest {
     pub paths: StdioPaths,
 }
 
+/// A pod that containerd asks for without a container.
+pub struct SandboxRequest {
+    /// The pod.
+    pub id: Id,
+    /// Where containerd keeps what it knows of it.
+    pub bundle: PathBuf,
+    /// What its machine is made from.
+    pub pod: PodSpec,
+}
+
 /// A container that the guest has prepared.
 struct Prepared {
     files: ContainerFiles,
@@ -62,6 +73,25 @@ impl Pod {
             let (reply, error) = *error;
             self.containers.remove(request.id.as_str());
             reply.send(Err(error));
+        }
+    }
+
+    /// Creates the machine of a pod that has no container of its own.
+    pub fn create_sandbox(&mut self, request: SandboxRequest, reply: Reply<u32>) {
+        let SandboxRequest { id, bundle, pod } = request;
+        let planned = self.check_first(&id).and_then(|()| self.plan_machine(pod));
+        match planned {
+            Ok(machine) => {
+                self.pod_binds = true;
+                let request = CreateRequest {
+                    id,
+                    bundle,
+                    rootfs: Vec::new(),
+                    paths: StdioPaths::default(),
+                };
+                self.carry_out(&request, Plan::Sandbox(machine), reply);
+            }
+            Err(error) => reply.send(Err(error)),
         }
     }
 
@@ -100,18 +130,6 @@ impl Pod {
             Ok(plan) => plan,
             Err(error) => return fail(reply, error),
         };
-        let kind = match plan {
-            Plan::Sandbox(_) => Kind::Sandbox,
-            Plan::Single(..) | Plan::Member(_) => Kind::Guest(None),
-        };
-        let container = Container {
-            bundle: request.bundle.clone(),
-            kind,
-            init: Process::new(request.paths.clone(), ProcessState::Creating),
-            execs: Default::default(),
-            paused: false,
-        };
-        self.containers.insert(id.to_owned(), container);
         self.carry_out(request, plan, reply);
         Ok(())
     }
@@ -137,11 +155,7 @@ impl Pod {
         bundle: Bundle,
         role: &Role,
     ) -> Result<Plan, Error> {
-        if !matches!(self.machine, MachineState::None) || request.id != self.settings.id {
-            return Err(Error::Argument(
-                "this shim serves another pod; its containers must name it in their annotations",
-            ));
-        }
+        self.check_first(&request.id)?;
         let pod = bundle.pod_spec(role)?;
         let files = match role {
             Role::Sandbox => None,
@@ -150,6 +164,24 @@ impl Pod {
                 Some(self.plan_files(request, bundle)?)
             }
         };
+        let request = self.plan_machine(pod)?;
+        Ok(match files {
+            None => Plan::Sandbox(request),
+            Some(files) => Plan::Single(request, Box::new(files)),
+        })
+    }
+
+    fn check_first(&self, id: &Id) -> Result<(), Error> {
+        if !matches!(self.machine, MachineState::None) || *id != self.settings.id {
+            return Err(Error::Argument(
+                "this shim serves another pod; its containers must name it in their annotations",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Makes the pod's place on the node.
+    fn plan_machine(&mut self, pod: PodSpec) -> Result<MachineRequest, Error> {
         self.state_dir.create()?;
         self.state = State {
             shim: HostProcess::find(std::process::id()),
@@ -161,16 +193,12 @@ impl Pod {
             self.state.cgroup = self.cgroup.as_ref().map(|cgroup| cgroup.path().to_owned());
         }
         self.write_state();
-        let request = MachineRequest {
+        Ok(MachineRequest {
             config: self.settings.config.clone(),
             pod,
             state_dir: self.state_dir.clone(),
             state: self.state.clone(),
             debug: self.settings.debug,
-        };
-        Ok(match files {
-            None => Plan::Sandbox(request),
-            Some(files) => Plan::Single(request, Box::new(files)),
         })
     }
 
@@ -185,6 +213,7 @@ impl Pod {
         };
         let rootfs = RootfsPlan::new(&request.rootfs, root)?;
         let (id, serial) = (request.id.clone(), self.take_disk());
+        let pod_binds = self.pod_binds;
         let streams = Streams {
             paths: request.paths.clone(),
             first_port: self.ports.take(stdio::PORTS),
@@ -197,6 +226,7 @@ impl Pod {
                 rootfs,
                 tree,
                 serial,
+                pod_binds,
             },
             streams,
         })
@@ -212,6 +242,20 @@ impl Pod {
     }
 
     fn carry_out(&mut self, request: &CreateRequest, plan: Plan, reply: Reply<u32>) {
+        let kind = match plan {
+            Plan::Sandbox(_) => Kind::Sandbox,
+            Plan::Single(..) | Plan::Member(_) => Kind::Guest(None),
+        };
+        let container = Container {
+            bundle: request.bundle.clone(),
+            kind,
+            init: Process::new(request.paths.clone(), ProcessState::Creating),
+            execs: BTreeMap::new(),
+            paused: false,
+            created_ns: clock::wall_ns(),
+        };
+        self.containers
+            .insert(request.id.as_str().to_owned(), container);
         let created = Created {
             id: request.id.as_str().to_owned(),
             rootfs: request.rootfs.clone(),

@@ -26,6 +26,8 @@ pub struct ProcessReport {
     pub paths: StdioPaths,
     /// How it ended, if it has.
     pub exit: Option<Exit>,
+    /// When containerd asked for its container, wall clock.
+    pub created_ns: u64,
 }
 
 /// Counters: `io.containerd.cgroups.v2.Metrics`, serialized.
@@ -46,6 +48,7 @@ impl Pod {
                 status: container.status(exec).unwrap_or(Status::UNKNOWN),
                 paths: process.paths.clone(),
                 exit,
+                created_ns: container.created_ns,
             })
         });
         reply.send(report);

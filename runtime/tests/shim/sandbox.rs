@@ -3,6 +3,12 @@
 use containerd_shim_protos::api::{KillRequest, StatsRequest};
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::sandbox_api::{
+    CreateSandboxRequest, PlatformRequest, SandboxStatusRequest, ShutdownSandboxRequest,
+    StartSandboxRequest, StopSandboxRequest, WaitSandboxRequest,
+};
+use containerd_shim_protos::sandbox_async::SandboxClient;
+use containerd_shim_protos::shim_async::Client;
 use serde_json::json;
 use ttrpc::Code;
 
@@ -14,6 +20,7 @@ pub const CASES: &[Case] = &[
     ("pod_shares_one_shim", one_shim),
     ("pod_restarts_its_only_container", restart),
     ("pod_takes_its_containers_with_it", killed_at_once),
+    ("pod_of_the_sandbox_api", sandbox_api),
 ];
 
 fn pod(node: &Node, id: &str) -> Bundle {
@@ -126,5 +133,66 @@ fn killed_at_once() {
         assert_eq!(ids, ["c3", "p3"]);
         shim.delete("c3", "").await.unwrap();
         remove(&node, &shim, "p3").await;
+    });
+}
+
+fn sandbox_api() {
+    block_on(async {
+        let node = Node::new().await;
+        // Without a spec, as containerd makes its bundle.
+        let bundle = node.bundle("p4", &[]);
+        std::fs::remove_file(bundle.dir.join("config.json")).unwrap();
+        let shim = node.start(&bundle).await;
+        let sandbox = SandboxClient::new(Client::connect(&shim.address).await.unwrap());
+        let sandbox_id = || "p4".to_owned();
+        let create = CreateSandboxRequest {
+            sandbox_id: sandbox_id(),
+            bundle_path: bundle.dir.display().to_string(),
+            ..CreateSandboxRequest::default()
+        };
+        sandbox.create_sandbox(soon(), &create).await.unwrap();
+        let start = StartSandboxRequest {
+            sandbox_id: sandbox_id(),
+            ..StartSandboxRequest::default()
+        };
+        let started = sandbox.start_sandbox(soon(), &start).await.unwrap();
+        let status = SandboxStatusRequest {
+            sandbox_id: sandbox_id(),
+            ..SandboxStatusRequest::default()
+        };
+        let told = sandbox.sandbox_status(soon(), &status).await.unwrap();
+        assert_eq!((&*told.state, told.pid), ("SANDBOX_READY", started.pid));
+        let platform = PlatformRequest::default();
+        let platform = sandbox.platform(soon(), &platform).await.unwrap().platform;
+        assert_eq!(platform.os, "linux");
+
+        let member = member(&node, "c4", "p4", &["sleep"]);
+        shim.create(&member.request()).await.unwrap();
+        shim.run("c4", "").await.unwrap();
+        kill(&shim, "c4").await;
+        shim.delete("c4", "").await.unwrap();
+
+        let stop = StopSandboxRequest {
+            sandbox_id: sandbox_id(),
+            ..StopSandboxRequest::default()
+        };
+        sandbox.stop_sandbox(soon(), &stop).await.unwrap();
+        let wait = WaitSandboxRequest {
+            sandbox_id: sandbox_id(),
+            ..WaitSandboxRequest::default()
+        };
+        let end = sandbox.wait_sandbox(soon(), &wait).await.unwrap();
+        assert_eq!(end.exit_status, 143);
+        let told = sandbox.sandbox_status(soon(), &status).await.unwrap();
+        assert_eq!(told.state, "SANDBOX_NOTREADY");
+        // A second time changes nothing.
+        sandbox.stop_sandbox(soon(), &stop).await.unwrap();
+        let end = ShutdownSandboxRequest {
+            sandbox_id: sandbox_id(),
+            ..ShutdownSandboxRequest::default()
+        };
+        sandbox.shutdown_sandbox(soon(), &end).await.unwrap();
+        shim.assert_gone().await;
+        node.assert_clean();
     });
 }
