@@ -64,10 +64,7 @@ fn add(
                 Ok(())
             })
         } else {
-            let conditions: Vec<_> = arguments
-                .iter()
-                .map(|argument| condition(argument))
-                .collect();
+            let conditions: Vec<_> = arguments.iter().map(condition).collect();
             filter
                 .add_rule_conditional(action, syscall, &conditions)
                 .map(|_| ())
