@@ -1,6 +1,7 @@
 //! `delete`: removes what a shim that was killed has left, and tells how its
 //! container ended.
 
+use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
@@ -14,8 +15,10 @@ use crate::clock;
 use crate::config::{Config, ConfigError};
 use crate::flags::Flags;
 use crate::id::{Id, IdError};
+use crate::process::Process;
 use crate::socket::{DEFAULT_DIR, ShimSocket};
-use crate::state_dir::{State, StateDir};
+use crate::start::PID_FILE;
+use crate::state_dir::StateDir;
 
 /// As if killed by `SIGKILL`: nobody was there to see.
 const EXIT_CODE: u32 = 137;
@@ -49,7 +52,13 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
     let state_dir = StateDir::new(&config.state_dir, &namespace, &pod);
     let state = state_dir.read().unwrap_or_default();
     let pid = state.vmm.map_or(0, |vmm| vmm.pid);
-    end(&state);
+    let shim = state.shim.or_else(|| forgotten_shim(flags));
+    // It may be alive and only deaf.
+    let processes = [shim, state.vmm, state.file_server];
+    Process::kill_all(processes.into_iter().flatten(), PATIENCE);
+    if let Some(path) = &state.cgroup {
+        cgroup::remove(path);
+    }
     state_dir.remove();
     let socket = ShimSocket::new(
         Path::new(DEFAULT_DIR),
@@ -70,15 +79,20 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
     Ok(io::stdout().write_all(&text)?)
 }
 
-/// The shim first: it may be alive and only deaf, and would tidy up meanwhile.
-fn end(state: &State) {
-    for process in [state.shim, state.vmm, state.file_server]
-        .into_iter()
-        .flatten()
-    {
-        process.kill(PATIENCE);
-    }
-    if let Some(path) = &state.cgroup {
-        cgroup::remove(path);
-    }
+/// A shim that serves this bundle, though it has no pod any more.
+fn forgotten_shim(flags: &Flags) -> Option<Process> {
+    let bundle = match &flags.bundle {
+        Some(bundle) => bundle.clone(),
+        None => std::env::current_dir().ok()?,
+    };
+    let pid = fs::read_to_string(bundle.join(PID_FILE)).ok()?;
+    let process = Process::find(pid.trim().parse().ok()?)?;
+    // The number may be another's by now.
+    let arguments = process.arguments();
+    let has = |name: &str, value: &str| {
+        arguments
+            .windows(2)
+            .any(|pair| pair[0] == name && pair[1] == value)
+    };
+    (has("-namespace", &flags.namespace) && has("-id", &flags.id)).then_some(process)
 }

@@ -32,6 +32,8 @@ pub struct Container {
     pub paused: bool,
     /// When containerd asked for it, wall clock.
     pub created_ns: u64,
+    /// containerd did not wait for its creation: it goes as soon as it is there.
+    pub unwanted: bool,
 }
 
 /// What a container is to the guest.

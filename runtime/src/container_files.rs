@@ -1,8 +1,6 @@
 //! What a container sees of the node's files: its root and its volumes, on their
 //! way into the guest.
 
-use std::path::PathBuf;
-
 use husk_protocol::agent::Storage;
 
 use crate::agent_client::Agent;
@@ -10,7 +8,7 @@ use crate::bundle::Bundle;
 use crate::error::Error;
 use crate::id::Id;
 use crate::rootfs::{self, RootfsPlan};
-use crate::shared_tree::ContainerTree;
+use crate::shared_tree::{ContainerTree, SharedTree};
 use crate::vm_plan::Disk;
 use crate::vm_process::Vm;
 use crate::volume;
@@ -43,7 +41,7 @@ pub struct FilesRequest {
     /// Its root.
     pub rootfs: RootfsPlan,
     /// The pod's shared tree.
-    pub tree: PathBuf,
+    pub tree: SharedTree,
     /// Serial of its disk, should it get one.
     pub serial: String,
     /// The pod's own files about names are mounted in it.

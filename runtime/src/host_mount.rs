@@ -88,6 +88,14 @@ impl HostMount {
         Ok(tree)
     }
 
+    /// A directory as if something was mounted there.
+    #[cfg(test)]
+    pub fn pretended(path: &Path) -> Self {
+        Self {
+            target: path.to_owned(),
+        }
+    }
+
     /// Where it is.
     pub fn target(&self) -> &Path {
         &self.target

@@ -117,8 +117,8 @@ impl MachineParts {
     }
 
     /// Where containers' files go.
-    pub fn tree(&self) -> &Path {
-        self.tree.path()
+    pub fn tree(&self) -> &SharedTree {
+        &self.tree
     }
 
     /// Ends what was started.
@@ -142,6 +142,7 @@ impl MachineParts {
             process.set_oom_score_adj(request.pod.oom_score_adj.unwrap_or(0));
         }
 
+        let patience = Duration::from_secs(request.config.boot_timeout_seconds.into());
         let (near, far) = UnixStream::pair().map_err(AgentError::Connect)?;
         let agent = Agent::new(near)?;
         let (nics, network) = match self.network {
@@ -163,7 +164,7 @@ impl MachineParts {
         };
         let line = vm_plan::command_line(&request.config.kernel_parameters, request.debug);
         let (spec, descriptors) = vm_plan::plan(self.size, line, parts)?;
-        let (vm, timeline) = match self.vmm.start(&spec, descriptors).await {
+        let (vm, timeline) = match self.vmm.start(&spec, descriptors, patience).await {
             Ok(started) => started,
             Err(error) => {
                 self.file_server.end().await;
@@ -188,7 +189,6 @@ impl MachineParts {
             file_server: Arc::new(self.file_server),
             netns: request.pod.netns.clone(),
         };
-        let patience = Duration::from_secs(request.config.boot_timeout_seconds.into());
         let sandbox = sandbox_request(&request.pod, network);
         match machine.set_up(&sandbox, patience).await {
             Ok(()) => {
@@ -215,8 +215,8 @@ impl Machine {
     }
 
     /// Where containers' files go.
-    pub fn tree(&self) -> &Path {
-        self.tree.path()
+    pub fn tree(&self) -> &SharedTree {
+        &self.tree
     }
 
     /// The server of those files.

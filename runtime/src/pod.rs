@@ -49,6 +49,13 @@ const EVENT_PAUSE: Duration = Duration::from_millis(100);
 /// How long a machine may go on without its agent or its file server.
 const WITHOUT_PART: Duration = Duration::from_secs(1);
 
+/// How long a shim waits for its first container.
+const BEFORE_USE: Duration = Duration::from_secs(300);
+
+/// How long a shim stays when its last container is gone; containerd mostly asks
+/// it to end at once.
+const AFTER_USE: Duration = Duration::from_secs(30);
+
 /// A function that looks at the pod or changes it.
 type Step = Box<dyn FnOnce(&mut Pod) + Send>;
 
@@ -91,6 +98,8 @@ pub struct Pod {
     sandbox_exit: Option<u32>,
     ports: Ports,
     next_disk: u32,
+    /// There has been a container.
+    was_used: bool,
     over: bool,
 }
 
@@ -107,6 +116,11 @@ enum MachineState {
 }
 
 impl<T> Reply<T> {
+    /// Nobody asked.
+    fn to_nobody() -> Self {
+        Self(oneshot::channel().0)
+    }
+
     /// Answers the request.
     fn send(self, answer: Result<T, Error>) {
         // Nobody may wait any more.
@@ -162,6 +176,7 @@ impl Pod {
             sandbox_exit: None,
             ports: Ports::default(),
             next_disk: 0,
+            was_used: false,
             over: false,
         };
         (handle, pod.run(receiver))
@@ -169,7 +184,17 @@ impl Pod {
 
     async fn run(mut self, mut steps: mpsc::UnboundedReceiver<Step>) {
         while !self.over {
-            match steps.recv().await {
+            let step = match self.patience() {
+                None => steps.recv().await,
+                Some(patience) => match timeout(patience, steps.recv()).await {
+                    Ok(step) => step,
+                    Err(_) => {
+                        tracing::info!("nobody needs this shim any more");
+                        break;
+                    }
+                },
+            };
+            match step {
                 Some(step) => step(&mut self),
                 None => break,
             }
@@ -194,6 +219,24 @@ impl Pod {
             let step = work.await;
             handle.send(Box::new(step));
         });
+    }
+
+    /// How long the shim waits for somebody to need it: containerd may have
+    /// given it up without a word.
+    fn patience(&self) -> Option<Duration> {
+        if !self.is_idle() {
+            None
+        } else if self.was_used {
+            Some(AFTER_USE)
+        } else {
+            Some(BEFORE_USE)
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.containers.is_empty()
+            && self.deleting == 0
+            && matches!(self.machine, MachineState::None)
     }
 
     /// Gives back what the pod has on the node apart from the machine.
@@ -276,10 +319,7 @@ impl Pod {
                 _ = server_vm.ended() => return,
             }
             // It ends with the machine, unless it fails.
-            if timeout(WITHOUT_PART, server_vm.ended()).await.is_err() {
-                tracing::error!("the file server has ended; so does the machine");
-                server_vm.kill().await;
-            }
+            end_without("file server", &server_vm).await;
         });
         let end_vm = vm.clone();
         self.later(async move {
@@ -300,8 +340,7 @@ impl Pod {
         else {
             return;
         };
-        let asked = self.sandbox_exit.is_some();
-        if asked {
+        if machine.vm().is_dismissed() {
             tracing::info!("machine: {end}");
         } else {
             tracing::error!("machine: {end}");
@@ -358,8 +397,13 @@ async fn follow_agent(agent: Agent, vm: Vm, pod: PodHandle) {
             }
         }
     }
-    if timeout(WITHOUT_PART, vm.ended()).await.is_err() {
-        tracing::error!("the agent is gone; so is the machine");
+    end_without("agent", &vm).await;
+}
+
+/// Ends a machine that has lost a part of it, unless it is about to end anyway.
+async fn end_without(part: &'static str, vm: &Vm) {
+    if timeout(WITHOUT_PART, vm.ended()).await.is_err() && !vm.is_dismissed() {
+        tracing::error!("the {part} has ended; so does the machine");
         vm.kill().await;
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -30,11 +30,29 @@ impl Process {
 
     /// Ends it, if it still is the same, and waits for that.
     pub fn kill(self, patience: Duration) {
-        let Some(pidfd) = self.open() else { return };
-        // It may end on its own in between.
-        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
-        let timeout = Timespec::try_from(patience).ok();
-        let _ = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], timeout.as_ref());
+        Self::kill_all([self], patience);
+    }
+
+    /// Ends all of these that still are the same, and waits for that.
+    pub fn kill_all(processes: impl IntoIterator<Item = Self>, patience: Duration) {
+        let began = Instant::now();
+        let pidfds: Vec<_> = processes.into_iter().filter_map(Self::open).collect();
+        for pidfd in &pidfds {
+            // It may end on its own in between.
+            let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        }
+        for pidfd in &pidfds {
+            let timeout = Timespec::try_from(patience.saturating_sub(began.elapsed())).ok();
+            let _ = poll(&mut [PollFd::new(pidfd, PollFlags::IN)], timeout.as_ref());
+        }
+    }
+
+    /// What it was started with.
+    pub fn arguments(self) -> Vec<String> {
+        let text = fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        text.split(|byte| *byte == 0)
+            .map(|word| String::from_utf8_lossy(word).into_owned())
+            .collect()
     }
 
     /// How soon it ends when the node runs out of memory; where that may be said.

@@ -238,6 +238,7 @@ impl DiskMount {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shared_tree::SharedTree;
 
     fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
         Mount {
@@ -285,7 +286,7 @@ mod tests {
     fn names_a_root_that_is_not_there() {
         let dir = tempfile::tempdir().unwrap();
         let id = Id::new("container", "c").unwrap();
-        let mut tree = ContainerTree::create(dir.path(), &id).unwrap();
+        let mut tree = ContainerTree::create(&SharedTree::pretended(dir.path()), &id).unwrap();
         let Ok(RootfsPlan::Tree(mounts)) = RootfsPlan::new(&[], "/no/such/root".into()) else {
             panic!("no tree");
         };

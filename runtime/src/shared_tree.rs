@@ -5,6 +5,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use husk_protocol::path;
 
@@ -17,10 +18,10 @@ pub const ROOTFS: &str = "rootfs";
 /// Name of the directory of a container's volumes.
 pub const MOUNTS: &str = "mounts";
 
-/// The tree of a pod. Unmounted when dropped.
-#[derive(Debug)]
+/// The tree of a pod. Unmounted when the last of its users is dropped.
+#[derive(Clone, Debug)]
 pub struct SharedTree {
-    mount: HostMount,
+    mount: Arc<HostMount>,
 }
 
 /// A container's directory in the tree. Gone, with all that was mounted there,
@@ -30,6 +31,8 @@ pub struct ContainerTree {
     dir: PathBuf,
     guest_dir: String,
     mounts: Vec<HostMount>,
+    /// It lies in this, which must stay as long.
+    _tree: SharedTree,
 }
 
 /// The tree could not be made or changed.
@@ -55,7 +58,17 @@ impl SharedTree {
         let path = state_dir.join("shared");
         fs::create_dir_all(&path).map_err(error(&path))?;
         let mount = HostMount::shared_tmpfs(&path).map_err(error(&path))?;
-        Ok(Self { mount })
+        Ok(Self {
+            mount: Arc::new(mount),
+        })
+    }
+
+    /// A directory as if it was the mount.
+    #[cfg(test)]
+    pub fn pretended(path: &Path) -> Self {
+        Self {
+            mount: Arc::new(HostMount::pretended(path)),
+        }
     }
 
     /// Where it is on the node.
@@ -65,17 +78,18 @@ impl SharedTree {
 }
 
 impl ContainerTree {
-    /// Makes the directory of `container` in the tree at `tree`.
+    /// Makes the directory of `container` in `tree`.
     ///
     /// # Errors
     /// It is there, or the tree is full.
-    pub fn create(tree: &Path, container: &Id) -> Result<Self, SharedTreeError> {
-        let dir = tree.join(container.as_str());
+    pub fn create(tree: &SharedTree, container: &Id) -> Result<Self, SharedTreeError> {
+        let dir = tree.path().join(container.as_str());
         fs::create_dir(&dir).map_err(error(&dir))?;
         Ok(Self {
             dir,
             guest_dir: format!("{}/{container}", path::SHARED),
             mounts: Vec::new(),
+            _tree: tree.clone(),
         })
     }
 
@@ -145,7 +159,7 @@ mod tests {
     fn removes_what_it_made_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let id = Id::new("container", "c").unwrap();
-        let tree = ContainerTree::create(dir.path(), &id).unwrap();
+        let tree = ContainerTree::create(&SharedTree::pretended(dir.path()), &id).unwrap();
         let (_, guest) = tree.add_dir("rootfs").unwrap();
         assert_eq!(guest, "/run/husk/shared/c/rootfs");
         tree.add_dir("mounts").unwrap();
@@ -154,7 +168,7 @@ mod tests {
         drop(tree);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 
-        let tree = ContainerTree::create(dir.path(), &id).unwrap();
+        let tree = ContainerTree::create(&SharedTree::pretended(dir.path()), &id).unwrap();
         let (kept, _) = tree.add_dir("mounts/0").unwrap();
         fs::write(kept.join("file"), "precious").unwrap();
         drop(tree);

@@ -29,7 +29,7 @@ const DEBUG_LEVEL: i32 = -4;
 const ADDRESS_FILE: &str = "address";
 
 /// File in the bundle with the shim's process id.
-const PID_FILE: &str = "shim.pid";
+pub const PID_FILE: &str = "shim.pid";
 
 /// A shim that could not be started.
 #[derive(Debug, thiserror::Error)]

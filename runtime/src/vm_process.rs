@@ -9,6 +9,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use husk_vmm_spec::{
@@ -29,9 +31,6 @@ mod control;
 
 use console::Console;
 use control::ControlSocket;
-
-/// Longest time for the VMM to start a machine.
-const START_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Longest time for the VMM to answer a request.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
@@ -54,6 +53,8 @@ pub struct Vm {
     process: Process,
     calls: mpsc::Sender<Call>,
     end: watch::Receiver<Option<VmEnd>>,
+    /// Somebody here wants it to end.
+    dismissed: Arc<AtomicBool>,
 }
 
 /// How a machine ended.
@@ -195,6 +196,7 @@ impl Vmm {
         self,
         spec: &ValidVmSpec,
         descriptors: Vec<OwnedFd>,
+        patience: Duration,
     ) -> Result<(Vm, Timeline), VmError> {
         let process = self.process();
         self.control
@@ -222,8 +224,9 @@ impl Vmm {
             process,
             calls,
             end,
+            dismissed: Arc::default(),
         };
-        match timeout(START_DEADLINE, start).await {
+        match timeout(patience, start).await {
             Ok(Ok(timeline)) => Ok((vm, timeline)),
             Ok(Err(_)) => Err(VmError::Ended(vm.ended().await)),
             Err(_) => {
@@ -282,9 +285,20 @@ impl Vm {
 
     /// Ends the machine and waits until its process is gone.
     pub async fn kill(&self) -> VmEnd {
+        self.dismiss();
         // When nobody takes the call, it has ended.
         let _ = self.calls.send(Call::Kill).await;
         self.ended().await
+    }
+
+    /// Notes that the machine is to end, so that nobody wonders.
+    pub fn dismiss(&self) {
+        self.dismissed.store(true, Ordering::Relaxed);
+    }
+
+    /// The machine is to end.
+    pub fn is_dismissed(&self) -> bool {
+        self.dismissed.load(Ordering::Relaxed)
     }
 
     /// Waits for the machine's end.

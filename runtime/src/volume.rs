@@ -209,6 +209,7 @@ fn bind(
 mod tests {
     use super::*;
     use crate::id::Id;
+    use crate::shared_tree::SharedTree;
 
     fn mount(kind: &str, source: &str, destination: &str, options: &[&str]) -> Mount {
         Mount {
@@ -261,7 +262,7 @@ mod tests {
     fn names_a_volume_it_cannot_have() {
         let dir = tempfile::tempdir().unwrap();
         let id = Id::new("container", "c").unwrap();
-        let mut tree = ContainerTree::create(dir.path(), &id).unwrap();
+        let mut tree = ContainerTree::create(&SharedTree::pretended(dir.path()), &id).unwrap();
         let missing = mount("bind", "/no/such", "/v", &["rbind"]);
         let error = mount_volumes(&mut tree, &[missing]).unwrap_err();
         assert_eq!(error.code(), Code::NOT_FOUND);

@@ -24,6 +24,7 @@ use crate::id::Id;
 use crate::machine::{Machine, MachineParts, MachineRequest};
 use crate::process::Process as HostProcess;
 use crate::rootfs::RootfsPlan;
+use crate::shared_tree::SharedTree;
 use crate::state_dir::State;
 use crate::stdio::{self, OnFirstOutput, Stdio, StdioPaths};
 use crate::vm_process::{Vm, VmError};
@@ -138,7 +139,7 @@ impl Pod {
     fn plan_member(&mut self, request: &CreateRequest, bundle: Bundle) -> Result<Files, Error> {
         bundle.container_limits()?;
         let tree = match &self.machine {
-            MachineState::Running(machine) => machine.tree().to_owned(),
+            MachineState::Running(machine) => machine.tree().clone(),
             _ => {
                 // Says why.
                 self.machine()?;
@@ -206,7 +207,7 @@ impl Pod {
         &mut self,
         request: &CreateRequest,
         bundle: Bundle,
-    ) -> Result<impl FnOnce(PathBuf) -> Files + Send + use<>, Error> {
+    ) -> Result<impl FnOnce(SharedTree) -> Files + Send + use<>, Error> {
         let root = match request.rootfs.is_empty() {
             true => bundle.root()?,
             false => PathBuf::new(),
@@ -253,7 +254,9 @@ impl Pod {
             execs: BTreeMap::new(),
             paused: false,
             created_ns: clock::wall_ns(),
+            unwanted: false,
         };
+        self.was_used = true;
         self.containers
             .insert(request.id.as_str().to_owned(), container);
         let created = Created {
@@ -372,6 +375,9 @@ impl Pod {
             self.write_state();
         }
         reply.send(Ok(pid));
+        if self.containers.get(&id).is_some_and(|c| c.unwanted) {
+            self.delete(id, String::new(), Reply::to_nobody());
+        }
     }
 }
 
@@ -380,7 +386,7 @@ enum Plan {
     /// The machine of a pod.
     Sandbox(MachineRequest),
     /// A machine and its one container.
-    Single(MachineRequest, Box<dyn FnOnce(PathBuf) -> Files + Send>),
+    Single(MachineRequest, Box<dyn FnOnce(SharedTree) -> Files + Send>),
     /// A container more.
     Member(Files),
 }
@@ -404,10 +410,10 @@ async fn boot_sandbox(request: MachineRequest) -> Result<(Machine, State), Error
 
 async fn boot_single(
     request: MachineRequest,
-    files: Box<dyn FnOnce(PathBuf) -> Files + Send>,
+    files: Box<dyn FnOnce(SharedTree) -> Files + Send>,
 ) -> Result<(Machine, State, Prepared), Error> {
     let parts = MachineParts::prepare(request).await?;
-    let Files { files, streams } = files(parts.tree().to_owned());
+    let Files { files, streams } = files(parts.tree().clone());
     let id = files.id.clone();
     let (files, mut guest) = match files.prepare().await {
         Ok(prepared) => prepared,

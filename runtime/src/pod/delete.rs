@@ -39,10 +39,11 @@ impl Pod {
     }
 
     fn begin_delete(&mut self, id: &str) -> Result<Container, Error> {
-        let container = self.container(id)?;
+        let container = self.container_mut(id)?;
         match container.init.state() {
             State::Stopped(_) | State::Created => {}
-            State::Creating | State::Starting | State::Running => {
+            state @ (State::Creating | State::Starting | State::Running) => {
+                container.unwanted = state == State::Creating;
                 return Err(container.init.refuse("delete", id));
             }
         }
@@ -153,10 +154,7 @@ impl Pod {
 
     /// Ends the shim, unless it still has something to do; with `now` anyway.
     pub fn shut_down(&mut self, now: bool, reply: Reply<()>) {
-        let idle = self.containers.is_empty()
-            && self.deleting == 0
-            && !matches!(self.machine, MachineState::Booting);
-        if idle || now {
+        if self.is_idle() || now {
             self.over = true;
         }
         reply.send(Ok(()));

@@ -182,6 +182,7 @@ impl Pod {
         if matches!(self.container(&id).map(|c| &c.kind), Ok(Kind::Sandbox)) {
             if ENDING.contains(&signal) {
                 self.sandbox_exit.get_or_insert(128 + signal);
+                vm.dismiss();
                 tokio::spawn(power_off(vm, agent));
             }
             reply.send(Ok(()));

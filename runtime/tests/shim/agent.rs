@@ -184,6 +184,9 @@ impl Agent for Guest {
                 .unwrap()
                 .starts_with("/run/husk/")
         );
+        if arguments(&spec["process"])[0] == "slow" {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
         let streams = request.streams.unwrap_or_default();
         self.add(
             &request.container_id,

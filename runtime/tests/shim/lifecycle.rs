@@ -30,6 +30,7 @@ pub const CASES: &[Case] = &[
     ("life_without_events", no_events),
     ("end_of_the_machine_is_told", machine_dies),
     ("end_of_the_shim_is_cleaned_up", shim_dies),
+    ("end_of_what_nobody_waits_for", given_up),
 ];
 
 async fn running(node: &Node, id: &str, command: &[&str]) -> (Bundle, Shim) {
@@ -406,6 +407,30 @@ fn shim_dies() {
         assert_eq!(i32::try_from(response.pid).unwrap(), others[0]);
         shim.assert_gone().await;
         assert!(!others.into_iter().any(is_alive));
+        node.assert_clean();
+    });
+}
+
+fn given_up() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("g", &["slow"]);
+        let shim = node.start(&bundle).await;
+        let hasty = ttrpc::context::with_duration(Duration::from_millis(200));
+        assert!(shim.task.create(hasty, &bundle.request()).await.is_err());
+        // What containerd does then, and it may come too early.
+        assert_eq!(
+            refusal(shim.delete("g", "").await).0,
+            Code::FAILED_PRECONDITION
+        );
+        shim.shut_down("g").await;
+        node.events.wait_for("/tasks/delete", 1).await;
+        assert!(is_alive(shim.pid));
+        // Its state is gone, and still it is found.
+        let dir = bundle.dir.display().to_string();
+        let output = node.shim(&["-id", "g", "-bundle", &dir, "delete"], &bundle.dir, b"");
+        assert!(output.status.success());
+        shim.assert_gone().await;
         node.assert_clean();
     });
 }
