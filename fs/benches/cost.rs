@@ -289,6 +289,7 @@ fn queue() {
     let rollup = fs::read_to_string(format!("/proc/{}/smaps", guest.child.id())).unwrap();
     println!("memory: {}", private_memory(&rollup));
     assert!(guest.hang_up().success());
+    rustix::mount::unmount(tree, rustix::mount::UnmountFlags::DETACH).unwrap();
 }
 
 /// Counts the instructions of a process, its kernel side included.

@@ -131,8 +131,8 @@ fn init() -> Garbage {
     }
 }
 
-/// A server for a small tmpfs in a mount namespace of this test.
-fn server(dir: &Path) -> Server {
+/// Mounts a small tmpfs, in a mount namespace of this test.
+fn mount_small(dir: &Path) {
     // SAFETY: no other thread shares this one's working directory.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -143,6 +143,12 @@ fn server(dir: &Path) -> Server {
     std::fs::create_dir_all(dir.join("b/c")).unwrap();
     std::fs::write(dir.join("a/rootfs/a"), "content").unwrap();
     std::os::unix::fs::symlink("/etc", dir.join("c")).unwrap();
+}
+
+/// A server of this thread, which loses its privileges.
+fn server(dir: &Path) -> Server {
+    // SAFETY: the thread has used neither working directory nor umask.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }.unwrap();
     let open = |path: &Path| {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::open(path, flags, Mode::empty()).unwrap()
@@ -156,17 +162,9 @@ fn server(dir: &Path) -> Server {
     .unwrap()
 }
 
-#[test]
-fn nonsense_is_answered_with_errors() {
-    if !rustix::process::geteuid().is_root() {
-        println!("SKIPPED: not root");
-        return;
-    }
-    let outer = tempfile::tempdir().unwrap();
-    let dir = outer.path().join("tree");
-    std::fs::create_dir(&dir).unwrap();
-    std::fs::write(outer.path().join("a"), "outside").unwrap();
-    let server = RefCell::new(server(&dir));
+/// Sends sessions of garbage.
+fn attack(dir: &Path) {
+    let server = RefCell::new(server(dir));
     let mut runner = TestRunner::new(Config {
         cases: 400,
         failure_persistence: None,
@@ -185,6 +183,21 @@ fn nonsense_is_answered_with_errors() {
         Ok(())
     });
     assert!(result.is_ok(), "{}", result.unwrap_err());
+}
+
+#[test]
+fn nonsense_is_answered_with_errors() {
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED: not root");
+        return;
+    }
+    let outer = tempfile::tempdir().unwrap();
+    let dir = outer.path().join("tree");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(outer.path().join("a"), "outside").unwrap();
+    mount_small(&dir);
+    std::thread::scope(|scope| scope.spawn(|| attack(&dir)).join()).unwrap();
+    rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::DETACH).unwrap();
     let outside: Vec<_> = (std::fs::read_dir(outer.path()).unwrap())
         .map(|entry| entry.unwrap().file_name())
         .collect();

@@ -222,7 +222,9 @@ fn directories_are_made_listed_and_removed() {
 
 #[test]
 fn ten_thousand_files() {
-    let Some(mount) = Mount::new(300) else { return };
+    let Some(mount) = Mount::in_memory(300) else {
+        return;
+    };
     let dir = mount.guest("web/rootfs");
     for outer in 0..100 {
         let dir = dir.join(format!("{outer}"));
@@ -247,7 +249,7 @@ fn ten_thousand_files() {
 
 #[test]
 fn what_the_guest_forgets_is_forgotten() {
-    let Some(mount) = Mount::new(1000) else {
+    let Some(mount) = Mount::in_memory(1000) else {
         return;
     };
     let dir = mount.guest("web/rootfs");

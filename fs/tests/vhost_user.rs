@@ -54,6 +54,13 @@ impl Tree {
     }
 }
 
+impl Drop for Tree {
+    fn drop(&mut self) {
+        // With all that is mounted in it, so that the directory can go.
+        let _ = rustix::mount::unmount(self.dir.path(), rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
 fn tmpfs(at: &Path) {
     rustix::mount::mount("tmpfs", at, "tmpfs", MountFlags::empty(), c"mode=755").unwrap();
 }

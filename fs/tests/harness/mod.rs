@@ -75,6 +75,15 @@ impl Mount {
     /// Serves a fresh tree with [`OWN`], [`OVERLAY`] and [`SHARED`], or says why
     /// it can't be.
     pub fn new(reference_budget: usize) -> Option<Self> {
+        Self::on(None, reference_budget)
+    }
+
+    /// As `new`, without a disk, for tests of many files.
+    pub fn in_memory(reference_budget: usize) -> Option<Self> {
+        Self::on(Some("tmpfs"), reference_budget)
+    }
+
+    fn on(file_system: Option<&str>, reference_budget: usize) -> Option<Self> {
         if let Some(why) = obstacle() {
             println!("SKIPPED: {why}");
             return None;
@@ -86,6 +95,9 @@ impl Mount {
         rustix::mount::mount_change("/", private).unwrap();
 
         let dir = tempfile::tempdir().unwrap();
+        if let Some(kind) = file_system {
+            rustix::mount::mount(kind, dir.path(), kind, MountFlags::empty(), c"").unwrap();
+        }
         for place in [OWN, OVERLAY, SHARED] {
             std::fs::create_dir_all(dir.path().join("host").join(place)).unwrap();
         }
@@ -136,6 +148,12 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         self.end();
+        // What is mounted would keep the directory from going.
+        let overlay = self.host(OVERLAY);
+        let _ = rustix::mount::unmount(overlay, UnmountFlags::DETACH);
+        let shared = self.host(SHARED);
+        let _ = rustix::mount::unmount(shared, UnmountFlags::DETACH);
+        let _ = rustix::mount::unmount(self.dir.path(), UnmountFlags::DETACH);
     }
 }
 
