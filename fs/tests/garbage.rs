@@ -166,7 +166,7 @@ fn server(dir: &Path) -> Server {
 fn attack(dir: &Path) {
     let server = RefCell::new(server(dir));
     let mut runner = TestRunner::new(Config {
-        cases: 400,
+        cases: 200,
         failure_persistence: None,
         ..Config::default()
     });
