@@ -1,9 +1,11 @@
 //! What the shim shall hear without having asked.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::mpsc;
+
+use crate::lock::lock;
 
 /// Events that nobody has fetched yet. More of them tell nothing new.
 const BACKLOG: usize = 1024;
@@ -38,7 +40,7 @@ impl Events {
 
     /// Takes note of a container's count of memory kills; tells once a rise.
     pub fn oom_kills(&self, container_id: &str, count: u64) {
-        let mut kills = self.kills.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kills = lock(&self.kills);
         let known = kills.get(container_id).copied().unwrap_or(0);
         if count <= known {
             return;
@@ -54,7 +56,7 @@ impl Events {
 
     /// A deleted container's id may come again.
     pub fn forget(&self, container_id: &str) {
-        let mut kills = self.kills.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kills = lock(&self.kills);
         kills.remove(container_id);
     }
 }

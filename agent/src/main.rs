@@ -18,6 +18,7 @@ mod hold;
 mod init;
 mod kernel_file;
 mod kmsg;
+mod lock;
 mod netlink;
 mod oci;
 mod power;

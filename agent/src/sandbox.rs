@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Network};
@@ -17,6 +17,7 @@ use crate::events::{Event, EventQueue, Events};
 use crate::hold::PidNamespace;
 use crate::init::{namespaces, rootfs};
 use crate::kernel_file;
+use crate::lock::lock;
 use crate::netlink;
 use crate::oci::{NamespaceKind, Spec};
 use crate::reaper::Reaper;
@@ -297,10 +298,6 @@ impl Sandbox {
             log::error!("not everything ended within {} s", END_DEADLINE.as_secs());
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Reads JSON of a request.

@@ -5,17 +5,18 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use husk_protocol::agent::{
     Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
-    CreateSandboxResponse, DialRequest, Empty, Event, ExecRequest, ExecResponse,
-    ListProcessesResponse, OnlineResourcesRequest, OnlineResourcesResponse, OomEvent, ProcessInfo,
-    ProcessRequest, RemoveDeviceRequest, ResizePtyRequest, SignalRequest, StatsResponse,
-    UpdateNetworkRequest, UpdateResourcesRequest, WaitResponse, event, remove_device_request,
+    CreateSandboxResponse, DeleteContainerRequest, DialRequest, Empty, Event, ExecRequest,
+    ExecResponse, ListProcessesResponse, OnlineResourcesRequest, OnlineResourcesResponse, OomEvent,
+    ProcessInfo, ProcessRequest, RemoveDeviceRequest, ResizePtyRequest, SignalRequest,
+    StatsResponse, UpdateNetworkRequest, UpdateResourcesRequest, WaitResponse, event,
+    remove_device_request,
 };
 use tokio::sync::Notify;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::error::{Doing, Error};
 use crate::sandbox::{Sandbox, check_id, parse};
-use crate::{clock, device, events, forward, netlink, oci};
+use crate::{clock, device, events, forward, netlink, oci, storage};
 
 /// Answers the shim.
 #[derive(Debug)]
@@ -118,13 +119,16 @@ impl Agent for Service {
 
     async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitResponse> {
         let container = self.sandbox.container(&request.container_id)?;
-        let exit = container.process(&request.exec_id)?.wait().await?;
-        let at = exit
+        let ended = container.process(&request.exec_id)?.wait().await?;
+        let at = ended
+            .exit
             .at
             .duration_since(std::time::UNIX_EPOCH)
             .unwrap_or_default();
         Ok(WaitResponse {
-            exit_code: exit.code,
+            exit_code: ended.exit.code,
+            stdout_bytes: ended.stdout,
+            stderr_bytes: ended.stderr,
             exited_at_ns: u64::try_from(at.as_nanos()).unwrap_or(u64::MAX),
             oom_killed: container.was_oom_killed(),
             ..Default::default()
@@ -208,10 +212,15 @@ impl Agent for Service {
     async fn delete_container(
         &self,
         _: &TtrpcContext,
-        request: ContainerRequest,
+        request: DeleteContainerRequest,
     ) -> ttrpc::Result<Empty> {
         let sandbox = Arc::clone(&self.sandbox);
-        to_the_end(async move { sandbox.delete_container(&request.container_id).await }).await?;
+        to_the_end(async move {
+            let deleted = sandbox.delete_container(&request.container_id).await;
+            storage::unmount_shared(request.unused_paths).await?;
+            deleted
+        })
+        .await?;
         Ok(Empty::new())
     }
 

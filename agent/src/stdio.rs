@@ -4,7 +4,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 
 use husk_protocol::agent::Streams;
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -14,6 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::task::JoinHandle;
 
 use crate::error::{Doing, OsError};
+use crate::lock::lock;
 use crate::socket::{Dialler, Socket, registered};
 
 /// Held only while there is something to carry.
@@ -135,7 +136,7 @@ impl Stdio {
     }
 
     /// Starts to carry. What is returned ends the input when dropped.
-    pub fn start(self, terminal: Option<&Terminal>) -> Result<Input, OsError> {
+    pub fn start(self, terminal: Option<&Terminal>) -> Result<Carried, OsError> {
         let ours = |fd: OwnedFd| -> io::Result<Arc<AsyncFd<OwnedFd>>> {
             rustix::io::ioctl_fionbio(&fd, true)?;
             Ok(Arc::new(registered(fd)?))
@@ -145,19 +146,22 @@ impl Stdio {
             (None, Some(pipe)) => ours(pipe).map(Some).doing("use", "a pipe"),
             (None, None) => Ok(None),
         };
-        for (socket, pipe) in [
-            (self.stdout, self.pipes.stdout),
-            (self.stderr, self.pipes.stderr),
-        ] {
-            if let (Some(socket), Some(from)) = (socket, end(pipe)?) {
-                tokio::spawn(async move {
-                    if let Err(error) = carry_out(&from, socket).await {
-                        log::debug!("output: {error}");
-                    }
-                });
-            }
-        }
-        let task = match (self.stdin, end(self.pipes.stdin)?) {
+        let carry = |socket: Option<Socket>, pipe| {
+            let (Some(socket), Some(from)) = (socket, end(pipe)?) else {
+                return Ok(Written::default());
+            };
+            let written = Written::of(&from);
+            let taken = Arc::clone(&written.taken);
+            tokio::spawn(async move {
+                if let Err(error) = carry_out(&from, socket, &taken).await {
+                    log::debug!("output: {error}");
+                }
+            });
+            Ok(written)
+        };
+        let stdout = carry(self.stdout, self.pipes.stdout)?;
+        let stderr = carry(self.stderr, self.pipes.stderr)?;
+        let input = match (self.stdin, end(self.pipes.stdin)?) {
             (Some(socket), Some(to)) => Some(tokio::spawn(async move {
                 if let Err(error) = carry_in(socket, &to).await {
                     log::debug!("input: {error}");
@@ -165,32 +169,72 @@ impl Stdio {
             })),
             _ => None,
         };
-        Ok(Input(task))
+        Ok(Carried {
+            input,
+            stdout,
+            stderr,
+        })
     }
 }
 
-/// The task that carries a process's input.
+/// The streams of a process under way.
 #[derive(Debug)]
-pub struct Input(Option<JoinHandle<()>>);
+pub struct Carried {
+    input: Option<JoinHandle<()>>,
+    /// What it wrote as its standard output.
+    pub stdout: Written,
+    /// What it wrote as its standard error.
+    pub stderr: Written,
+}
 
-impl Drop for Input {
+impl Drop for Carried {
     fn drop(&mut self) {
-        if let Some(task) = &self.0 {
+        if let Some(task) = &self.input {
             task.abort();
         }
     }
 }
 
+/// What was written to a stream, as far as we can see.
+#[derive(Debug, Default)]
+pub struct Written {
+    /// Bytes taken from it. Locked while more are taken.
+    taken: Arc<Mutex<u64>>,
+    from: Weak<AsyncFd<OwnedFd>>,
+}
+
+impl Written {
+    fn of(from: &Arc<AsyncFd<OwnedFd>>) -> Self {
+        Self {
+            taken: Arc::default(),
+            from: Arc::downgrade(from),
+        }
+    }
+
+    /// Bytes so far, those that nobody has taken yet included.
+    pub fn bytes(&self) -> u64 {
+        let taken = lock(&self.taken);
+        let waiting = self.from.upgrade().map(|from| {
+            // A terminal whose other end is closed may refuse; then it is empty.
+            rustix::io::ioctl_fionread(from.get_ref()).unwrap_or(0)
+        });
+        *taken + waiting.unwrap_or(0)
+    }
+}
+
 /// Until nobody has the other end of the pipe or terminal open.
-async fn carry_out(from: &AsyncFd<OwnedFd>, mut to: Socket) -> io::Result<()> {
+async fn carry_out(from: &AsyncFd<OwnedFd>, mut to: Socket, taken: &Mutex<u64>) -> io::Result<()> {
     'carry: loop {
         let mut guard = from.readable().await?;
         let mut buf: Vec<u8> = Vec::with_capacity(BUFFER_BYTES);
         loop {
             buf.clear();
             let read = guard.try_io(|from| {
-                rustix::io::read(from.get_ref(), rustix::buffer::spare_capacity(&mut buf))
-                    .map_err(Into::into)
+                let mut taken = lock(taken);
+                let spare = rustix::buffer::spare_capacity(&mut buf);
+                let count = rustix::io::read(from.get_ref(), spare)?;
+                *taken += count as u64;
+                Ok(count)
             });
             match read {
                 Ok(Ok(0)) => break 'carry,

@@ -3,15 +3,16 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use husk_protocol::agent::{BlockStorage, OverlayStorage, Storage, TmpfsStorage, storage};
+use husk_protocol::path;
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, openat};
 use rustix::mount::{UnmountFlags, unmount};
 
 use crate::device::{self, Block};
-use crate::error::{Doing, OsError};
+use crate::error::{Doing, Error, OsError};
 use crate::init::InitError;
 use crate::init::mount_options::{MountOptions, Recursion};
 use crate::init::mounts;
@@ -83,6 +84,38 @@ pub async fn unmount_all(mounted: Vec<Mounted>) {
     if let Err(error) = undone.await {
         log::error!("unmounting: {error}");
     }
+}
+
+/// Unmounts what the shared tree's submounts have mounted at these paths by
+/// themselves, so that the host may take the files away.
+pub async fn unmount_shared(paths: Vec<String>) -> Result<(), Error> {
+    let shared = Path::new(path::SHARED);
+    let plain = |path: &Path| {
+        path.components()
+            .all(|part| !matches!(part, Component::ParentDir))
+    };
+    for path in &paths {
+        let path = Path::new(path);
+        if path == shared || !path.starts_with(shared) || !plain(path) {
+            return Err(Error::Invalid {
+                field: "unused_paths",
+                reason: format!("{} is not below {}", path.display(), path::SHARED),
+            });
+        }
+    }
+    let unmounting = tokio::task::spawn_blocking(move || {
+        for path in paths {
+            match unmount(&path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH) {
+                // Nobody has ever looked into it.
+                Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+                Err(errno) => log::warn!("cannot unmount {path}: {errno}"),
+            }
+        }
+    });
+    Ok(unmounting
+        .await
+        .map_err(io::Error::other)
+        .doing("unmount", "the shared tree")?)
 }
 
 async fn mount(storage: Storage) -> Result<Mounted, StorageError> {

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use husk_protocol::agent::{
     self, AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest,
-    CreateSandboxResponse, Empty, ExecRequest, ProcessInfo, ProcessRequest, ResizePtyRequest,
-    SignalRequest, UpdateResourcesRequest,
+    CreateSandboxResponse, DeleteContainerRequest, Empty, ExecRequest, ProcessInfo, ProcessRequest,
+    ResizePtyRequest, SignalRequest, UpdateResourcesRequest,
 };
 use ttrpc::Code;
 use ttrpc::asynchronous::Client;
@@ -306,13 +306,23 @@ impl Agent {
         Ok(())
     }
 
-    /// Ends what is left of the container and forgets it.
+    /// Ends what is left of the container and forgets it, and unmounts what the
+    /// guest has mounted at paths of the shared tree that nobody uses any more.
     ///
     /// # Errors
     /// As the agent says.
-    pub async fn delete_container(&self, container: &str) -> Result<(), AgentError> {
+    pub async fn delete_container(
+        &self,
+        container: &str,
+        unused_paths: Vec<String>,
+    ) -> Result<(), AgentError> {
+        let request = DeleteContainerRequest {
+            container_id: container.to_owned(),
+            unused_paths,
+            ..DeleteContainerRequest::default()
+        };
         self.client
-            .delete_container(with_duration(QUICK), &of(container))
+            .delete_container(with_duration(QUICK), &request)
             .await
             .map_err(|error| AgentError::new("DeleteContainer", error))?;
         Ok(())

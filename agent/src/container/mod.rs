@@ -13,7 +13,7 @@ use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_protocol::agent::Streams;
@@ -26,6 +26,7 @@ use crate::error::{Doing, Error};
 use crate::events::Events;
 use crate::init::channel::AgentChannel;
 use crate::init::plan::{ContainerPlan, ExecPlan, Kind, PidNamespace, Plan};
+use crate::lock::lock;
 use crate::oci::{self, NamespaceKind, Resources, Seccomp, Spec};
 use crate::reaper::Reaper;
 use crate::socket::Dialler;
@@ -166,7 +167,7 @@ impl Container {
             error => error,
         })?;
         let terminal = terminal_of(launched.terminal)?;
-        let input = stdio.start(terminal.as_ref())?;
+        let streams = stdio.start(terminal.as_ref())?;
         watch_memory(order.id.clone(), &cgroup, around.events.clone());
         let last_rites = {
             let (id, cgroup, events) =
@@ -182,7 +183,7 @@ impl Container {
             }
         };
         Ok(Self {
-            first: Process::new(launched.pid, terminal, input, launched.exit, last_rites),
+            first: Process::new(launched.pid, terminal, streams, launched.exit, last_rites),
             id: order.id,
             cgroup,
             phase: Mutex::new(Phase::Created(launched.channel)),
@@ -299,14 +300,14 @@ impl Container {
         let launched = launch::launch(&around.reaper, &plan, child_streams, &[pidfd]).await?;
         let terminal = terminal_of(launched.terminal);
         let wired = terminal.and_then(|terminal| {
-            let input = stdio.start(terminal.as_ref())?;
-            Ok((terminal, input))
+            let streams = stdio.start(terminal.as_ref())?;
+            Ok((terminal, streams))
         });
-        let (terminal, input) = wired.inspect_err(|_| {
+        let (terminal, streams) = wired.inspect_err(|_| {
             // It runs by now, and nobody would ever hear of it.
             let _ = process::send_signal(launched.pid, libc::SIGKILL);
         })?;
-        let process = Process::new(launched.pid, terminal, input, launched.exit, || ());
+        let process = Process::new(launched.pid, terminal, streams, launched.exit, || ());
         if let Err(error) = launch::confirm(launched.channel).await {
             process.wait().await?;
             return Err(error.into());
@@ -329,7 +330,7 @@ impl Container {
     pub fn delete_process(&self, exec_id: &str) -> Result<(), Error> {
         let mut execs = lock(&self.execs);
         match execs.get(exec_id) {
-            Some(Some(process)) if process.exited().is_some() => {
+            Some(Some(process)) if process.ended().is_some() => {
                 execs.remove(exec_id);
                 Ok(())
             }
@@ -441,7 +442,7 @@ impl Container {
     }
 
     fn expect_alive(&self, wanted: &'static str) -> Result<(), Error> {
-        match self.first.exited() {
+        match self.first.ended() {
             None => Ok(()),
             Some(_) => Err(self.wrong_state("stopped", wanted)),
         }
@@ -492,10 +493,6 @@ impl std::ops::Deref for ProcessRef<'_> {
             Self::Exec(process) => process,
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn terminal_of(master: Option<OwnedFd>) -> Result<Option<Terminal>, Error> {

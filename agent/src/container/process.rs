@@ -5,14 +5,24 @@ use tokio::sync::{oneshot, watch};
 
 use crate::error::{Doing, Error};
 use crate::reaper::Exit;
-use crate::stdio::{Input, Terminal};
+use crate::stdio::{Carried, Terminal};
 
 /// A process that was made.
 #[derive(Debug)]
 pub struct Process {
     pid: i32,
     terminal: Option<Terminal>,
-    exit: watch::Receiver<Option<Exit>>,
+    ended: watch::Receiver<Option<Ended>>,
+}
+
+/// How a process ended, and what it had written by then.
+#[derive(Debug, Clone, Copy)]
+pub struct Ended {
+    pub exit: Exit,
+    /// Bytes of its standard output.
+    pub stdout: u64,
+    /// Bytes of its standard error.
+    pub stderr: u64,
 }
 
 impl Process {
@@ -20,22 +30,25 @@ impl Process {
     pub fn new(
         pid: i32,
         terminal: Option<Terminal>,
-        input: Input,
-        ended: oneshot::Receiver<Exit>,
+        streams: Carried,
+        exit: oneshot::Receiver<Exit>,
         on_exit: impl FnOnce() + Send + 'static,
     ) -> Self {
-        let (publish, exit) = watch::channel(None);
+        let (publish, ended) = watch::channel(None);
         tokio::spawn(async move {
-            if let Ok(ended) = ended.await {
+            if let Ok(exit) = exit.await {
                 on_exit();
-                drop(input);
-                publish.send_replace(Some(ended));
+                publish.send_replace(Some(Ended {
+                    exit,
+                    stdout: streams.stdout.bytes(),
+                    stderr: streams.stderr.bytes(),
+                }));
             }
         });
         Self {
             pid,
             terminal,
-            exit,
+            ended,
         }
     }
 
@@ -45,20 +58,20 @@ impl Process {
     }
 
     /// How it ended, if it did.
-    pub fn exited(&self) -> Option<Exit> {
-        *self.exit.borrow()
+    pub fn ended(&self) -> Option<Ended> {
+        *self.ended.borrow()
     }
 
     /// Returns when it has ended.
-    pub async fn wait(&self) -> Result<Exit, Error> {
-        let mut exit = self.exit.clone();
-        let exit = exit.wait_for(Option::is_some).await;
-        exit.ok().and_then(|exit| *exit).ok_or(Error::Finished)
+    pub async fn wait(&self) -> Result<Ended, Error> {
+        let mut ended = self.ended.clone();
+        let ended = ended.wait_for(Option::is_some).await;
+        ended.ok().and_then(|ended| *ended).ok_or(Error::Finished)
     }
 
     /// Sends a signal.
     pub fn signal(&self, signal: i32) -> Result<(), Error> {
-        if self.exited().is_some() {
+        if self.ended().is_some() {
             return Err(Error::Finished);
         }
         send_signal(self.pid, signal)

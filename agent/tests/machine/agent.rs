@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use husk_protocol::agent::{
-    AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, ExecRequest,
-    ProcessRequest, SignalRequest, Storage, Streams, WaitResponse,
+    AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest,
+    DeleteContainerRequest, ExecRequest, ProcessRequest, SignalRequest, Storage, Streams,
+    WaitResponse,
 };
 use husk_protocol::port;
 use serde_json::{Value, json};
@@ -275,7 +276,13 @@ impl Agent {
 
     pub async fn delete(&self, id: &str) {
         self.client
-            .delete_container(context(), &container(id))
+            .delete_container(
+                context(),
+                &DeleteContainerRequest {
+                    container_id: id.to_owned(),
+                    ..DeleteContainerRequest::default()
+                },
+            )
             .await
             .unwrap();
     }

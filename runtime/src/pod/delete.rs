@@ -84,7 +84,7 @@ impl Pod {
             }
             if let Kind::Guest(files) = kind {
                 if let Some((_, agent)) = &running {
-                    report(agent.delete_container(&id).await);
+                    report(agent.delete_container(&id, Vec::new()).await);
                 }
                 if let Some(files) = files {
                     let running = running.as_ref().map(|(vm, agent)| (vm, agent));

@@ -9,8 +9,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use husk_protocol::agent::{
     Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
-    CreateSandboxResponse, Empty, Event, ExecRequest, ExecResponse, ListProcessesResponse,
-    ProcessInfo, ProcessRequest, SignalRequest, StatsResponse, Streams, WaitResponse, create_agent,
+    CreateSandboxResponse, DeleteContainerRequest, Empty, Event, ExecRequest, ExecResponse,
+    ListProcessesResponse, ProcessInfo, ProcessRequest, SignalRequest, StatsResponse, Streams,
+    WaitResponse, create_agent,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, watch};
@@ -274,7 +275,7 @@ impl Agent for Guest {
         Ok(Empty::default())
     }
 
-    async fn delete_container(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<Empty> {
+    async fn delete_container(&self, _: &TtrpcContext, _: DeleteContainerRequest) -> Result<Empty> {
         Ok(Empty::default())
     }
 
