@@ -14,8 +14,8 @@ use std::time::Duration;
 use containerd_shim_protos::events::task::TaskOOM;
 use containerd_shim_protos::topics;
 use husk_protocol::agent::event::Kind as EventKind;
-use tokio::sync::{mpsc, oneshot};
-use tokio::time::{sleep, timeout};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::agent_client::{Agent, Exit};
 use crate::cgroup::PodCgroup;
@@ -56,6 +56,10 @@ const BEFORE_USE: Duration = Duration::from_secs(300);
 /// it to end at once.
 const AFTER_USE: Duration = Duration::from_secs(30);
 
+/// How long the end of a pod waits for creations and deletions that are under
+/// way: they have files of others mounted.
+const UNDER_WAY: Duration = Duration::from_secs(10);
+
 /// A function that looks at the pod or changes it.
 type Step = Box<dyn FnOnce(&mut Pod) + Send>;
 
@@ -90,8 +94,8 @@ pub struct Pod {
     machine: MachineState,
     cgroup: Option<PodCgroup>,
     containers: BTreeMap<String, Container>,
-    /// Deletions that are under way.
-    deleting: usize,
+    /// Creations and deletions that are under way.
+    under_way: watch::Sender<usize>,
     /// Containers get the pod's own files about names.
     pod_binds: bool,
     /// Code with which the sandbox ends, once it was asked to.
@@ -171,7 +175,7 @@ impl Pod {
             machine: MachineState::None,
             cgroup: None,
             containers: BTreeMap::new(),
-            deleting: 0,
+            under_way: watch::Sender::new(0),
             pod_binds: false,
             sandbox_exit: None,
             ports: Ports::default(),
@@ -201,6 +205,13 @@ impl Pod {
         }
         // Whatever is still there goes with the pod.
         self.containers.clear();
+        let deadline = Instant::now() + UNDER_WAY;
+        while *self.under_way.borrow() > 0 {
+            match timeout_at(deadline, steps.recv()).await {
+                Ok(Some(step)) => step(&mut self),
+                Ok(None) | Err(_) => break,
+            }
+        }
         match std::mem::replace(&mut self.machine, MachineState::None) {
             MachineState::Running(machine) | MachineState::Ended(machine, _) => machine.end().await,
             MachineState::None | MachineState::Booting => {}
@@ -235,8 +246,18 @@ impl Pod {
 
     fn is_idle(&self) -> bool {
         self.containers.is_empty()
-            && self.deleting == 0
+            && *self.under_way.borrow() == 0
             && matches!(self.machine, MachineState::None)
+    }
+
+    /// Something that has mounts on the node begins.
+    fn begin_work(&self) {
+        self.under_way.send_modify(|count| *count += 1);
+    }
+
+    /// It has come to its end.
+    fn end_work(&self) {
+        self.under_way.send_modify(|count| *count -= 1);
     }
 
     /// Gives back what the pod has on the node apart from the machine.

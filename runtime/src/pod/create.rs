@@ -173,6 +173,13 @@ impl Pod {
     }
 
     fn check_first(&self, id: &Id) -> Result<(), Error> {
+        if *self.under_way.borrow() > 0 && self.containers.is_empty() {
+            return Err(Error::State {
+                action: "create",
+                id: id.as_str().to_owned(),
+                state: "still being deleted",
+            });
+        }
         if !matches!(self.machine, MachineState::None) || *id != self.settings.id {
             return Err(Error::Argument(
                 "this shim serves another pod; its containers must name it in their annotations",
@@ -243,6 +250,7 @@ impl Pod {
     }
 
     fn carry_out(&mut self, request: &CreateRequest, plan: Plan, reply: Reply<u32>) {
+        self.begin_work();
         let kind = match plan {
             Plan::Sandbox(_) => Kind::Sandbox,
             Plan::Single(..) | Plan::Member(_) => Kind::Guest(None),
@@ -284,12 +292,13 @@ impl Pod {
                     let outcome = create_member(vm, agent, files).await;
                     |pod: &mut Pod| pod.member_created(created, outcome)
                 }),
-                Err(error) => self.create_failed(created, error),
+                Err(error) => self.member_created(created, Err(error)),
             },
         }
     }
 
     fn sandbox_created(&mut self, created: Created, outcome: Result<(Machine, State), Error>) {
+        self.end_work();
         match outcome {
             Ok((machine, state)) => {
                 self.machine_ready(machine, state);
@@ -304,6 +313,7 @@ impl Pod {
         created: Created,
         outcome: Result<(Machine, State, Prepared), Error>,
     ) {
+        self.end_work();
         match outcome {
             Ok((machine, state, prepared)) => {
                 self.machine_ready(machine, state);
@@ -314,6 +324,7 @@ impl Pod {
     }
 
     fn member_created(&mut self, created: Created, outcome: Result<Prepared, Error>) {
+        self.end_work();
         match outcome {
             Ok(prepared) => self.container_created(created, Some(prepared)),
             Err(error) => self.create_failed(created, error),
@@ -334,6 +345,14 @@ impl Pod {
     fn create_failed(&mut self, created: Created, error: Error) {
         self.containers.remove(&created.id);
         created.reply.send(Err(error));
+        // The others may have gone meanwhile.
+        if let Some(machine) = self.take_last_machine() {
+            self.begin_work();
+            self.later(async move {
+                machine.end().await;
+                |pod: &mut Pod| pod.work_ended()
+            });
+        }
     }
 
     fn container_created(&mut self, created: Created, prepared: Option<Prepared>) {

@@ -5,15 +5,21 @@ use std::time::Duration;
 use containerd_shim_protos::events::task::TaskDelete;
 use containerd_shim_protos::topics;
 use protobuf::MessageField;
+use tokio::time::timeout;
 
 use super::{MachineState, Pod, Reply, no_process, not_found};
 use crate::agent_client::{AgentError, Exit};
 use crate::clock;
 use crate::container::{Container, Kind, State};
 use crate::error::Error;
+use crate::machine::Machine;
 
 /// How long a deletion waits for somebody to go on reading the output.
 const SLOW_READER: Duration = Duration::from_secs(10);
+
+/// How long the machine waits for deletions other than the last: the guest may
+/// still write what was written to their disks.
+const OTHERS: Duration = Duration::from_secs(20);
 
 /// A process that is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,17 +68,9 @@ impl Pod {
         };
         let deleted = Deleted { pid, exit };
         let running = self.machine().ok();
-        let is_last = self.containers.is_empty();
-        let machine = match std::mem::replace(&mut self.machine, MachineState::None) {
-            MachineState::Running(machine) | MachineState::Ended(machine, _) if is_last => {
-                Some(machine)
-            }
-            other => {
-                self.machine = other;
-                None
-            }
-        };
-        self.deleting += 1;
+        let machine = self.take_last_machine();
+        self.begin_work();
+        let mut under_way = self.under_way.subscribe();
         self.later(async move {
             let Container {
                 init, execs, kind, ..
@@ -92,17 +90,39 @@ impl Pod {
                 }
             }
             if let Some(machine) = machine {
+                // This one is left then.
+                let _ = timeout(OTHERS, under_way.wait_for(|count| *count <= 1)).await;
                 machine.end().await;
             }
             move |pod: &mut Pod| pod.container_deleted(&id, deleted, reply)
         });
     }
 
-    fn container_deleted(&mut self, id: &str, deleted: Deleted, reply: Reply<Deleted>) {
-        self.deleting -= 1;
-        if matches!(self.machine, MachineState::None) && self.containers.is_empty() {
+    /// The machine, when no container is left to use it.
+    pub(super) fn take_last_machine(&mut self) -> Option<Machine> {
+        if !self.containers.is_empty() {
+            return None;
+        }
+        match std::mem::replace(&mut self.machine, MachineState::None) {
+            MachineState::Running(machine) | MachineState::Ended(machine, _) => Some(machine),
+            other => {
+                self.machine = other;
+                None
+            }
+        }
+    }
+
+    /// A creation or deletion has come to its end; the last one leaves nothing.
+    pub(super) fn work_ended(&mut self) {
+        self.end_work();
+        // Not before the last mount of others' files is gone.
+        if self.is_idle() {
             self.release();
         }
+    }
+
+    fn container_deleted(&mut self, id: &str, deleted: Deleted, reply: Reply<Deleted>) {
+        self.work_ended();
         let event = TaskDelete {
             container_id: id.to_owned(),
             pid: deleted.pid,

@@ -21,6 +21,9 @@ use ttrpc::{Code, Error, Result};
 
 use crate::vmm::Ports;
 
+/// What `flood` writes, bytes: more than a fifo holds.
+pub const FLOOD: usize = 128 << 10;
+
 struct Guest {
     ports: Ports,
     processes: Mutex<HashMap<(String, String), Process>>,
@@ -126,6 +129,7 @@ fn act(
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
         ["echo", text] => stdout.unwrap().write_all(text.as_bytes()).unwrap(),
+        ["flood"] => stdout.unwrap().write_all(&[7; FLOOD]).unwrap(),
         ["complain", text] => stderr.unwrap().write_all(text.as_bytes()).unwrap(),
         ["cat"] => {
             let (mut stdin, mut stdout) = (stdin.unwrap(), stdout.unwrap());

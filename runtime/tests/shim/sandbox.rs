@@ -1,5 +1,7 @@
 //! A pod of Kubernetes.
 
+use std::time::Duration;
+
 use containerd_shim_protos::api::{KillRequest, StatsRequest};
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::protobuf::Message;
@@ -13,6 +15,7 @@ use serde_json::json;
 use ttrpc::Code;
 
 use crate::Case;
+use crate::agent::FLOOD;
 use crate::case::{Bundle, Node, Shim, block_on};
 use crate::containerd::{refusal, soon};
 
@@ -20,6 +23,7 @@ pub const CASES: &[Case] = &[
     ("pod_shares_one_shim", one_shim),
     ("pod_restarts_its_only_container", restart),
     ("pod_takes_its_containers_with_it", killed_at_once),
+    ("pod_stays_until_its_last_deletion", deleted_at_once),
     ("pod_of_the_sandbox_api", sandbox_api),
 ];
 
@@ -133,6 +137,45 @@ fn killed_at_once() {
         assert_eq!(ids, ["c3", "p3"]);
         shim.delete("c3", "").await.unwrap();
         remove(&node, &shim, "p3").await;
+    });
+}
+
+fn deleted_at_once() {
+    block_on(async {
+        let node = Node::new().await;
+        let shim = up(&node, "p5").await;
+        let volume = node.path("volume");
+        std::fs::create_dir(&volume).unwrap();
+        std::fs::write(volume.join("file"), "precious").unwrap();
+        let bundle = member(&node, "c5", "p5", &["flood"]).with(|spec| {
+            spec["mounts"] = json!([{
+                "destination": "/v", "type": "bind",
+                "source": volume, "options": ["rbind", "rw"],
+            }]);
+        });
+        let mut request = bundle.request();
+        request.stdout = bundle.fifo("out");
+        shim.create(&request).await.unwrap();
+        shim.run("c5", "").await.unwrap();
+        assert_eq!(shim.wait("c5", "").await.unwrap().exit_status, 0);
+        kill(&shim, "p5").await;
+        // Both at once, and nobody has read the container's output yet.
+        let read_late = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert!(node.state_dir().join("test/p5/state.json").exists());
+            let path = request.stdout.clone();
+            let read = tokio::task::spawn_blocking(move || std::fs::read(path).unwrap());
+            assert_eq!(read.await.unwrap().len(), FLOOD);
+        };
+        let (first, last, ()) =
+            tokio::join!(shim.delete("c5", ""), shim.delete("p5", ""), read_late);
+        first.unwrap();
+        last.unwrap();
+        let kept = std::fs::read_to_string(volume.join("file")).unwrap();
+        assert_eq!(kept, "precious");
+        shim.shut_down("p5").await;
+        shim.assert_gone().await;
+        node.assert_clean();
     });
 }
 
