@@ -4,9 +4,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive,
-    mount_change, mount_remount, unmount,
+    MountAttrFlags, MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
 };
+
+use crate::mount_copy::{CopyOptions, FORBIDDEN, MountCopy, ReadOnly};
 
 /// Most bytes of options that mount(2) takes: one page, its NUL included.
 const OPTIONS: usize = 4095;
@@ -22,56 +23,25 @@ pub struct HostMount {
 struct Options {
     flags: MountFlags,
     bind: bool,
-    recursive: bool,
+    copy: CopyOptions,
     data: Vec<String>,
 }
 
 impl HostMount {
-    /// Mounts as containerd's snapshotters and mount(8) say it: a type, a source
-    /// and options.
+    /// Mounts at `target`.
     ///
     /// # Errors
     /// The kernel refuses.
     pub fn new(kind: &str, source: &Path, target: &Path, options: &[String]) -> io::Result<Self> {
-        let options = Options::parse(options);
-        if options.bind || matches!(kind, "bind" | "rbind") {
-            let recursive = options.recursive || kind == "rbind";
-            return Self::bind(source, target, recursive, options.flags);
-        }
-        let data = options.data.join(",");
-        if data.len() > OPTIONS {
-            return Err(io::Error::from(io::ErrorKind::ArgumentListTooLong));
-        }
-        let data = std::ffi::CString::new(data)?;
-        mount(source, target, kind, options.flags, data.as_c_str())?;
-        Ok(Self {
-            target: target.to_owned(),
-        })
+        attach(kind, source, target, options)?;
+        Ok(Self::attached(target))
     }
 
-    /// Shows `source` at `target` too.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn bind(
-        source: &Path,
-        target: &Path,
-        recursive: bool,
-        flags: MountFlags,
-    ) -> io::Result<Self> {
-        if recursive {
-            mount_bind_recursive(source, target)?;
-        } else {
-            mount_bind(source, target)?;
-        }
-        let bound = Self {
+    /// Takes over what has been mounted at `target`.
+    pub fn attached(target: &Path) -> Self {
+        Self {
             target: target.to_owned(),
-        };
-        if !flags.is_empty() {
-            // A bind takes its flags only when mounted again.
-            mount_remount(target, MountFlags::BIND | flags, "")?;
         }
-        Ok(bound)
     }
 
     /// A tmpfs whose mounts are seen by the namespaces made from this one.
@@ -86,14 +56,6 @@ impl HostMount {
         };
         mount_change(target, MountPropagationFlags::SHARED)?;
         Ok(tree)
-    }
-
-    /// A directory as if something was mounted there.
-    #[cfg(test)]
-    pub fn pretended(path: &Path) -> Self {
-        Self {
-            target: path.to_owned(),
-        }
     }
 
     /// Where it is.
@@ -111,57 +73,110 @@ impl Drop for HostMount {
     }
 }
 
+/// Mounts as containerd's snapshotters and mount(8) say it: a type, a source and
+/// options. It goes with the mount that `target` lies in.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn attach(kind: &str, source: &Path, target: &Path, options: &[String]) -> io::Result<()> {
+    let mut options = Options::parse(options);
+    if options.bind || matches!(kind, "bind" | "rbind") {
+        options.copy.recursive |= kind == "rbind";
+        let copy = MountCopy::new(source, options.copy)?;
+        copy.set(options.attributes())?;
+        return copy.attach(target);
+    }
+    let data = options.data.join(",");
+    if data.len() > OPTIONS {
+        return Err(io::Error::from(io::ErrorKind::ArgumentListTooLong));
+    }
+    let data = std::ffi::CString::new(data)?;
+    let mut flags = options.flags | FORBIDDEN;
+    flags.set(MountFlags::RDONLY, options.copy.read_only != ReadOnly::No);
+    Ok(mount(source, target, kind, flags, data.as_c_str())?)
+}
+
 impl Options {
     fn parse(options: &[String]) -> Self {
         let mut parsed = Self {
             flags: MountFlags::empty(),
             bind: false,
-            recursive: false,
+            copy: CopyOptions {
+                recursive: false,
+                follows: false,
+                read_only: ReadOnly::No,
+            },
             data: Vec::new(),
         };
         for option in options {
-            let (flag, set) = match option.as_str() {
-                "bind" => {
-                    parsed.bind = true;
-                    continue;
-                }
-                "rbind" => {
-                    (parsed.bind, parsed.recursive) = (true, true);
-                    continue;
-                }
-                // Of no meaning here, or for the guest to see to.
-                "defaults" | "rw" | "loop" | "private" | "rprivate" | "slave" | "rslave"
-                | "shared" | "rshared" | "unbindable" | "runbindable" | "rro" | "rrw" => {
-                    if option == "rw" {
-                        parsed.flags.remove(MountFlags::RDONLY);
-                    }
-                    if option == "rro" {
-                        parsed.flags.insert(MountFlags::RDONLY);
-                    }
-                    continue;
-                }
-                "ro" => (MountFlags::RDONLY, true),
-                "nosuid" => (MountFlags::NOSUID, true),
-                "suid" => (MountFlags::NOSUID, false),
-                "nodev" => (MountFlags::NODEV, true),
-                "dev" => (MountFlags::NODEV, false),
-                "noexec" => (MountFlags::NOEXEC, true),
-                "exec" => (MountFlags::NOEXEC, false),
-                "sync" => (MountFlags::SYNCHRONOUS, true),
-                "dirsync" => (MountFlags::DIRSYNC, true),
-                "noatime" => (MountFlags::NOATIME, true),
-                "nodiratime" => (MountFlags::NODIRATIME, true),
-                "relatime" => (MountFlags::RELATIME, true),
-                "strictatime" => (MountFlags::STRICTATIME, true),
-                _ => {
-                    parsed.data.push(option.clone());
+            let flag = match option.as_str() {
+                "sync" => MountFlags::SYNCHRONOUS,
+                "dirsync" => MountFlags::DIRSYNC,
+                "noatime" => MountFlags::NOATIME,
+                "nodiratime" => MountFlags::NODIRATIME,
+                "relatime" => MountFlags::RELATIME,
+                "strictatime" => MountFlags::STRICTATIME,
+                option => {
+                    parsed.parse_other(option);
                     continue;
                 }
             };
-            parsed.flags.set(flag, set);
+            parsed.flags.insert(flag);
         }
         parsed
     }
+
+    fn parse_other(&mut self, option: &str) {
+        match option {
+            "bind" => self.bind = true,
+            "rbind" => (self.bind, self.copy.recursive) = (true, true),
+            "ro" => self.copy.read_only = ReadOnly::Top,
+            "rro" => self.copy.read_only = ReadOnly::All,
+            "rw" | "rrw" => self.copy.read_only = ReadOnly::No,
+            "slave" | "rslave" | "shared" | "rshared" => self.copy.follows = true,
+            "private" | "rprivate" => self.copy.follows = false,
+            // Of no meaning here, or for the guest to see to.
+            "defaults" | "loop" | "unbindable" | "runbindable" | "nosuid" | "suid" | "nodev"
+            | "dev" | "noexec" | "exec" => {}
+            _ => self.data.push(option.to_owned()),
+        }
+    }
+
+    /// Those that a bind can have.
+    fn attributes(&self) -> MountAttrFlags {
+        [
+            (MountFlags::NOATIME, MountAttrFlags::MOUNT_ATTR_NOATIME),
+            (
+                MountFlags::STRICTATIME,
+                MountAttrFlags::MOUNT_ATTR_STRICTATIME,
+            ),
+            (
+                MountFlags::NODIRATIME,
+                MountAttrFlags::MOUNT_ATTR_NODIRATIME,
+            ),
+        ]
+        .into_iter()
+        .filter(|(flag, _)| self.flags.contains(*flag))
+        .fold(MountAttrFlags::empty(), |all, (_, attribute)| {
+            all | attribute
+        })
+    }
+}
+
+/// Gives the calling thread a mount namespace from which nothing leaves; false
+/// without the right to.
+#[cfg(test)]
+pub fn own_namespace() -> bool {
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED: not root");
+        return false;
+    }
+    // SAFETY: no other thread relies on this one's working directory.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
+    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    mount_change("/", slave).unwrap();
+    true
 }
 
 #[cfg(test)]
@@ -176,11 +191,13 @@ mod tests {
     #[test]
     fn sorts_options_out() {
         let overlay = parse("index=off,ro,lowerdir=/a:/b");
-        assert_eq!(overlay.flags, MountFlags::RDONLY);
+        assert_eq!(overlay.copy.read_only, ReadOnly::Top);
         assert_eq!(overlay.data, ["index=off", "lowerdir=/a:/b"]);
         assert!(!overlay.bind);
-        let bind = parse("rbind,rprivate,rw,nosuid");
-        assert!(bind.bind && bind.recursive && bind.data.is_empty());
-        assert_eq!(bind.flags, MountFlags::NOSUID);
+        let bind = parse("rbind,rprivate,ro,rw,nosuid,noatime");
+        assert!(bind.bind && bind.copy.recursive && bind.data.is_empty());
+        assert_eq!(bind.copy.read_only, ReadOnly::No);
+        assert_eq!(bind.attributes(), MountAttrFlags::MOUNT_ATTR_NOATIME);
+        assert!(!bind.copy.follows && parse("rbind,rslave").copy.follows);
     }
 }

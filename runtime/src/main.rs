@@ -26,6 +26,7 @@ mod id;
 mod info;
 mod log;
 mod machine;
+mod mount_copy;
 mod network;
 mod pod;
 mod pod_config;

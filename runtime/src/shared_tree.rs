@@ -67,7 +67,7 @@ impl SharedTree {
     #[cfg(test)]
     pub fn pretended(path: &Path) -> Self {
         Self {
-            mount: Arc::new(HostMount::pretended(path)),
+            mount: Arc::new(HostMount::attached(path)),
         }
     }
 

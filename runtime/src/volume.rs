@@ -2,18 +2,16 @@
 //! tree; what the kernel provides is mounted in the guest and left alone here.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use husk_protocol::agent::{Storage, TmpfsStorage};
 use husk_protocol::path;
-use rustix::mount::MountFlags;
 use ttrpc::Code;
 
 use crate::bundle::Mount;
 use crate::host_mount::HostMount;
+use crate::mount_copy::{CopyOptions, MountCopy, ReadOnly};
 use crate::shared_tree::{ContainerTree, MOUNTS, SharedTreeError};
 
 /// Size of a pod's `/dev/shm`, as container engines make it.
@@ -30,10 +28,8 @@ pub enum VolumePlan {
     Tree {
         /// On the host.
         source: PathBuf,
-        /// With what is mounted below it.
-        recursive: bool,
-        /// Not to be written to.
-        read_only: bool,
+        /// How it is copied.
+        options: CopyOptions,
     },
 }
 
@@ -81,15 +77,24 @@ impl VolumePlan {
     /// What to do about `mount`.
     pub fn new(mount: &Mount) -> Self {
         let options = mount.options.as_deref().unwrap_or_default();
-        let has = |name: &str| options.iter().any(|option| option == name);
+        let has = |name: &&str| options.iter().any(|option| option == name);
         let kind = mount.kind.as_deref().unwrap_or_default();
-        let bind = matches!(kind, "bind" | "rbind") || has("bind") || has("rbind");
+        let bind = matches!(kind, "bind" | "rbind") || has(&"bind") || has(&"rbind");
         match &mount.source {
             Some(source) if bind && is_shm(&mount.destination, source) => Self::Shm,
             Some(source) if bind => Self::Tree {
                 source: source.clone(),
-                recursive: kind == "rbind" || has("rbind"),
-                read_only: has("ro") || has("rro"),
+                options: CopyOptions {
+                    recursive: kind == "rbind" || has(&"rbind"),
+                    follows: ["slave", "rslave", "shared", "rshared"].iter().any(has),
+                    read_only: if has(&"rro") {
+                        ReadOnly::All
+                    } else if has(&"ro") {
+                        ReadOnly::Top
+                    } else {
+                        ReadOnly::No
+                    },
+                },
             },
             _ => Self::Guest,
         }
@@ -155,12 +160,8 @@ pub fn mount_volumes(
             VolumePlan::Shm => {
                 sources.insert(index, shm_path());
             }
-            VolumePlan::Tree {
-                source,
-                recursive,
-                read_only,
-            } => {
-                let guest = bind(tree, index, mount, &source, recursive, read_only)?;
+            VolumePlan::Tree { source, options } => {
+                let guest = bind(tree, index, mount, &source, options)?;
                 sources.insert(index, guest);
             }
         }
@@ -173,15 +174,15 @@ fn bind(
     index: usize,
     mount: &Mount,
     source: &Path,
-    recursive: bool,
-    read_only: bool,
+    options: CopyOptions,
 ) -> Result<String, VolumeError> {
     let fail = |error| VolumeError::Source {
         destination: mount.destination.clone(),
         path: source.to_owned(),
         source: error,
     };
-    let kind = fs::metadata(source).map_err(fail)?.file_type();
+    let copy = MountCopy::new(source, options).map_err(fail)?;
+    let kind = copy.file_type().map_err(fail)?;
     if kind.is_block_device() || kind.is_char_device() {
         return Err(VolumeError::Device {
             destination: mount.destination.clone(),
@@ -195,19 +196,15 @@ fn bind(
     } else {
         tree.add_file(&name)?
     };
-    let flags = if read_only {
-        MountFlags::RDONLY
-    } else {
-        MountFlags::empty()
-    };
-    let mounted = HostMount::bind(source, &target, recursive, flags).map_err(fail)?;
-    tree.keep(mounted);
+    copy.attach(&target).map_err(fail)?;
+    tree.keep(HostMount::attached(&target));
     Ok(guest)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host_mount::own_namespace;
     use crate::id::Id;
     use crate::shared_tree::SharedTree;
 
@@ -241,8 +238,11 @@ mod tests {
         let read_only = mount("", "/srv", "/v", &["rbind", "ro"]);
         let expected = VolumePlan::Tree {
             source: "/srv".into(),
-            recursive: true,
-            read_only: true,
+            options: CopyOptions {
+                recursive: true,
+                follows: false,
+                read_only: ReadOnly::Top,
+            },
         };
         assert_eq!(VolumePlan::new(&read_only), expected);
         let shm = mount("bind", "/run/containerd/x/shm", "/dev/shm", &["rbind"]);
@@ -260,6 +260,9 @@ mod tests {
 
     #[test]
     fn names_a_volume_it_cannot_have() {
+        if !own_namespace() {
+            return;
+        }
         let dir = tempfile::tempdir().unwrap();
         let id = Id::new("container", "c").unwrap();
         let mut tree = ContainerTree::create(&SharedTree::pretended(dir.path()), &id).unwrap();
