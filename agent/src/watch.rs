@@ -1,32 +1,51 @@
 //! Waits for the kernel to say that a file has changed, and for devices to
-//! appear. Nothing here polls: the watch is set first, then the state is read.
+//! appear. Nothing here asks at intervals: the watch is set first, then the
+//! state is read.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::net::netlink::{KOBJECT_UEVENT, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::socket::registered;
 
-/// Changes of one file, such as `cgroup.events`.
+/// A file of the kernel's that tells when it has changed, such as
+/// `cgroup.events`. By poll(2), not by inotify(7): the instances of that are
+/// counted by user, and the containers' root is the same user as we are.
 #[derive(Debug)]
 pub struct FileWatch(AsyncFd<OwnedFd>);
 
 impl FileWatch {
-    /// From now on.
-    pub fn new(path: &Path) -> io::Result<Self> {
-        let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
-        inotify::add_watch(&fd, path, WatchFlags::MODIFY)?;
-        Ok(Self(registered(fd)?))
+    /// Opens the file.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let fd = OwnedFd::from(File::open(path)?);
+        // SAFETY: an OwnedFd stays open, and the same, until it is dropped.
+        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::PRIORITY) }?;
+        Ok(Self(fd))
     }
 
-    /// Returns after at least one change since the last call.
+    /// What it says now.
+    pub fn read(&self) -> io::Result<String> {
+        /// Twice what the longest of them has.
+        const BYTES: usize = 4096;
+        let mut buf = Vec::with_capacity(BYTES);
+        rustix::io::pread(
+            self.0.get_ref(),
+            rustix::buffer::spare_capacity(&mut buf),
+            0,
+        )?;
+        Ok(String::from_utf8_lossy(&buf).into_owned())
+    }
+
+    /// Returns when it may say something else than at the last reading.
     pub async fn changed(&self) -> io::Result<()> {
-        drain(&self.0, |fd, buf| rustix::io::read(fd, buf)).await
+        self.0.ready(Interest::PRIORITY).await?.clear_ready();
+        Ok(())
     }
 }
 

@@ -172,14 +172,12 @@ impl Cgroup {
     /// How many processes the kernel has killed for want of memory.
     pub fn oom_kills(&self) -> u64 {
         let text = fs::read_to_string(self.path.join("memory.events"));
-        text.ok()
-            .and_then(|text| value_of(&text, "oom_kill"))
-            .unwrap_or(0)
+        text.map_or(0, |text| oom_kills_in(&text))
     }
 
     /// Watches for such kills; `None` without a memory controller.
     pub fn watch_oom(&self) -> Option<FileWatch> {
-        FileWatch::new(&self.path.join("memory.events")).ok()
+        FileWatch::open(&self.path.join("memory.events")).ok()
     }
 
     async fn wait_for(
@@ -189,10 +187,10 @@ impl Cgroup {
         wanted: &'static str,
     ) -> Result<(), CgroupError> {
         let file = self.path.join("cgroup.events");
-        let watch = FileWatch::new(&file).doing("watch", file.display())?;
+        let watch = FileWatch::open(&file).doing("watch", file.display())?;
         let reached = async {
             loop {
-                let text = fs::read_to_string(&file).doing("read", file.display())?;
+                let text = watch.read().doing("read", file.display())?;
                 if value_of(&text, key) == Some(value.into()) {
                     return Ok(());
                 }
@@ -228,6 +226,11 @@ impl Cgroup {
         }
         Ok(tree)
     }
+}
+
+/// How many processes `memory.events` says the kernel has killed.
+pub fn oom_kills_in(text: &str) -> u64 {
+    value_of(text, "oom_kill").unwrap_or(0)
 }
 
 /// The number beside a key in a flat keyed file.

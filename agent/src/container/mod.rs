@@ -21,6 +21,7 @@ use husk_protocol::limit;
 pub use launch::LaunchError;
 use nix::sched::CloneFlags;
 pub use process::Process;
+use tokio::task::JoinHandle;
 
 use crate::error::{Doing, Error};
 use crate::events::Events;
@@ -96,6 +97,15 @@ pub struct Container {
     seccomp: Option<Seccomp>,
     id_maps: IdMaps,
     devices: Vec<u64>,
+    memory_watch: Option<JoinHandle<()>>,
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        if let Some(watch) = &self.memory_watch {
+            watch.abort();
+        }
+    }
 }
 
 /// What the first process is at, as far as it hasn't ended.
@@ -168,7 +178,7 @@ impl Container {
         })?;
         let terminal = terminal_of(launched.terminal)?;
         let streams = stdio.start(terminal.as_ref())?;
-        watch_memory(order.id.clone(), &cgroup, around.events.clone());
+        let memory_watch = watch_memory(order.id.clone(), &cgroup, around.events.clone());
         let last_rites = {
             let (id, cgroup, events) =
                 (order.id.clone(), Arc::clone(&cgroup), around.events.clone());
@@ -194,6 +204,7 @@ impl Container {
             seccomp,
             id_maps,
             devices: order.devices,
+            memory_watch,
         })
     }
 
@@ -523,20 +534,15 @@ fn own_cgroup_of(pid: i32, root: &Path) -> Option<PathBuf> {
     Some(root.join(path).join("cgroup.procs"))
 }
 
-fn watch_memory(id: String, cgroup: &Arc<Cgroup>, events: Events) {
-    let Some(watch) = cgroup.watch_oom() else {
-        return;
-    };
-    let cgroup = Arc::downgrade(cgroup);
-    tokio::spawn(async move {
-        while watch.changed().await.is_ok() {
-            let Some(cgroup) = cgroup.upgrade() else {
-                return;
-            };
-            if !cgroup.path().exists() {
+/// Until the handle is aborted: a cgroup that is removed tells nobody.
+fn watch_memory(id: String, cgroup: &Arc<Cgroup>, events: Events) -> Option<JoinHandle<()>> {
+    let watch = cgroup.watch_oom()?;
+    Some(tokio::spawn(async move {
+        while let Ok(text) = watch.read() {
+            events.oom_kills(&id, cgroup::oom_kills_in(&text));
+            if watch.changed().await.is_err() {
                 return;
             }
-            events.oom_kills(&id, cgroup.oom_kills());
         }
-    });
+    }))
 }

@@ -148,6 +148,15 @@ impl Agent {
         std::fs::read_to_string(format!("/proc/{}/mountinfo", self.pid())).unwrap()
     }
 
+    /// What the agent has open.
+    pub fn descriptors(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+        let names = entries
+            .flatten()
+            .filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        names.map(|name| name.display().to_string()).collect()
+    }
+
     /// The agent's own pid here: the only child of unshare.
     pub fn pid(&self) -> u32 {
         self.agent_pid().unwrap().cast_unsigned()

@@ -25,7 +25,10 @@ agent_test! {
         }
         let mut spec = agent.spec(&["/bin/sh", "-c", "exec tail /dev/zero"]);
         spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20, "swap": 16 << 20}});
-        agent.run("a", &spec).await;
+        agent.create("a", &spec).await.unwrap();
+        // Those are counted by user, and a container's root is the same one.
+        assert!(!agent.descriptors().iter().any(|name| name.contains("inotify")));
+        agent.start_container("a").await.unwrap();
         let event = within("the event", agent.client.next_event(context(), &Empty::new())).await.unwrap();
         let Some(event::Kind::Oom(oom)) = event.kind else {
             panic!("not an OOM event: {event:?}");
