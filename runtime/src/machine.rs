@@ -79,7 +79,7 @@ impl MachineParts {
         let kvm = open("KVM", Path::new("/dev/kvm"), true)?;
         let kernel = open("guest kernel", &config.kernel, false)?;
         let initramfs = open("initramfs", &config.initramfs, false)?;
-        let tree = SharedTree::create(request.state_dir.path())?;
+        let tree = SharedTree::create(&request.state_dir.shared())?;
 
         let uid = config.first_uid.wrapping_add(std::process::id());
         let (vmm, network) = tokio::join!(

@@ -50,14 +50,13 @@ fn error(path: &Path) -> impl FnOnce(io::Error) -> SharedTreeError {
 }
 
 impl SharedTree {
-    /// Mounts an empty tree below the pod's directory.
+    /// Mounts an empty tree at `path`.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn create(state_dir: &Path) -> Result<Self, SharedTreeError> {
-        let path = state_dir.join("shared");
-        fs::create_dir_all(&path).map_err(error(&path))?;
-        let mount = HostMount::shared_tmpfs(&path).map_err(error(&path))?;
+    pub fn create(path: &Path) -> Result<Self, SharedTreeError> {
+        fs::create_dir_all(path).map_err(error(path))?;
+        let mount = HostMount::shared_tmpfs(path).map_err(error(path))?;
         Ok(Self {
             mount: Arc::new(mount),
         })

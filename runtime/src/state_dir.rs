@@ -13,6 +13,12 @@ use crate::process::Process;
 
 const FILE: &str = "state.json";
 
+/// What [`FILE`] is before it is complete.
+const NEW_FILE: &str = "state.new";
+
+/// Where the pod's shared tree is mounted.
+const SHARED: &str = "shared";
+
 /// The directory of a pod. It stays until [`StateDir::remove`].
 #[derive(Clone, Debug)]
 pub struct StateDir {
@@ -90,9 +96,9 @@ impl StateDir {
             .map_err(|source| self.error(source))
     }
 
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// Where the pod's shared tree is mounted.
+    pub fn shared(&self) -> PathBuf {
+        self.path.join(SHARED)
     }
 
     /// Replaces the state in one step.
@@ -100,7 +106,7 @@ impl StateDir {
     /// # Errors
     /// The file system refuses.
     pub fn write(&self, state: &State) -> Result<(), StateDirError> {
-        let new = self.path.join("state.new");
+        let new = self.path.join(NEW_FILE);
         serde_json::to_vec(state)
             .map_err(io::Error::from)
             .and_then(|text| fs::write(&new, text))
@@ -114,13 +120,20 @@ impl StateDir {
         serde_json::from_slice(&text).ok()
     }
 
-    /// Removes it, and the namespace's when it was the last. Nothing may be
-    /// mounted below it.
+    /// Removes it, and the namespace's when it was the last. Only what is ours
+    /// and empty goes, never recursively: if something is still mounted below,
+    /// that is somebody's volume, and the directory stays.
     pub fn remove(&self) {
-        if let Err(error) = fs::remove_dir_all(&self.path)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(path = %self.path.display(), %error, "pod's directory stays");
+        let removals = [
+            fs::remove_file(self.path.join(NEW_FILE)),
+            fs::remove_file(self.path.join(FILE)),
+            fs::remove_dir(self.shared()),
+            fs::remove_dir(&self.path),
+        ];
+        for error in removals.into_iter().filter_map(Result::err) {
+            if error.kind() != io::ErrorKind::NotFound {
+                tracing::warn!(path = %self.path.display(), %error, "pod's directory stays");
+            }
         }
         // The namespace's and the one of all; it fails while there are other
         // pods, as it should.
@@ -140,6 +153,7 @@ impl StateDir {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host_mount::{HostMount, own_namespace};
 
     #[test]
     fn keeps_state_until_removed() {
@@ -154,6 +168,29 @@ mod tests {
         };
         dir.write(&state).unwrap();
         assert_eq!(dir.read(), Some(state));
+        dir.remove();
+        assert!(!root.path().exists());
+    }
+
+    #[test]
+    fn leaves_what_is_mounted_below_alone() {
+        if !own_namespace() {
+            return;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let volume = tempfile::tempdir().unwrap();
+        fs::write(volume.path().join("file"), "precious").unwrap();
+        let id = Id::new("id", "p").unwrap();
+        let dir = StateDir::new(root.path(), &id, &id);
+        dir.create().unwrap();
+        fs::create_dir(dir.shared()).unwrap();
+        let tree = HostMount::shared_tmpfs(&dir.shared()).unwrap();
+        let target = dir.shared().join("volume");
+        fs::create_dir(&target).unwrap();
+        let bound = HostMount::new("bind", volume.path(), &target, &[]).unwrap();
+        dir.remove();
+        assert_eq!(fs::read(target.join("file")).unwrap(), b"precious");
+        drop((bound, tree));
         dir.remove();
         assert!(!root.path().exists());
     }
