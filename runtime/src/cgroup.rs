@@ -27,6 +27,8 @@ pub struct PodCgroup {
     path: PathBuf,
     /// Where this process came from.
     origin: PathBuf,
+    /// Nobody else had made it.
+    is_ours: bool,
 }
 
 /// A cgroup that cannot be used.
@@ -54,23 +56,29 @@ impl PodCgroup {
     /// The path is none, or the kernel refuses.
     pub fn enter(cgroups_path: &str) -> Result<Option<Self>, CgroupError> {
         let path = host_path(cgroups_path)?;
-        if !statfs(MOUNT).is_ok_and(|fs| fs.f_type == MAGIC) {
+        if !is_v2() {
             tracing::info!("no cgroup v2 at {MOUNT}: the pod gets no cgroup of its own");
             return Ok(None);
         }
         let Some(origin) = own_path() else {
             return Ok(None);
         };
-        let cgroup = Self { path, origin };
-        let dir = cgroup.dir();
-        fs::create_dir_all(&dir).map_err(|source| CgroupError::Io {
+        let dir = under_mount(&path);
+        let is_ours = make(&dir).map_err(|source| CgroupError::Io {
             path: dir.clone(),
             source,
         })?;
+        let cgroup = Self {
+            path,
+            origin,
+            is_ours,
+        };
         cgroup.enable_controllers();
         let procs = dir.join("cgroup.procs");
         fs::write(&procs, std::process::id().to_string()).map_err(|source| {
-            remove(&cgroup.path);
+            if is_ours {
+                let _ = fs::remove_dir(&dir);
+            }
             CgroupError::Io {
                 path: procs,
                 source,
@@ -79,18 +87,23 @@ impl PodCgroup {
         Ok(Some(cgroup))
     }
 
-    /// Below the mount point, for the state file.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// Below the mount point, for the state file: what `delete` may empty and
+    /// remove. None when others may be in it.
+    pub fn own_path(&self) -> Option<&Path> {
+        self.is_ours.then_some(&self.path)
     }
 
-    /// Moves this process back and removes the cgroup.
+    /// Moves this process back and removes the cgroup, if it was made for this
+    /// pod.
     pub fn leave(self) {
         let procs = under_mount(&self.origin).join("cgroup.procs");
         if let Err(error) = fs::write(&procs, std::process::id().to_string()) {
             tracing::warn!(path = %procs.display(), %error, "the shim stays in the pod's cgroup");
+            return;
         }
-        remove(&self.path);
+        if self.is_ours {
+            remove(&self.path);
+        }
     }
 
     /// Counters as `io.containerd.cgroups.v2.Metrics`.
@@ -117,7 +130,23 @@ impl PodCgroup {
     }
 }
 
-/// Ends what is left in a pod's cgroup and removes it.
+fn is_v2() -> bool {
+    statfs(MOUNT).is_ok_and(|fs| fs.f_type == MAGIC)
+}
+
+/// Makes the directory and its parents; whether it was not there before.
+fn make(dir: &Path) -> io::Result<bool> {
+    if let Some(parent) = dir.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    match fs::create_dir(dir) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Ends what is left in a pod's cgroup, which was made for it, and removes it.
 pub fn remove(path: &Path) {
     let dir = under_mount(path);
     let _ = fs::write(dir.join("cgroup.kill"), "1");
@@ -204,6 +233,43 @@ fn expand_slice(slice: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn knows_what_was_there_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let cgroup = dir.path().join("a/b");
+        assert!(make(&cgroup).unwrap());
+        assert!(!make(&cgroup).unwrap());
+        assert!(make(&dir.path().join("a/c")).unwrap());
+    }
+
+    /// On the node's own cgroup v2, where there is one.
+    #[test]
+    fn leaves_what_others_made() {
+        let path = format!("/husk-test-{}", std::process::id());
+        let dir = under_mount(Path::new(&path));
+        if !is_v2() || fs::create_dir(&dir).is_err() {
+            println!("SKIPPED: no cgroup v2 can be made");
+            return;
+        }
+        let mut bystander = std::process::Command::new("sleep")
+            .arg("100")
+            .spawn()
+            .unwrap();
+        fs::write(dir.join("cgroup.procs"), bystander.id().to_string()).unwrap();
+        let entered = PodCgroup::enter(&path);
+        if let Ok(Some(cgroup)) = entered {
+            assert_eq!(cgroup.own_path(), None);
+            cgroup.leave();
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(bystander.try_wait().unwrap().is_none());
+        assert!(dir.exists());
+        bystander.kill().unwrap();
+        bystander.wait().unwrap();
+        remove(Path::new(&path));
+        assert!(!dir.exists());
+    }
 
     #[test]
     fn lays_paths_out() {

@@ -1,7 +1,7 @@
 //! Creating containers; the first brings the machine up.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
@@ -198,7 +198,8 @@ impl Pod {
         self.state.timeline.request_ns = clock::monotonic_ns();
         if let Some(path) = &pod.cgroups_path {
             self.cgroup = PodCgroup::enter(path).inspect_err(|_| self.state_dir.remove())?;
-            self.state.cgroup = self.cgroup.as_ref().map(|cgroup| cgroup.path().to_owned());
+            let own = self.cgroup.as_ref().and_then(PodCgroup::own_path);
+            self.state.cgroup = own.map(Path::to_owned);
         }
         self.write_state();
         Ok(MachineRequest {
