@@ -3,12 +3,12 @@
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::PathBuf;
 
 use libseccomp::ScmpFilterContext;
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
-use rustix::fs::Mode;
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit};
 
 use super::capabilities::Capabilities;
@@ -307,14 +307,8 @@ fn environment(process: &Process) -> Vec<String> {
 }
 
 fn home_of(uid: u32) -> String {
-    /// An image's file: read no more than a real one has.
-    const PASSWD_BYTES: u64 = 1 << 20;
-    let mut text = String::new();
-    if let Ok(file) = fs::File::open("/etc/passwd") {
-        use std::io::Read;
-        // What could be read may still name the user.
-        let _ = file.take(PASSWD_BYTES).read_to_string(&mut text);
-    }
+    let text = passwd().unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
     let home = text.lines().find_map(|line| {
         let mut fields = line.split(':').skip(2);
         let found = fields.next()?.parse() == Ok(uid);
@@ -323,6 +317,21 @@ fn home_of(uid: u32) -> String {
     home.filter(|home| home.starts_with('/'))
         .unwrap_or("/")
         .to_owned()
+}
+
+/// An image's file: it may be anything, so we wait for no other end of a pipe
+/// and read no more than a real one has.
+fn passwd() -> io::Result<Vec<u8>> {
+    const BYTES: u64 = 1 << 20;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = rustix::fs::open("/etc/passwd", flags, Mode::empty())?;
+    let file = fs::File::from(file);
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut text = Vec::new();
+    file.take(BYTES).read_to_end(&mut text)?;
+    Ok(text)
 }
 
 fn become_user(process: &Process) -> Result<(), InitError> {

@@ -158,6 +158,21 @@ agent_test! {
 }
 
 agent_test! {
+    async fn the_home_directory_is_found_in_any_image(agent: Agent) {
+        let spec = agent.spec(&["/bin/sh", "-c", "echo $HOME"]);
+        let passwd = agent.rootfs().join("etc/passwd");
+        // In Latin-1, as old tools wrote names.
+        std::fs::write(&passwd, b"root:x:0:0:Ren\xe9:/home/rene:/bin/sh\n").unwrap();
+        assert_eq!(agent.output(&spec).await.1, "/home/rene\n");
+        // Nobody will ever write to it.
+        std::fs::remove_file(&passwd).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(&passwd).status().unwrap();
+        assert!(made.success());
+        assert_eq!(agent.output(&spec).await.1, "/\n");
+    }
+}
+
+agent_test! {
     async fn seccomp_filters_apply_with_and_without_no_new_privs(agent: Agent) {
         for no_new_privileges in [true, false] {
             let mut spec = agent.spec(&["/bin/sh", "-c", "mkdir /tmp/d; echo $?; uname >/dev/null; grep Seccomp: /proc/self/status"]);
