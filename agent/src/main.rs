@@ -21,6 +21,7 @@ mod kmsg;
 mod lock;
 mod netlink;
 mod oci;
+mod pidfd;
 mod power;
 mod reaper;
 mod sandbox;

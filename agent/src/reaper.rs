@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use rustix::io::Errno;
@@ -25,22 +25,7 @@ pub struct Exit {
 /// Everybody who waits for a child.
 #[derive(Debug, Default)]
 pub struct Reaper {
-    children: Mutex<Children>,
-}
-
-#[derive(Debug, Default)]
-struct Children {
-    waiting: HashMap<i32, oneshot::Sender<Exit>>,
-    /// Launches under way. A child may end before its launcher knows its pid,
-    /// so statuses that nobody claims are kept while there are any.
-    launches: usize,
-    unclaimed: HashMap<i32, Exit>,
-}
-
-/// Held while children may appear whose pids are not known yet.
-#[derive(Debug)]
-pub struct Launching {
-    reaper: Arc<Reaper>,
+    waiting: Mutex<HashMap<i32, oneshot::Sender<Exit>>>,
 }
 
 impl Reaper {
@@ -60,16 +45,12 @@ impl Reaper {
         Ok(reaper)
     }
 
-    /// Announces that children are about to be made.
-    pub fn launching(self: &Arc<Self>) -> Launching {
-        self.lock().launches += 1;
-        Launching {
-            reaper: Arc::clone(self),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Children> {
-        lock(&self.children)
+    /// The future exit of this process. It must not be ours to collect yet:
+    /// an exit that nobody waits for is forgotten, and its pid may come again.
+    pub fn claim(&self, pid: i32) -> oneshot::Receiver<Exit> {
+        let (sender, receiver) = oneshot::channel();
+        lock(&self.waiting).insert(pid, sender);
+        receiver
     }
 
     fn collect(&self) {
@@ -92,37 +73,10 @@ impl Reaper {
                 code,
                 at: SystemTime::now(),
             };
-            let mut children = self.lock();
-            if let Some(waiter) = children.waiting.remove(&pid) {
+            if let Some(waiter) = lock(&self.waiting).remove(&pid) {
                 // A waiter that is gone no longer cares.
                 let _ = waiter.send(exit);
-            } else if children.launches > 0 {
-                children.unclaimed.insert(pid, exit);
             }
-        }
-    }
-}
-
-impl Launching {
-    /// The future exit of this child, also when it has ended already.
-    pub fn claim(&self, pid: i32) -> oneshot::Receiver<Exit> {
-        let (sender, receiver) = oneshot::channel();
-        let mut children = self.reaper.lock();
-        if let Some(exit) = children.unclaimed.remove(&pid) {
-            let _ = sender.send(exit);
-        } else {
-            children.waiting.insert(pid, sender);
-        }
-        receiver
-    }
-}
-
-impl Drop for Launching {
-    fn drop(&mut self) {
-        let mut children = self.reaper.lock();
-        children.launches -= 1;
-        if children.launches == 0 {
-            children.unclaimed.clear();
         }
     }
 }

@@ -216,22 +216,21 @@ impl Sandbox {
             Some(Some(path)) => path,
         };
         let target = path.strip_prefix(path::CONTAINERS).ok();
-        let pid = match target.and_then(Path::to_str) {
-            Some(target) => self.container(target)?.first_pid(),
-            None => {
-                let shared = match &*lock(&self.pod) {
-                    Pod::Created { shared_pids, .. } => shared_pids.clone(),
-                    Pod::Absent | Pod::Creating => None,
-                };
-                let Some(shared) = shared else {
-                    return Ok(PidSource::Own);
-                };
-                let make = || PidNamespace::make(&self.around.reaper);
-                shared.get_or_try_init(make).await?.pid()
-            }
+        if let Some(target) = target.and_then(Path::to_str) {
+            let file = format!("/proc/{}/ns/pid", self.container(target)?.first_pid());
+            return Ok(PidSource::Of(File::open(&file).doing("open", &file)?));
+        }
+        let shared = match &*lock(&self.pod) {
+            Pod::Created { shared_pids, .. } => shared_pids.clone(),
+            Pod::Absent | Pod::Creating => None,
         };
-        let file = format!("/proc/{pid}/ns/pid");
-        Ok(PidSource::Of(File::open(&file).doing("open", &file)?))
+        let Some(shared) = shared else {
+            return Ok(PidSource::Own);
+        };
+        let shared = shared.get_or_try_init(PidNamespace::make).await?.file();
+        Ok(PidSource::Of(
+            shared.doing("join", "the pod's PID namespace")?,
+        ))
     }
 
     /// A container by its id.

@@ -6,20 +6,23 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use tokio::sync::oneshot;
 
 use crate::error::{Doing, OsError};
-use crate::init::channel::{AgentChannel, inherit};
+use crate::init::channel::{AgentChannel, inherit, keep};
 use crate::init::plan::{Failure, Kind, Order, Plan, Report};
 use crate::kernel_file;
 use crate::oci::{IdMapping, Spec};
-use crate::reaper::{Exit, Launching, Reaper};
+use crate::pidfd::PidFd;
+use crate::reaper::{Exit, Reaper};
 use crate::stdio::ChildStreams;
 
 /// Mounts of hung file systems are the only slow thing a helper meets.
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// How long a killed helper may take to end: one in a request to a file system
+/// that the container itself serves may take for ever.
+const END_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A process that could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -40,14 +43,23 @@ pub enum LaunchError {
 /// A prepared process.
 #[derive(Debug)]
 pub struct Launched {
-    /// As our PID namespace numbers it.
-    pub pid: i32,
-    /// When it ends.
-    pub exit: oneshot::Receiver<Exit>,
+    /// The process.
+    pub child: Child,
     /// To tell it to go on, and to hear whether it could.
     pub channel: AgentChannel,
     /// The master of its terminal.
     pub terminal: Option<OwnedFd>,
+}
+
+/// A process of which its helper has told.
+#[derive(Debug)]
+pub struct Child {
+    /// As our PID namespace numbers it.
+    pub pid: i32,
+    /// The same, for good.
+    pub pidfd: PidFd,
+    /// When it ends.
+    pub exit: oneshot::Receiver<Exit>,
 }
 
 /// Makes a process up to the point where it reports to be ready. The inherited
@@ -58,15 +70,19 @@ pub async fn launch(
     streams: ChildStreams,
     inherited: &[OwnedFd],
 ) -> Result<Launched, LaunchError> {
-    let launching = reaper.launching();
     let (channel, theirs) = AgentChannel::pair().doing("make", "a channel")?;
     for fd in inherited {
         inherit(fd).doing("leave open", fd.as_raw_fd())?;
     }
-    let helper = spawn(&theirs, streams)?;
+    let helper = spawn(&theirs, streams);
     drop(theirs);
+    for fd in inherited {
+        // Other helpers start while we talk to this one.
+        keep(fd).doing("keep", fd.as_raw_fd())?;
+    }
+    let helper = helper?;
     let mut child = None;
-    let dialogue = converse(channel, plan, helper, &launching, &mut child);
+    let dialogue = converse(channel, plan, &helper, reaper, &mut child);
     let result = match tokio::time::timeout(DEADLINE, dialogue).await {
         Ok(result) => result,
         Err(_) => Err(LaunchError::Deadline {
@@ -74,32 +90,37 @@ pub async fn launch(
         }),
     };
     match (result, child) {
-        (Ok((channel, terminal)), Some((pid, exit))) => Ok(Launched {
-            pid,
-            exit,
+        (Ok((channel, terminal)), Some(child)) => Ok(Launched {
+            child,
             channel,
             terminal,
         }),
         (Ok(_), None) => Err(LaunchError::Ended),
         (Err(error), child) => {
             // Both end by themselves on any error of theirs; not on a deadline.
-            for pid in child
-                .as_ref()
-                .map(|(pid, _)| *pid)
-                .into_iter()
-                .chain([helper])
-            {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            }
-            if let Some((_, exit)) = child {
-                let _ = exit.await;
+            let _ = helper.pidfd.signal(libc::SIGKILL);
+            if let Some(child) = child {
+                let _ = child.pidfd.signal(libc::SIGKILL);
+                if tokio::time::timeout(END_DEADLINE, child.exit)
+                    .await
+                    .is_err()
+                {
+                    log::error!("process {} does not end", child.pid);
+                }
             }
             Err(error)
         }
     }
 }
 
-fn spawn(channel: &OwnedFd, streams: ChildStreams) -> Result<i32, OsError> {
+/// The process that makes the child. The reaper collects it.
+#[derive(Debug)]
+struct Helper {
+    pid: i32,
+    pidfd: PidFd,
+}
+
+fn spawn(channel: &OwnedFd, streams: ChildStreams) -> Result<Helper, OsError> {
     let or_null = |fd: Option<OwnedFd>| fd.map_or_else(Stdio::null, Stdio::from);
     let helper = Command::new("/proc/self/exe")
         .args(["init", &channel.as_raw_fd().to_string()])
@@ -109,16 +130,32 @@ fn spawn(channel: &OwnedFd, streams: ChildStreams) -> Result<i32, OsError> {
         .stderr(or_null(streams.stderr))
         .spawn()
         .doing("start", "the helper")?;
-    // The reaper collects it.
-    Ok(helper.id().cast_signed())
+    let pid = helper.id().cast_signed();
+    // The reaper runs on this thread, so it has not been collected yet.
+    let pidfd = PidFd::open(pid).doing("open", "the helper")?;
+    Ok(Helper { pid, pidfd })
+}
+
+impl Helper {
+    /// The child it tells of, to be watched over from now on.
+    fn child(&self, pid: i32, reaper: &Reaper) -> Result<Child, LaunchError> {
+        let pidfd = PidFd::open(pid).map_err(|_| LaunchError::Ended)?;
+        let exit = reaper.claim(pid);
+        // The child is ours to collect when its parent is gone. Then it may
+        // have been, and the number is nobody's, or another's.
+        match self.pidfd.is_running() {
+            true => Ok(Child { pid, pidfd, exit }),
+            false => Err(LaunchError::Ended),
+        }
+    }
 }
 
 async fn converse(
     mut channel: AgentChannel,
     plan: &Plan,
-    helper: i32,
-    launching: &Launching,
-    child: &mut Option<(i32, oneshot::Receiver<Exit>)>,
+    helper: &Helper,
+    reaper: &Reaper,
+    child: &mut Option<Child>,
 ) -> Result<(AgentChannel, Option<OwnedFd>), LaunchError> {
     channel.send(plan).await.doing("tell", "the helper")?;
     loop {
@@ -126,18 +163,16 @@ async fn converse(
         match received.doing("hear", "the helper")? {
             Some((Report::IdMapsNeeded, _)) => {
                 if let Kind::Container(plan) = &plan.kind {
-                    write_id_maps(helper, &plan.spec)?;
+                    write_id_maps(helper.pid, &plan.spec)?;
                 }
-                channel
-                    .send(&Order::Continue)
-                    .await
-                    .doing("tell", "the helper")?;
             }
-            Some((Report::Child(pid), _)) => *child = Some((pid, launching.claim(pid))),
+            Some((Report::Child(pid), _)) => *child = Some(helper.child(pid, reaper)?),
             Some((Report::Ready, terminal)) => return Ok((channel, terminal)),
             Some((Report::Failure(failure), _)) => return Err(LaunchError::Reported(failure)),
             None => return Err(LaunchError::Ended),
         }
+        let answered = channel.send(&Order::Continue).await;
+        answered.doing("tell", "the helper")?;
     }
 }
 

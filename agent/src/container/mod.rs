@@ -193,7 +193,7 @@ impl Container {
             }
         };
         Ok(Self {
-            first: Process::new(launched.pid, terminal, streams, launched.exit, last_rites),
+            first: Process::new(launched.child, terminal, streams, last_rites),
             id: order.id,
             cgroup,
             phase: Mutex::new(Phase::Created(launched.channel)),
@@ -224,9 +224,8 @@ impl Container {
         };
         let released = launch::release(channel).await;
         *lock(&self.phase) = Phase::Running;
-        if released.is_err() {
-            // It ends by itself; the caller shall find it ended.
-            self.first.wait().await?;
+        if let Err(error) = &released {
+            end_unconfirmed(&self.first, error).await?;
         }
         Ok(released?)
     }
@@ -287,12 +286,8 @@ impl Container {
         terminal: bool,
         around: &Surroundings,
     ) -> Result<Process, Error> {
-        let pid = rustix::process::Pid::from_raw(self.first.pid()).ok_or(Error::Finished)?;
-        let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
-            .doing("open", "the container's process")?;
-        // Taken before the exit is looked at: a pid of a process that is not
-        // collected yet can't be another's.
-        self.expect_running()?;
+        let pidfd = self.first.pidfd().try_clone();
+        let pidfd = pidfd.doing("open", "the container's process")?;
         let (uid, gid) = self.id_maps.outside(&process.user)?;
         let mut cgroups = vec![self.cgroup.procs_file()];
         cgroups.extend(own_cgroup_of(self.first.pid(), &around.cgroup_root));
@@ -316,11 +311,11 @@ impl Container {
         });
         let (terminal, streams) = wired.inspect_err(|_| {
             // It runs by now, and nobody would ever hear of it.
-            let _ = process::send_signal(launched.pid, libc::SIGKILL);
+            let _ = launched.child.pidfd.signal(libc::SIGKILL);
         })?;
-        let process = Process::new(launched.pid, terminal, streams, launched.exit, || ());
+        let process = Process::new(launched.child, terminal, streams, || ());
         if let Err(error) = launch::confirm(launched.channel).await {
-            process.wait().await?;
+            end_unconfirmed(&process, &error).await?;
             return Err(error.into());
         }
         Ok(process)
@@ -371,7 +366,8 @@ impl Container {
     pub fn processes(&self) -> Result<Vec<(i32, String)>, Error> {
         let mut ids = HashMap::new();
         for (exec_id, process) in lock(&self.execs).iter() {
-            if let Some(process) = process {
+            // The number of an ended one may be another's.
+            if let Some(process) = process.as_ref().filter(|process| process.ended().is_none()) {
                 ids.insert(process.pid(), exec_id.clone());
             }
         }
@@ -504,6 +500,20 @@ impl std::ops::Deref for ProcessRef<'_> {
             Self::Exec(process) => process,
         }
     }
+}
+
+/// A process that says that it can't run its program ends by itself, one that
+/// says nothing doesn't. The caller shall find it ended.
+async fn end_unconfirmed(process: &Process, error: &LaunchError) -> Result<(), Error> {
+    if matches!(error, LaunchError::Deadline { .. }) {
+        let _ = process.signal(libc::SIGKILL);
+    }
+    let ended = tokio::time::timeout(END_DEADLINE, process.wait()).await;
+    ended.map_err(|_| Error::Deadline {
+        what: format!("the end of process {}", process.pid()),
+        seconds: END_DEADLINE.as_secs(),
+    })??;
+    Ok(())
 }
 
 fn terminal_of(master: Option<OwnedFd>) -> Result<Option<Terminal>, Error> {

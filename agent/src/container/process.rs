@@ -1,9 +1,11 @@
 //! A process of a container while it runs and after.
 
 use nix::errno::Errno;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
+use super::launch::Child;
 use crate::error::{Doing, Error};
+use crate::pidfd::PidFd;
 use crate::reaper::Exit;
 use crate::stdio::{Carried, Terminal};
 
@@ -11,6 +13,7 @@ use crate::stdio::{Carried, Terminal};
 #[derive(Debug)]
 pub struct Process {
     pid: i32,
+    pidfd: PidFd,
     terminal: Option<Terminal>,
     ended: watch::Receiver<Option<Ended>>,
 }
@@ -28,15 +31,14 @@ pub struct Ended {
 impl Process {
     /// Watches over a process; `on_exit` runs before anybody hears of its end.
     pub fn new(
-        pid: i32,
+        child: Child,
         terminal: Option<Terminal>,
         streams: Carried,
-        exit: oneshot::Receiver<Exit>,
         on_exit: impl FnOnce() + Send + 'static,
     ) -> Self {
         let (publish, ended) = watch::channel(None);
         tokio::spawn(async move {
-            if let Ok(exit) = exit.await {
+            if let Ok(exit) = child.exit.await {
                 on_exit();
                 publish.send_replace(Some(Ended {
                     exit,
@@ -46,7 +48,8 @@ impl Process {
             }
         });
         Self {
-            pid,
+            pid: child.pid,
+            pidfd: child.pidfd,
             terminal,
             ended,
         }
@@ -55,6 +58,11 @@ impl Process {
     /// As our PID namespace numbers it.
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// The same, whatever has its number.
+    pub fn pidfd(&self) -> &PidFd {
+        &self.pidfd
     }
 
     /// How it ended, if it did.
@@ -74,7 +82,7 @@ impl Process {
         if self.ended().is_some() {
             return Err(Error::Finished);
         }
-        send_signal(self.pid, signal)
+        signalled(self.pidfd.signal(signal), self.pid, signal)
     }
 
     /// Tells its terminal's size.
@@ -86,12 +94,16 @@ impl Process {
     }
 }
 
-/// Any signal number, real-time ones included.
+/// To whatever has this number; real-time signals included.
 pub fn send_signal(pid: i32, signal: i32) -> Result<(), Error> {
     // SAFETY: two numbers; the pid is positive, so it is one process.
     let sent = Errno::result(unsafe { libc::kill(pid, signal) });
+    signalled(sent.map(|_| ()), pid, signal)
+}
+
+fn signalled(sent: Result<(), Errno>, pid: i32, signal: i32) -> Result<(), Error> {
     match sent {
-        Ok(_) => Ok(()),
+        Ok(()) => Ok(()),
         Err(Errno::ESRCH) => Err(Error::Finished),
         Err(Errno::EINVAL) => Err(Error::Invalid {
             field: "signal",

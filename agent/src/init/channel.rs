@@ -126,10 +126,16 @@ impl AgentChannel {
 
 /// Leaves a descriptor open across the next exec.
 pub fn inherit(fd: &impl AsFd) -> io::Result<()> {
-    nix::fcntl::fcntl(
-        fd,
-        nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
-    )?;
+    set_flags(fd, nix::fcntl::FdFlag::empty())
+}
+
+/// Undoes that: what is started later has no business with it.
+pub fn keep(fd: &impl AsFd) -> io::Result<()> {
+    set_flags(fd, nix::fcntl::FdFlag::FD_CLOEXEC)
+}
+
+fn set_flags(fd: &impl AsFd, flags: nix::fcntl::FdFlag) -> io::Result<()> {
+    nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(flags))?;
     Ok(())
 }
 

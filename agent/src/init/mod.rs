@@ -2,7 +2,7 @@
 //! into a container's process. The agent starts it as `husk-agent init FD` and
 //! tells it what to become over that descriptor (see `plan`).
 
-mod capabilities;
+pub mod capabilities;
 pub mod channel;
 mod copy_up;
 mod devices;
@@ -122,15 +122,17 @@ fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
 }
 
 /// Goes on in a child, since only a child enters a new PID or time namespace.
-/// The child becomes the agent's own when its parent ends.
-fn become_child(channel: &mut HelperChannel) -> Result<(), OsError> {
+/// The child becomes the agent's own when its parent ends, which is not before
+/// the agent watches over it.
+pub fn become_child(channel: &mut HelperChannel) -> Result<(), OsError> {
     let (parent_gone, parent_alive) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).doing("make", "a pipe")?;
     // SAFETY: this process has one thread.
     match unsafe { fork() }.doing("make", "the container's process")? {
         ForkResult::Parent { child } => {
             let told = channel.send(&Report::Child(child.as_raw()), None);
-            std::process::exit(i32::from(told.is_err()))
+            let answered = told.and_then(|()| channel.receive::<Order>());
+            std::process::exit(i32::from(answered.is_err()))
         }
         ForkResult::Child => {
             drop(parent_alive);

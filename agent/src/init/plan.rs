@@ -1,8 +1,8 @@
 //! What the agent and its helper say to each other while a process is made.
 //!
 //! The helper reads one `Plan`, answers with `Report`s, and is answered with
-//! `Order`s: `IdMapsNeeded` by `Continue`, `Ready` by `Continue` when the plan
-//! says hold. The channel closes without a `Failure` when the program runs.
+//! `Order`s: `IdMapsNeeded` and `Child` by `Continue`, and the `Ready` of a
+//! container by `Continue` when it shall start. The channel closes without a `Failure` when the program runs.
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -72,7 +72,8 @@ pub struct ExecPlan {
 pub enum Report {
     /// The helper is in a new user namespace: write its maps.
     IdMapsNeeded,
-    /// The process itself, as the agent's PID namespace numbers it.
+    /// The process itself, as the agent's PID namespace numbers it. Until the
+    /// answer it is another's to collect, so that its number stays its own.
     Child(i32),
     /// All is prepared; a terminal's descriptor comes along.
     Ready,

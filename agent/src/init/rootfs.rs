@@ -173,13 +173,14 @@ fn open_if_there(root: &OwnedFd, path: &str) -> Result<Option<OwnedFd>, OsError>
     }
 }
 
-fn pivot(root: &OwnedFd) -> Result<(), OsError> {
+/// Makes a mounted directory this process's root and leaves the one before.
+pub fn pivot(root: &OwnedFd) -> Result<(), OsError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let old = openat(CWD, "/", flags, Mode::empty()).doing("open", "the guest's root")?;
     rustix::process::fchdir(root)
         .and_then(|()| rustix::process::pivot_root(".", "."))
         .and_then(|()| rustix::process::fchdir(&old))
-        .doing("change to", "the container's root")?;
+        .doing("change to", "the new root")?;
     // The old root lies over the new one now. What we unmount of it must not
     // vanish for the agent.
     let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;

@@ -170,6 +170,18 @@ async fn a_shared_pid_namespace_is_shared_and_collects_orphans() {
     let (_, stdout, stderr) = agent.output(&spec).await;
     // Both the other container's and its own orphan; no zombie afterwards.
     assert_eq!(stdout, "husk-agent\n2\n0\n", "{stderr}");
+    // A right over processes is no way to the guest's files, or to its root.
+    let line = "ls -A /proc/1/root/ /proc/1/fd/; touch /proc/1/root/x; grep -E '^(Uid|Groups|CapPrm|CapBnd|NoNewPrivs)' /proc/1/status";
+    let mut spec = agent.spec(&["/bin/sh", "-c", line]);
+    spec["linux"]["namespaces"][0]["path"] = json!("/proc/4242/ns/pid");
+    for set in ["bounding", "effective", "permitted"] {
+        let set = spec["process"]["capabilities"][set].as_array_mut().unwrap();
+        set.push(json!("CAP_SYS_PTRACE"));
+    }
+    let (_, stdout, stderr) = agent.output(&spec).await;
+    let expected = "/proc/1/fd/:\n\n/proc/1/root/:\nUid:\t65534\t65534\t65534\t65534\nGroups:\t \nCapPrm:\t0000000000000000\nCapBnd:\t0000000000000000\nNoNewPrivs:\t1\n";
+    assert_eq!(stdout, expected, "{stderr}");
+    assert!(stderr.contains("Read-only file system"), "{stderr}");
     agent.delete("a").await;
     assert_eq!(agent.children().len(), 1);
 }
