@@ -193,7 +193,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
         let resources: oci::Resources = parse("oci_resources", &request.oci_resources)?;
-        container.update(&resources)?;
+        blocking(move || container.update(&resources)).await?;
         Ok(Empty::new())
     }
 
@@ -286,7 +286,8 @@ impl Agent for Service {
     }
 }
 
-/// Writes to /sys probe or remove whole devices before they return.
+/// Writes to /sys probe or remove whole devices, or take memory back, before
+/// they return.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
