@@ -194,9 +194,8 @@ pub struct Namespace {
 #[serde(rename_all = "camelCase")]
 pub struct Device {
     pub path: PathBuf,
-    /// `b`, `c`, `u` or `p`.
     #[serde(rename = "type")]
-    pub kind: String,
+    pub kind: DeviceKind,
     #[serde(default)]
     pub major: i64,
     #[serde(default)]
@@ -204,6 +203,31 @@ pub struct Device {
     pub file_mode: Option<u32>,
     pub uid: Option<u32>,
     pub gid: Option<u32>,
+}
+
+impl Device {
+    /// As the kernel writes both in one.
+    pub fn number(&self) -> u64 {
+        device_number(self.major, self.minor)
+    }
+}
+
+fn device_number(major: i64, minor: i64) -> u64 {
+    let half = |number: i64| u32::try_from(number).unwrap_or(0);
+    rustix::fs::makedev(half(major), half(minor))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceKind {
+    /// Of rules only.
+    #[serde(rename = "a")]
+    All,
+    #[serde(rename = "b")]
+    Block,
+    #[serde(rename = "c", alias = "u")]
+    Character,
+    #[serde(rename = "p")]
+    Pipe,
 }
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -248,9 +272,9 @@ pub struct Resources {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DeviceRule {
     pub allow: bool,
-    /// `a`, `b` or `c`; missing is all.
+    /// Missing is all.
     #[serde(rename = "type")]
-    pub kind: Option<String>,
+    pub kind: Option<DeviceKind>,
     pub major: Option<i64>,
     pub minor: Option<i64>,
     pub access: Option<String>,
@@ -272,8 +296,6 @@ pub struct Cpu {
     pub burst: Option<u64>,
     pub period: Option<u64>,
     pub idle: Option<i64>,
-    pub cpus: Option<String>,
-    pub mems: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -301,6 +323,13 @@ pub struct Throttle {
     pub major: i64,
     pub minor: i64,
     pub rate: u64,
+}
+
+impl Throttle {
+    /// As the kernel writes both in one.
+    pub fn number(&self) -> u64 {
+        device_number(self.major, self.minor)
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -414,6 +443,7 @@ mod tests {
             r#"{"linux":{"seccomp":{"defaultAction":"SCMP_ACT_MAYBE"}}}"#,
             r#"{"process":{"user":{"uid":-1,"gid":0}}}"#,
             r#"{"linux":{"personality":{"domain":"AMIGA"}}}"#,
+            r#"{"linux":{"resources":{"devices":[{"allow":true,"type":"x"}]}}}"#,
         ] {
             assert!(serde_json::from_str::<Spec>(json).is_err(), "{json}");
         }

@@ -3,13 +3,15 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::device_filter;
+use super::device_filter::{self, DeviceFilter};
 use super::limits::{self, LimitError};
 use crate::error::{Doing, OsError};
 use crate::kernel_file;
-use crate::oci::Resources;
+use crate::lock::lock;
+use crate::oci::{DeviceRule, Resources};
 use crate::watch::FileWatch;
 
 /// Our part of the tree: container ids must not meet the kernel's file names.
@@ -77,6 +79,7 @@ fn enable_controllers(path: &Path) -> Result<(), OsError> {
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
+    filter: Mutex<Option<Arc<DeviceFilter>>>,
 }
 
 impl Cgroup {
@@ -85,7 +88,10 @@ impl Cgroup {
     pub fn create(root: &Path, id: &str) -> Result<Self, OsError> {
         let path = root.join(PARENT).join(id);
         fs::create_dir(&path).doing("make", path.display())?;
-        Ok(Self { path })
+        Ok(Self {
+            path,
+            filter: Mutex::default(),
+        })
     }
 
     /// Where it is.
@@ -98,10 +104,10 @@ impl Cgroup {
         self.path.join("cgroup.procs")
     }
 
-    /// Sets limits and the device filter; `devices` are block devices that are
-    /// allowed whatever the rules say.
-    pub fn apply(&self, resources: &Resources, devices: &[u64]) -> Result<(), CgroupError> {
-        for limit in limits::writes(resources)? {
+    /// Sets limits; `devices` are the container's own block devices. May wait
+    /// for the kernel to take memory back.
+    pub fn limit(&self, resources: &Resources, devices: &[u64]) -> Result<(), CgroupError> {
+        for limit in limits::writes(resources, devices)? {
             let written = kernel_file::write(self.path.join(&limit.file), &limit.value);
             match written {
                 Err(error) if limit.optional && error.kind() == io::ErrorKind::NotFound => {}
@@ -112,11 +118,15 @@ impl Cgroup {
                 })?,
             }
         }
-        Ok(device_filter::apply(
-            &self.path,
-            &resources.devices,
-            devices,
-        )?)
+        Ok(())
+    }
+
+    /// Sets which devices may be used: by these rules, and the container's own.
+    pub fn filter_devices(&self, rules: &[DeviceRule], devices: &[u64]) -> Result<(), CgroupError> {
+        let before = lock(&self.filter).clone();
+        let filter = device_filter::apply(&self.path, rules, devices, before.as_deref())?;
+        *lock(&self.filter) = filter.map(Arc::new);
+        Ok(())
     }
 
     /// Every process in it and below.

@@ -6,13 +6,15 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 use crate::error::{Doing, OsError};
-use crate::oci::DeviceRule;
+use crate::oci::{DeviceKind, DeviceRule};
 
 // linux/bpf.h
 const BPF_PROG_LOAD: i32 = 5;
 const BPF_PROG_ATTACH: i32 = 8;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_F_ALLOW_MULTI: u32 = 2;
+const BPF_F_REPLACE: u32 = 4;
 const MKNOD: u32 = 1;
 const READ: u32 = 2;
 const WRITE: u32 = 4;
@@ -32,8 +34,7 @@ struct Rule {
 const ALL: u32 = MKNOD | READ | WRITE;
 
 /// What every container may use, as its `/dev` has it.
-const ALWAYS: [(Option<u32>, Option<u32>, u32); 9] = [
-    (None, None, MKNOD),
+const ALWAYS: [(Option<u32>, Option<u32>, u32); 8] = [
     (Some(1), Some(3), ALL),
     (Some(1), Some(5), ALL),
     (Some(1), Some(7), ALL),
@@ -44,40 +45,57 @@ const ALWAYS: [(Option<u32>, Option<u32>, u32); 9] = [
     (Some(136), None, ALL),
 ];
 
-/// Replaces the cgroup's filter by one for these rules, which know the host's
-/// numbers of block devices, and for the pod's own block devices.
-pub fn apply(cgroup: &Path, rules: &[DeviceRule], blocks: &[u64]) -> Result<(), OsError> {
-    let mut parsed: Vec<Rule> = rules.iter().map(Rule::from_spec).collect();
-    if parsed.is_empty() || allows_everything(&parsed) {
-        return Ok(());
+const fn allow(kind: u32, major: Option<u32>, minor: Option<u32>, access: u32) -> Rule {
+    Rule {
+        allow: true,
+        kind: Some(kind),
+        major,
+        minor,
+        access,
     }
-    parsed.extend(ALWAYS.iter().map(|(major, minor, access)| Rule {
-        allow: true,
-        kind: Some(CHARACTER),
-        major: *major,
-        minor: *minor,
-        access: *access,
-    }));
-    parsed.extend(blocks.iter().map(|number| Rule {
-        allow: true,
-        kind: Some(BLOCK),
-        major: Some(rustix::fs::major(*number)),
-        minor: Some(rustix::fs::minor(*number)),
-        access: ALL,
-    }));
+}
+
+/// The filter of a cgroup, as long as it is the one that is attached.
+#[derive(Debug)]
+pub struct DeviceFilter(OwnedFd);
+
+/// Replaces the cgroup's filter by one for these rules and for the container's
+/// own block devices; without rules those are all. `None` when a cgroup
+/// without a filter needs none.
+pub fn apply(
+    cgroup: &Path,
+    rules: &[DeviceRule],
+    blocks: &[u64],
+    before: Option<&DeviceFilter>,
+) -> Result<Option<DeviceFilter>, OsError> {
+    let mut parsed: Vec<Rule> = rules.iter().filter_map(Rule::from_spec).collect();
+    let is_open = allows_everything(&parsed);
+    if is_open && before.is_none() {
+        return Ok(None);
+    }
+    if !is_open {
+        // Making a node is no use of it: who unpacks an image needs that.
+        parsed.extend([BLOCK, CHARACTER].map(|kind| allow(kind, None, None, MKNOD)));
+        let always = ALWAYS.iter();
+        parsed
+            .extend(always.map(|(major, minor, access)| allow(CHARACTER, *major, *minor, *access)));
+        let numbers = blocks
+            .iter()
+            .map(|number| (rustix::fs::major(*number), rustix::fs::minor(*number)));
+        parsed.extend(numbers.map(|(major, minor)| allow(BLOCK, Some(major), Some(minor), ALL)));
+    }
     let program = load(&assemble(&parsed)).doing("load", "the device filter")?;
     let directory = File::open(cgroup).doing("open", cgroup.display())?;
-    attach(&program, &directory).doing("attach the device filter to", cgroup.display())
+    attach(&program, &directory, before).doing("attach the device filter to", cgroup.display())?;
+    Ok(Some(DeviceFilter(program)))
 }
 
 impl Rule {
-    fn from_spec(rule: &DeviceRule) -> Self {
-        let kind = match rule.kind.as_deref() {
-            Some("b") => Some(BLOCK),
-            Some("c" | "u") => Some(CHARACTER),
-            _ => None,
-        };
+    /// `None` for what says nothing here.
+    fn from_spec(rule: &DeviceRule) -> Option<Self> {
         let number = |number: Option<i64>| number.and_then(|number| u32::try_from(number).ok());
+        let (major, minor) = (number(rule.major), number(rule.minor));
+        let any_number = major.is_none() && minor.is_none();
         let access = rule.access.as_deref().unwrap_or("rwm");
         let bits = access.chars().fold(0, |bits, letter| {
             bits | match letter {
@@ -87,13 +105,24 @@ impl Rule {
                 _ => 0,
             }
         });
-        Self {
+        let access = if access.is_empty() { ALL } else { bits };
+        let kind = match rule.kind {
+            Some(DeviceKind::Pipe) => return None,
+            Some(DeviceKind::Character) => Some(CHARACTER),
+            // Numbers are the host's, and those of other disks here: which
+            // block devices a container may use is not for its rules to say.
+            Some(DeviceKind::Block) if rule.allow || !any_number => return None,
+            Some(DeviceKind::Block) => Some(BLOCK),
+            Some(DeviceKind::All) | None if any_number && (!rule.allow || access == ALL) => None,
+            Some(DeviceKind::All) | None => Some(CHARACTER),
+        };
+        Some(Self {
             allow: rule.allow,
             kind,
-            major: number(rule.major),
-            minor: number(rule.minor),
-            access: if access.is_empty() { ALL } else { bits },
-        }
+            major,
+            minor,
+            access,
+        })
     }
 
     fn is_for_everything(self) -> bool {
@@ -208,6 +237,10 @@ fn assemble(rules: &[Rule]) -> Vec<Instruction> {
             }
         }
         program.extend(body);
+        if rule.allow && rule.is_for_everything() {
+            // The kernel refuses instructions that nothing reaches.
+            return program;
+        }
     }
     program.extend([set(0, 0), exit()]);
     program
@@ -235,6 +268,7 @@ struct AttachAttributes {
     program: u32,
     kind: u32,
     flags: u32,
+    replaced: u32,
 }
 
 fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
@@ -250,13 +284,14 @@ fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn attach(program: &OwnedFd, cgroup: &File) -> io::Result<()> {
+fn attach(program: &OwnedFd, cgroup: &File, before: Option<&DeviceFilter>) -> io::Result<()> {
     let attributes = AttachAttributes {
         target: cgroup.as_raw_fd().cast_unsigned(),
         program: program.as_raw_fd().cast_unsigned(),
         kind: BPF_CGROUP_DEVICE,
-        // Without flags it replaces the one before.
-        flags: 0,
+        // Cgroups below may have filters of their own in addition.
+        flags: BPF_F_ALLOW_MULTI | before.map_or(0, |_| BPF_F_REPLACE),
+        replaced: before.map_or(0, |filter| filter.0.as_raw_fd().cast_unsigned()),
     };
     bpf(BPF_PROG_ATTACH, &attributes).map(|_| ())
 }
@@ -318,7 +353,27 @@ mod tests {
 
     fn rules(json: &str) -> Vec<Rule> {
         let rules: Vec<DeviceRule> = serde_json::from_str(json).unwrap();
-        rules.iter().map(Rule::from_spec).collect()
+        rules.iter().filter_map(Rule::from_spec).collect()
+    }
+
+    /// As the verifier sees it: every instruction, from some other one.
+    fn is_all_reached(program: &[Instruction]) -> bool {
+        let mut reached = vec![false; program.len()];
+        let mut open = vec![0];
+        while let Some(at) = open.pop() {
+            let Some(false) = reached.get(at) else {
+                continue;
+            };
+            reached[at] = true;
+            let step = program[at];
+            if matches!(step.code, JUMP_IF_EQUAL | JUMP_UNLESS_EQUAL) {
+                open.push(at + 1 + usize::try_from(step.offset).unwrap());
+            }
+            if step.code != exit().code {
+                open.push(at + 1);
+            }
+        }
+        reached.iter().all(|reached| *reached)
     }
 
     #[test]
@@ -326,16 +381,49 @@ mod tests {
         let program = assemble(&rules(
             r#"[{"allow":false,"access":"rwm"},
                 {"allow":true,"type":"c","major":1,"minor":3,"access":"rwm"},
-                {"allow":true,"type":"b","major":254,"access":"r"},
                 {"allow":false,"type":"c","major":1,"minor":3,"access":"w"}]"#,
         ));
         assert!(run(&program, CHARACTER, READ, 1, 3));
         assert!(!run(&program, CHARACTER, WRITE, 1, 3));
         assert!(!run(&program, CHARACTER, READ | WRITE, 1, 3));
         assert!(!run(&program, BLOCK, READ, 1, 3));
-        assert!(run(&program, BLOCK, READ, 254, 77));
-        assert!(!run(&program, BLOCK, READ | WRITE, 254, 77));
         assert!(!run(&program, CHARACTER, READ, 10, 200));
+    }
+
+    #[test]
+    fn rules_open_no_block_device() {
+        let program = assemble(&rules(
+            r#"[{"allow":false,"access":"rwm"},
+                {"allow":true,"type":"b","access":"rwm"},
+                {"allow":true,"type":"b","major":254,"minor":16,"access":"rwm"},
+                {"allow":true,"type":"p","access":"rwm"},
+                {"allow":true,"access":"r"},
+                {"allow":true,"major":10,"access":"rwm"}]"#,
+        ));
+        assert!(!run(&program, BLOCK, READ, 254, 16));
+        assert!(!run(&program, BLOCK, READ, 10, 16));
+        assert!(run(&program, CHARACTER, READ | WRITE, 10, 200));
+        assert!(run(&program, CHARACTER, READ, 11, 200));
+        assert!(!run(&program, CHARACTER, WRITE, 11, 200));
+    }
+
+    #[test]
+    fn what_follows_an_unconditional_answer_is_left_out() {
+        for text in [
+            r#"[{"allow":true,"access":"rwm"},{"allow":false,"type":"b","access":"w"}]"#,
+            r#"[{"allow":false},{"allow":true},{"allow":false,"type":"c","major":1,"minor":3}]"#,
+            r#"[{"allow":false}]"#,
+            r#"[{"allow":true}]"#,
+            "[]",
+        ] {
+            let program = assemble(&rules(text));
+            assert!(is_all_reached(&program), "{text}");
+            let open = text.starts_with(r#"[{"allow":true"#);
+            assert_eq!(
+                run(&program, CHARACTER, READ, 7, 7),
+                open || text.contains("true")
+            );
+        }
     }
 
     #[test]

@@ -27,8 +27,11 @@ pub struct Limit {
     pub optional: bool,
 }
 
-/// The files to write, in order.
-pub fn writes(resources: &Resources) -> Result<Vec<Limit>, LimitError> {
+/// The files to write, in order. Of what speaks of the node there is nothing:
+/// its processors and memory banks are not the guest's, and its block devices
+/// other disks than those with the same numbers here, but for the container's
+/// own `devices`.
+pub fn writes(resources: &Resources, devices: &[u64]) -> Result<Vec<Limit>, LimitError> {
     let mut writes = Writes(Vec::new());
     writes.memory(&resources.memory)?;
     writes.cpu(&resources.cpu);
@@ -36,7 +39,7 @@ pub fn writes(resources: &Resources) -> Result<Vec<Limit>, LimitError> {
         None | Some(0) => {}
         Some(limit) => writes.set("pids.max", number_or_max(limit)),
     }
-    writes.block_io(&resources.block_io);
+    writes.block_io(&resources.block_io, devices);
     for limit in &resources.hugepage_limits {
         writes.huge_pages(limit);
     }
@@ -112,14 +115,9 @@ impl Writes {
         if let Some(burst) = cpu.burst.filter(|burst| *burst != 0) {
             self.set("cpu.max.burst", burst.to_string());
         }
-        for (file, list) in [("cpuset.cpus", &cpu.cpus), ("cpuset.mems", &cpu.mems)] {
-            if let Some(list) = list.as_deref().filter(|list| !list.is_empty()) {
-                self.set(file, list.to_owned());
-            }
-        }
     }
 
-    fn block_io(&mut self, block_io: &BlockIo) {
+    fn block_io(&mut self, block_io: &BlockIo, own: &[u64]) {
         if let Some(weight) = block_io.weight.filter(|weight| *weight != 0) {
             // 10..=1000 becomes 1..=10000.
             let weight = 1 + (u64::from(weight).clamp(10, 1000) - 10) * 9999 / 990;
@@ -132,7 +130,10 @@ impl Writes {
             ("wiops", &block_io.throttle_write_iops_device),
         ];
         for (key, devices) in throttles {
-            for device in devices {
+            for device in devices
+                .iter()
+                .filter(|device| own.contains(&device.number()))
+            {
                 self.throttle(key, device);
             }
         }
@@ -177,7 +178,8 @@ mod tests {
 
     fn written(json: &str) -> Vec<(String, String)> {
         let resources = serde_json::from_str(json).unwrap();
-        let writes = writes(&resources).unwrap().into_iter();
+        let writes = writes(&resources, &[rustix::fs::makedev(254, 16)]).unwrap();
+        let writes = writes.into_iter();
         writes.map(|limit| (limit.file, limit.value)).collect()
     }
 
@@ -188,12 +190,8 @@ mod tests {
 
     #[test]
     fn cpu_shares_and_quota_become_weight_and_max() {
-        let cpu = r#"{"cpu":{"shares":1024,"quota":50000,"period":100000,"cpus":"0-1"}}"#;
-        let expected = [
-            ("cpu.weight", "39"),
-            ("cpu.max", "50000 100000"),
-            ("cpuset.cpus", "0-1"),
-        ];
+        let cpu = r#"{"cpu":{"shares":1024,"quota":50000,"period":100000}}"#;
+        let expected = [("cpu.weight", "39"), ("cpu.max", "50000 100000")];
         assert_eq!(written(cpu), pairs(&expected));
         assert_eq!(weight_of_shares(2), 1);
         assert_eq!(weight_of_shares(262_144), 10_000);
@@ -202,6 +200,14 @@ mod tests {
             pairs(&[("cpu.max", "max 100000")])
         );
         assert_eq!(written(r#"{"cpu":{"shares":0,"quota":0}}"#), []);
+    }
+
+    #[test]
+    fn what_speaks_of_the_node_is_not_written() {
+        assert_eq!(written(r#"{"cpu":{"cpus":"12-15","mems":"1"}}"#), []);
+        let throttles = r#"{"blockIO":{"throttleReadBpsDevice":
+            [{"major":8,"minor":0,"rate":5},{"major":254,"minor":16,"rate":7}]}}"#;
+        assert_eq!(written(throttles), pairs(&[("io.max", "254:16 rbps=7")]));
     }
 
     #[test]
@@ -215,7 +221,7 @@ mod tests {
         assert_eq!(written(memory), pairs(&expected));
         let memory = serde_json::from_str(r#"{"memory":{"limit":1000,"swap":10}}"#).unwrap();
         assert!(matches!(
-            writes(&memory),
+            writes(&memory, &[]),
             Err(LimitError::SwapBelowMemory { .. })
         ));
         assert_eq!(written(r#"{"memory":{"limit":0,"swap":0}}"#), []);
@@ -235,7 +241,7 @@ mod tests {
             let text = format!(r#"{{"unified":{{"{key}":"1"}}}}"#);
             let resources = serde_json::from_str(&text).unwrap();
             assert!(
-                matches!(writes(&resources), Err(LimitError::Unified { .. })),
+                matches!(writes(&resources, &[]), Err(LimitError::Unified { .. })),
                 "{key}"
             );
         }

@@ -26,6 +26,7 @@ use tokio::task::JoinHandle;
 use crate::error::{Doing, Error};
 use crate::events::Events;
 use crate::init::channel::AgentChannel;
+use crate::init::devices;
 use crate::init::plan::{ContainerPlan, ExecPlan, Kind, PidNamespace, Plan};
 use crate::lock::lock;
 use crate::oci::{self, NamespaceKind, Resources, Seccomp, Spec};
@@ -136,10 +137,11 @@ impl Container {
         around: &Surroundings,
         cgroup: Arc<Cgroup>,
     ) -> Result<Self, Error> {
-        let spec = order.spec;
-        if let Some(resources) = &spec.linux.resources {
-            cgroup.apply(resources, &order.devices)?;
-        }
+        let mut spec = order.spec;
+        devices::drop_foreign(&mut spec.linux.devices, &order.devices);
+        let resources = spec.linux.resources.clone().unwrap_or_default();
+        cgroup.limit(&resources, &order.devices)?;
+        cgroup.filter_devices(&resources.devices, &order.devices)?;
         let process = spec.process.clone().ok_or_else(|| Error::Invalid {
             field: "oci_spec.process",
             reason: "missing".to_owned(),
@@ -380,9 +382,14 @@ impl Container {
         stats::of(self.cgroup.path())
     }
 
-    /// Changes limits.
+    /// Changes what is given. Blocks.
     pub fn update(&self, resources: &Resources) -> Result<(), Error> {
-        Ok(self.cgroup.apply(resources, &self.devices)?)
+        self.cgroup.limit(resources, &self.devices)?;
+        if !resources.devices.is_empty() {
+            self.cgroup
+                .filter_devices(&resources.devices, &self.devices)?;
+        }
+        Ok(())
     }
 
     /// Stops all processes where they are.

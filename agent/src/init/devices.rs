@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::mount_options::Recursion;
 use super::{InitError, in_root, mounts};
 use crate::error::{Doing, OsError};
-use crate::oci::{Device, Mount, Spec};
+use crate::oci::{Device, DeviceKind, Mount, Spec};
 
 /// What every container has, whatever its spec says.
 const DEFAULT: [(&str, u32, u32); 6] = [
@@ -77,23 +77,35 @@ pub fn populate(root: &OwnedFd, spec: &Spec, source: NodeSource) -> Result<(), I
     Ok(())
 }
 
+/// Drops the block devices that aren't the container's own: where its spec was
+/// written, their numbers are those of other disks.
+pub fn drop_foreign(devices: &mut Vec<Device>, own: &[u64]) {
+    devices.retain(|device| {
+        let keep = device.kind != DeviceKind::Block || own.contains(&device.number());
+        if !keep {
+            let (path, major, minor) = (device.path.display(), device.major, device.minor);
+            log::warn!("{path}: block device {major}:{minor} is the host's and left out");
+        }
+        keep
+    });
+}
+
 fn node_of(device: &Device) -> Result<Node<'_>, InitError> {
-    let kind = match device.kind.as_str() {
-        "b" => FileType::BlockDevice,
-        "c" | "u" => FileType::CharacterDevice,
-        "p" => FileType::Fifo,
-        other => {
+    let kind = match device.kind {
+        DeviceKind::Block => FileType::BlockDevice,
+        DeviceKind::Character => FileType::CharacterDevice,
+        DeviceKind::Pipe => FileType::Fifo,
+        DeviceKind::All => {
             return Err(InitError::Invalid {
                 field: "linux.devices",
-                reason: format!("{} has the type {other:?}", device.path.display()),
+                reason: format!("{} is of no type", device.path.display()),
             });
         }
     };
-    let number = |number: i64| u32::try_from(number).unwrap_or(0);
     Ok(Node {
         path: &device.path,
         kind,
-        device: makedev(number(device.major), number(device.minor)),
+        device: device.number(),
         mode: device.file_mode.unwrap_or(0o666) & 0o7777,
         owner: (device.uid.unwrap_or(0), device.gid.unwrap_or(0)),
     })

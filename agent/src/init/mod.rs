@@ -5,7 +5,7 @@
 pub mod capabilities;
 pub mod channel;
 mod copy_up;
-mod devices;
+pub mod devices;
 mod executable;
 mod in_root;
 pub mod mount_options;

@@ -1,8 +1,9 @@
 //! What a container may see and do.
 
+use husk_protocol::agent::UpdateResourcesRequest;
 use serde_json::json;
 
-use crate::agent::status;
+use crate::agent::{context, status};
 use crate::agent_test;
 
 agent_test! {
@@ -231,13 +232,65 @@ agent_test! {
 
 agent_test! {
     async fn devices_are_filtered(agent: Agent) {
-        // The node is there, its use is not allowed: what the filter is for.
-        let mut spec = agent.spec(&["/bin/sh", "-c", "mknod /tmp/ram b 1 0; cat /tmp/ram; mknod /tmp/kmsg c 1 11 && cat /tmp/kmsg; echo null > /dev/null && echo fine"]);
-        spec["linux"]["resources"] = json!({"devices": [{"allow": false, "access": "rwm"}]});
-        let (_, stdout, stderr) = agent.output(&spec).await;
-        assert_eq!(stdout, "fine\n");
-        assert!(stderr.contains("mknod: /tmp/ram: Operation not permitted"), "{stderr}");
-        assert!(stderr.contains("can't open '/tmp/kmsg': Operation not permitted"), "{stderr}");
+        // Nodes may be there, their use is not allowed: what the filter is for.
+        let line = "mknod /tmp/ram b 1 0; cat /tmp/ram; mknod /tmp/tun c 10 200; cat /tmp/tun; echo null > /dev/null && echo fine; rm /tmp/ram /tmp/tun";
+        let mut spec = agent.spec(&["/bin/sh", "-c", line]);
+        // Rules that forbid, rules that allow something else, and none at all.
+        for resources in [
+            json!({"devices": [{"allow": false, "access": "rwm"}]}),
+            json!({"devices": [{"allow": false}, {"allow": true, "type": "b", "major": 1, "minor": 0, "access": "rwm"}]}),
+            json!({}),
+            json!(null),
+        ] {
+            spec["linux"]["resources"] = resources;
+            let (_, stdout, stderr) = agent.output(&spec).await;
+            assert_eq!(stdout, "fine\n");
+            assert!(stderr.contains("can't open '/tmp/ram': Operation not permitted"), "{stderr}");
+            assert!(stderr.contains("can't open '/tmp/tun': Operation not permitted"), "{stderr}");
+        }
+    }
+}
+
+agent_test! {
+    async fn rules_for_devices_can_be_changed(agent: Agent) {
+        let line = "mknod /tmp/tun c 10 200; echo made; while read line; do dd if=/tmp/tun count=0 >/dev/null 2>&1 && echo open || echo closed; done";
+        let mut spec = agent.spec(&["/bin/sh", "-c", line]);
+        spec["linux"]["resources"] = json!({"devices": [{"allow": false}]});
+        let mut streams = agent.run("a", &spec).await;
+        streams.read_until("made").await;
+        let everything = json!([{"allow": true}]);
+        // The second one has words after one that speaks of all.
+        let all_but_blocks = json!([{"allow": true}, {"allow": false, "type": "b"}]);
+        for (rules, answer) in [
+            (json!([]), "closed"),
+            (all_but_blocks, "open"),
+            (json!([{"allow": false}]), "closed"),
+            (everything, "open"),
+            (json!([]), "open"),
+            (json!([{"allow": false}]), "closed"),
+        ] {
+            let request = UpdateResourcesRequest {
+                container_id: "a".to_owned(),
+                oci_resources: json!({"devices": rules}).to_string().into_bytes(),
+                ..Default::default()
+            };
+            agent.client.update_resources(context(), &request).await.unwrap();
+            streams.write("\n").await;
+            let seen = streams.read_until("e").await + &streams.read_until("\n").await;
+            assert!(seen.trim() == answer, "{seen} with {rules}");
+        }
+        agent.delete("a").await;
+    }
+}
+
+agent_test! {
+    async fn block_devices_of_the_host_are_left_out(agent: Agent) {
+        let mut spec = agent.spec(&["/bin/sh", "-c", "ls /dev/disk /dev/fuse"]);
+        spec["linux"]["devices"] = json!([
+            {"path": "/dev/disk", "type": "b", "major": 254, "minor": 16},
+            {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
+        ]);
+        assert_eq!(agent.output(&spec).await.1, "/dev/fuse\n");
     }
 }
 
