@@ -210,6 +210,8 @@ fn terminal_keys(bench: &Bench) -> Result<()> {
     terminal.resize(41, 141)?;
     terminal.write("sleep 1; stty size\n")?;
     terminal.read_until("41 141", wait)?;
+    // An end of input is one for the shell only once it edits a line.
+    terminal.read_until("# ", wait)?;
     terminal.write("\x04")?;
     let (shown, code) = terminal.finish(wait)?;
     ensure!(code == 130 || code == 0, "exit code {code}: {shown}");
