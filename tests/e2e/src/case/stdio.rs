@@ -209,9 +209,8 @@ fn terminal_keys(bench: &Bench) -> Result<()> {
     // ctr learns of a new size by SIGWINCH and passes it on.
     terminal.resize(41, 141)?;
     terminal.write("sleep 1; stty size\n")?;
-    terminal.read_until("41 141", wait)?;
-    // An end of input is one for the shell only once it edits a line.
-    terminal.read_until("# ", wait)?;
+    // An end of input is one for the shell only once it prompts for a line.
+    terminal.read_until("41 141\r\n/ # ", wait)?;
     terminal.write("\x04")?;
     let (shown, code) = terminal.finish(wait)?;
     ensure!(code == 130 || code == 0, "exit code {code}: {shown}");
