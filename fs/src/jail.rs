@@ -1,8 +1,9 @@
 //! What the process gives up before it listens to the VMM.
 //!
 //! Afterwards it sees the served tree and nothing else of the host, cannot
-//! name a socket, a process or a key, and holds only a file server's
-//! capabilities. Mounts that the shim adds below the tree still appear.
+//! name a socket or a key, and holds only a file server's capabilities. Mounts
+//! that the shim adds below the tree still appear. The shim starts it in a PID
+//! namespace of its own, so it can name no other process either.
 
 use std::path::Path;
 
@@ -20,9 +21,14 @@ use crate::server::Resources;
 /// number of files that a pod may know.
 const REFERENCES: u64 = 8192;
 
+/// Descriptors open at most, the guest's open files among them, for the same
+/// reason: what the process inherits may be millions.
+const DESCRIPTORS: u64 = 1 << 18;
+
 /// The mount flags of the tree's own mount, which only carries mount points:
 /// a guest that could replace one of those would choose where the shim mounts.
-/// What is mounted below keeps the flags that the shim gave it.
+/// What is mounted below keeps the flags that the shim gave it, which are
+/// these, read-only apart.
 const TREE: MountFlags = MountFlags::RDONLY
     .union(MountFlags::NODEV)
     .union(MountFlags::NOSUID)
@@ -111,29 +117,32 @@ pub fn enter(source: &Path) -> Result<Resources, JailError> {
     })
 }
 
-/// Raises the number of descriptors as far as it goes, forbids core dumps (they
-/// would hold guest memory), and returns how many references to hold.
+/// Sets the number of descriptors, forbids core dumps (they would hold guest
+/// memory), and returns how many references to hold.
 fn limit_descriptors() -> Result<usize, JailError> {
-    let files = rustix::process::getrlimit(Resource::Nofile);
-    let most = Rlimit {
-        current: files.maximum,
-        ..files
-    };
+    let inherited = rustix::process::getrlimit(Resource::Nofile).maximum;
+    let files = inherited.unwrap_or(u64::MAX).min(DESCRIPTORS);
     step(
-        "raise the limit of open files",
-        rustix::process::setrlimit(Resource::Nofile, most),
+        "limit open files",
+        rustix::process::setrlimit(Resource::Nofile, exactly(files)),
     )?;
-    let none = Rlimit {
-        current: Some(0),
-        maximum: Some(0),
-    };
+    // Not 0, which a core_pattern that is a program ignores, while 1 is for it
+    // to leave the process alone and too little for a file (fs/coredump.c).
+    // Being undumpable is no help: the kernel takes that back whenever the
+    // process changes the user it acts for, and asks fs.suid_dumpable instead.
     step(
         "forbid core dumps",
-        rustix::process::setrlimit(Resource::Core, none),
+        rustix::process::setrlimit(Resource::Core, exactly(1)),
     )?;
     // The rest is for the guest's open files.
-    let half = files.maximum.unwrap_or(u64::MAX) / 2;
-    Ok(usize::try_from(half.min(REFERENCES)).unwrap_or(usize::MAX))
+    Ok(usize::try_from((files / 2).min(REFERENCES)).unwrap_or(usize::MAX))
+}
+
+fn exactly(most: u64) -> Rlimit {
+    Rlimit {
+        current: Some(most),
+        maximum: Some(most),
+    }
 }
 
 /// Takes the way back: what is not a file server's capability leaves the
@@ -156,6 +165,7 @@ pub fn lock() -> Result<(), JailError> {
         "forbid new privileges",
         rustix::thread::set_no_new_privs(true),
     )?;
+    // Until it first acts for another user than root, see `limit_descriptors`.
     step(
         "forbid tracing",
         rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable),

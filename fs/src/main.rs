@@ -4,6 +4,7 @@
 
 use std::error::Error;
 use std::ffi::OsString;
+use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -39,7 +40,8 @@ fn main() -> ExitCode {
                 line += &format!(": {cause}");
                 source = cause.source();
             }
-            eprintln!("{line}");
+            // Not eprintln!, which panics where the pipe is full.
+            let _ = writeln!(std::io::stderr(), "{line}");
             ExitCode::FAILURE
         }
     }

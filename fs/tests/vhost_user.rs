@@ -419,13 +419,24 @@ fn the_process_keeps_little() {
         );
     }
     assert_eq!(field("CapInh:"), "0000000000000000");
+    // Neither a file nor a program gets a core dump, and files are bounded.
+    let limits = fs::read_to_string(proc.join("limits")).unwrap();
+    let limit = |name: &str| {
+        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+        let values = line[name.len()..].split_whitespace();
+        values.take(2).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(limit("Max core file size"), ["1", "1"]);
+    let files = limit("Max open files");
+    assert!(files[0].parse::<u64>().unwrap() <= 1 << 18);
+    assert_eq!(files[0], files[1]);
     // It sees the tree alone.
     let mounts = fs::read_to_string(proc.join("mountinfo")).unwrap();
     let points: Vec<_> = (mounts.lines())
         .map(|line| line.split(' ').nth(4).unwrap())
         .collect();
     assert_eq!(points, ["/", "/web/rootfs"]);
-    for namespace in ["mnt", "net", "ipc", "uts", "cgroup"] {
+    for namespace in ["mnt", "net", "ipc", "uts", "cgroup", "pid"] {
         let theirs = fs::read_link(proc.join("ns").join(namespace)).unwrap();
         let ours = fs::read_link(Path::new("/proc/self/ns").join(namespace)).unwrap();
         assert_ne!(theirs, ours);

@@ -112,8 +112,9 @@ fn leave_file_systems() -> Result<(), JailError> {
 fn limit_resources() -> Result<(), JailError> {
     let limits = [
         (Resource::Nofile, DESCRIPTORS),
-        // Guest memory must not land in a file.
-        (Resource::Core, 0),
+        // Guest memory must not land in a file. A core_pattern that is a
+        // program ignores 0 and leaves alone what has 1 (fs/coredump.c).
+        (Resource::Core, 1),
     ];
     for (resource, most) in limits {
         let limit = Rlimit {

@@ -13,7 +13,7 @@ use crate::host;
 use crate::name::{self, Name};
 use crate::node::{NodeId, NodeTable};
 
-use super::{Answer, Request, Server, seconds, with_room};
+use super::{ARGUMENT_BYTES, Answer, Request, Server, seconds, with_room};
 
 /// Bits of a mode that are not the type.
 const PERMISSIONS: u32 = 0o7777;
@@ -62,6 +62,7 @@ impl Server {
 
     pub(super) fn batch_forget(&mut self, request: &mut Request<'_>) -> Result<Answer, Errno> {
         let batch: BatchForgetIn = request.body.read_object()?;
+        request.body.truncate(ARGUMENT_BYTES);
         for _ in 0..batch.count {
             // Ends with the body, however many were announced.
             let Ok(one) = request.body.read_object::<ForgetOne>() else {

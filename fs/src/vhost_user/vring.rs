@@ -1,6 +1,8 @@
 //! A virtqueue in guest memory and its two event descriptors.
 
+use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
@@ -11,6 +13,10 @@ use crate::server::Server;
 
 /// Largest size of a queue.
 pub const QUEUE_SIZE: u16 = 1024;
+
+/// How long a queue may keep the others, the front end and what is unmounted
+/// waiting, the request apart that exceeds it.
+const TURN_TIME: Duration = Duration::from_millis(10);
 
 /// A virtqueue. It runs while it is ready (started) and enabled.
 #[derive(Debug)]
@@ -84,13 +90,18 @@ impl Vring {
         self.has_work = true;
     }
 
-    /// Serves up to `turn` requests.
+    /// Serves up to `turn` requests, or fewer that take long.
     pub fn serve(&mut self, memory: &GuestMemoryMmap, server: &mut Server, turn: usize) {
         match self.serve_some(memory, server, turn) {
             Ok(more) => self.has_work = more,
             Err(error) => {
                 self.broken = true;
-                eprintln!("husk-fs: a queue is unusable until the driver starts it again: {error}");
+                // Not eprintln!, which panics where the pipe is full: the guest
+                // writes to it as well.
+                let _ = writeln!(
+                    std::io::stderr(),
+                    "husk-fs: a queue is unusable until the driver starts it again: {error}"
+                );
             }
         }
     }
@@ -102,6 +113,7 @@ impl Vring {
         server: &mut Server,
         turn: usize,
     ) -> Result<bool, QueueError> {
+        let began = Instant::now();
         for _ in 0..turn {
             let chain = self.queue.iter(memory)?.next();
             let Some(chain) = chain else {
@@ -121,6 +133,9 @@ impl Vring {
             self.queue.add_used(memory, head, used)?;
             if self.queue.needs_notification(memory)? {
                 self.notify();
+            }
+            if began.elapsed() >= TURN_TIME {
+                break;
             }
         }
         Ok(true)

@@ -91,14 +91,21 @@ impl Guest {
     pub fn start(source: &Path) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_husk-fs"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_husk-fs"));
+        command
             .arg("--socket-fd")
             .arg(theirs.as_raw_fd().to_string())
             .arg("--source")
             .arg(source)
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
+            .stdin(Stdio::null());
+        let spawn = move || {
+            // As the shim does it: the first process of a PID namespace.
+            let namespace = rustix::thread::UnshareFlags::NEWPID;
+            // SAFETY: descriptors stay shared.
+            unsafe { rustix::thread::unshare_unsafe(namespace) }.unwrap();
+            command.spawn().unwrap()
+        };
+        let child = std::thread::spawn(spawn).join().unwrap();
         drop(theirs);
 
         let memfd = rustix::fs::memfd_create(c"guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();

@@ -29,6 +29,11 @@ use crate::queue::FEATURES;
 /// Longest wait for the server to finish what it was told.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 5 });
 
+/// Longest wait for its first answer, which comes when it has started. Nothing
+/// else runs by then, and the shim ends a machine that does not start in the
+/// time it may take, so this only has to end.
+const FIRST_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 600 });
+
 /// What is wrong with the file server.
 #[derive(Debug, thiserror::Error)]
 pub enum BackEndError {
@@ -93,7 +98,7 @@ impl BackEnd {
     /// Asks for what the server can do and sets what is not the driver's affair;
     /// returns the virtio features that it offers.
     pub(super) fn negotiate(&mut self, queues: usize) -> Result<u64, BackEndError> {
-        self.exchange(|back_end, deadline| {
+        self.exchange(FIRST_PATIENCE, |back_end, deadline| {
             back_end.post(Request::SetOwner, false, &[], &[], deadline)?;
             let features = back_end.ask(Request::GetFeatures, &[], deadline)?;
             if features & 1 << VIRTIO_F_VERSION_1 == 0 {
@@ -129,7 +134,7 @@ impl BackEnd {
         let (regions, files) = regions(memory)?;
         let features =
             negotiated_features & (FEATURES | 1 << VIRTIO_F_VERSION_1) | F_PROTOCOL_FEATURES;
-        self.exchange(|back_end, deadline| {
+        self.exchange(PATIENCE, |back_end, deadline| {
             let mut gone = false;
             let mut post = |request, payload: &[u8], fds: &[BorrowedFd<'_>]| {
                 match back_end.post(request, true, payload, fds, deadline) {
@@ -169,7 +174,7 @@ impl BackEnd {
     /// Takes the queues back. When this succeeds, the server touches guest memory
     /// no more.
     pub(super) fn stop(&mut self, queues: &mut [ServedQueue]) -> Result<(), BackEndError> {
-        self.exchange(|back_end, deadline| {
+        self.exchange(PATIENCE, |back_end, deadline| {
             for served in queues {
                 let state = vring_state(served.index, 0);
                 let answer = back_end.ask(Request::GetVringBase, &state, deadline)?;
@@ -187,12 +192,13 @@ impl BackEnd {
     /// the next message on the connection would be, so it is cut.
     fn exchange<T>(
         &mut self,
+        patience: Duration,
         run: impl FnOnce(&mut Self, Instant) -> Result<T, BackEndError>,
     ) -> Result<T, BackEndError> {
         if self.failed {
             return Err(BackEndError::Gone);
         }
-        let result = run(self, Instant::now() + PATIENCE);
+        let result = run(self, Instant::now() + patience);
         if result.is_err() {
             self.fail();
         }
