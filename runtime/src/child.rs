@@ -29,30 +29,18 @@ pub struct Child {
     reaped: AtomicBool,
 }
 
-/// The process namespaces a program is born into.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PidNamespace {
-    /// The shim's.
-    Same,
-    /// Its own, of which it is the first process.
-    New,
-}
-
 impl Child {
-    /// Starts `command` with `socket` as descriptor 3.
+    /// Starts `command` with `socket` as descriptor 3, in a PID namespace of its
+    /// own: it can name no other process, to signal it for instance.
     ///
     /// # Errors
     /// The program is not there or cannot be executed.
-    pub async fn spawn(
-        command: Command,
-        socket: OwnedFd,
-        namespace: PidNamespace,
-    ) -> io::Result<Self> {
+    pub async fn spawn(command: Command, socket: OwnedFd) -> io::Result<Self> {
         let (sender, receiver) = oneshot::channel();
         // A thread of its own: unsharing the PID namespace marks it for good.
         thread::Builder::new()
             .name("spawn".into())
-            .spawn(move || sender.send(spawn(command, &socket, namespace)))?;
+            .spawn(move || sender.send(spawn(command, &socket)))?;
         let (process, pidfd) = receiver.await.map_err(io::Error::other)??;
         // SAFETY: an OwnedFd is the same open descriptor until it is dropped.
         let pidfd = unsafe { AsyncFd::register(pidfd)? };
@@ -103,15 +91,9 @@ async fn reap(pidfd: &AsyncFd<OwnedFd>) {
     );
 }
 
-fn spawn(
-    mut command: Command,
-    socket: &OwnedFd,
-    namespace: PidNamespace,
-) -> io::Result<(Process, OwnedFd)> {
-    if namespace == PidNamespace::New {
-        // SAFETY: no shared descriptor table is given up.
-        unsafe { unshare_unsafe(UnshareFlags::NEWPID)? };
-    }
+fn spawn(mut command: Command, socket: &OwnedFd) -> io::Result<(Process, OwnedFd)> {
+    // SAFETY: no shared descriptor table is given up.
+    unsafe { unshare_unsafe(UnshareFlags::NEWPID)? };
     let socket = socket.as_raw_fd();
     // SAFETY: between fork and exec only dup2(2) is called, which is
     // async-signal-safe. 3 is held by the shim, so the descriptors that Command

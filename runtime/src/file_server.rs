@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use crate::child::{Child, PidNamespace};
+use crate::child::Child;
 use crate::process::Process;
 use crate::vm_process::VmError;
 
@@ -49,9 +49,7 @@ impl FileServer {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(complaints);
-        let child = Child::spawn(command, near.into(), PidNamespace::Same)
-            .await
-            .map_err(fail)?;
+        let child = Child::spawn(command, near.into()).await.map_err(fail)?;
         Ok((Self { child }, far.into()))
     }
 

@@ -22,7 +22,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::child::{Child, PidNamespace};
+use crate::child::Child;
 use crate::process::Process;
 use crate::vm_plan::{Descriptors, Disk};
 
@@ -149,7 +149,7 @@ impl Vmm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(complaints);
-        let child = Child::spawn(command, far_control, PidNamespace::New)
+        let child = Child::spawn(command, far_control)
             .await
             .map_err(|source| VmError::Spawn {
                 path: path.clone(),
