@@ -7,12 +7,13 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, mount, mount_bind, mount_change, mount_move,
+    MountFlags, MountPropagationFlags, mount, mount_bind, mount_change, mount_move, mount_remount,
 };
 use rustix::process::{Resource, Rlimit};
 
 use crate::container::cgroup;
 use crate::error::{Doing, OsError};
+use crate::kernel_file;
 use crate::sandbox::STAGE;
 use crate::settings::Settings;
 
@@ -83,9 +84,10 @@ pub fn guest(settings: &Settings) -> Result<(), OsError> {
         .doing("mount", filesystem.path)?;
     }
     share_mounts()?;
-    raise_resource_limits()?;
+    raise_limits()?;
     cgroup::prepare(&settings.cgroup_root)?;
-    bring_up_loopback()
+    bring_up_loopback()?;
+    seal_initramfs()
 }
 
 /// Of a test, in namespaces of its own on a machine that has booted.
@@ -112,6 +114,13 @@ fn leave_initramfs() -> Result<(), OsError> {
         .doing("leave", "the initramfs")
 }
 
+/// This program lies there, and containers can reach the file of a running one
+/// through /proc whatever they see of the mounts. So it is the file system that
+/// becomes read-only, not a mount of it.
+fn seal_initramfs() -> Result<(), OsError> {
+    mount_remount("/", MountFlags::RDONLY, c"").doing("make read-only", "/")
+}
+
 /// Containers that ask for it see mounts that come later. The stage stays
 /// private: pivot_root(2) wants that.
 fn share_mounts() -> Result<(), OsError> {
@@ -125,8 +134,11 @@ fn share_mounts() -> Result<(), OsError> {
 
 /// What the spec doesn't limit, containers inherit: the kernel's first process
 /// has less than an init system gives a node's services.
-fn raise_resource_limits() -> Result<(), OsError> {
+fn raise_limits() -> Result<(), OsError> {
     const FILES: u64 = 1 << 20;
+    /// As many as the kernel can number; it starts with 32768.
+    const PIDS: &str = "4194304";
+    kernel_file::write("/proc/sys/kernel/pid_max", PIDS).doing("raise", "kernel.pid_max")?;
     let limits = [
         (Resource::Nofile, Some(FILES)),
         (Resource::Nproc, None),

@@ -32,6 +32,7 @@ mod stdio;
 mod storage;
 mod watch;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -48,7 +49,9 @@ use crate::settings::Settings;
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     // The kernel hands words of its command line that it doesn't know to PID 1.
-    let is_first = std::process::id() == 1;
+    // A container's first process that executes this file, as it can, is PID 1
+    // as well, but finds a /proc.
+    let is_first = std::process::id() == 1 && !Path::new("/proc/self").exists();
     match arguments.as_slice() {
         [role, fd] if role == "init" && !is_first => match fd.parse() {
             Ok(fd) => init::main(fd),
@@ -92,7 +95,10 @@ fn run(mut settings: Settings) -> ExitCode {
             .enable_all()
             .build();
         let runtime = runtime.doing("start", "the runtime")?;
-        runtime.block_on(serve(settings.clone(), started_ns))
+        let served = runtime.block_on(serve(settings.clone(), started_ns));
+        // Not by dropping it, which waits for calls that hang.
+        runtime.shutdown_background();
+        served
     });
     if let Err(error) = served {
         log::error!("{}", chain(&error));

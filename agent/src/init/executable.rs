@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, CWD, accessat};
@@ -56,10 +57,32 @@ fn lower(errno: &Errno) -> String {
     }
 }
 
-/// Finds what `name` means with this `PATH`, seen as the present user.
-pub fn find(name: &str, path: Option<&str>) -> Result<PathBuf, ExecutableError> {
+/// A file, by whatever name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// This program's own.
+    pub fn own() -> io::Result<Self> {
+        Ok(Self::of(&fs::metadata("/proc/self/exe")?))
+    }
+
+    fn of(metadata: &fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        }
+    }
+}
+
+/// Finds what `name` means with this `PATH`, seen as the present user. It is
+/// not to be `own`, which a container can name as /proc/self/exe.
+pub fn find(name: &str, path: Option<&str>, own: FileId) -> Result<PathBuf, ExecutableError> {
     if name.contains('/') {
-        return match check(Path::new(name)) {
+        return match check(Path::new(name), own) {
             Ok(()) => Ok(PathBuf::from(name)),
             Err(errno) if errno == libc::ENOENT || errno == libc::ENOTDIR => {
                 Err(ExecutableError::Missing {
@@ -79,7 +102,7 @@ pub fn find(name: &str, path: Option<&str>) -> Result<PathBuf, ExecutableError> 
         .filter(|directory| directory.starts_with('/'))
         .map(|directory| Path::new(directory).join(name));
     for candidate in candidates {
-        if !name.is_empty() && check(&candidate).is_ok() {
+        if !name.is_empty() && check(&candidate, own).is_ok() {
             return Ok(candidate);
         }
     }
@@ -88,10 +111,13 @@ pub fn find(name: &str, path: Option<&str>) -> Result<PathBuf, ExecutableError> 
     })
 }
 
-fn check(path: &Path) -> Result<(), i32> {
+fn check(path: &Path, own: FileId) -> Result<(), i32> {
     let metadata = fs::metadata(path).map_err(|error| error.raw_os_error().unwrap_or(libc::EIO))?;
     if metadata.is_dir() {
         return Err(libc::EISDIR);
+    }
+    if FileId::of(&metadata) == own {
+        return Err(libc::EACCES);
     }
     accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS).map_err(|errno| errno.raw_os_error())
 }
@@ -102,13 +128,26 @@ mod tests {
 
     use super::*;
 
+    fn own() -> FileId {
+        FileId::own().unwrap()
+    }
+
+    #[test]
+    fn this_program_is_none_to_run() {
+        let error = find("/proc/self/exe", None, own()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            r#"exec: "/proc/self/exe": permission denied"#
+        );
+    }
+
     #[test]
     fn errors_read_as_tools_expect_them() {
         let directory = tempfile::tempdir().unwrap();
         let plain = directory.path().join("plain");
         fs::write(&plain, "").unwrap();
         fs::set_permissions(&plain, fs::Permissions::from_mode(0o644)).unwrap();
-        let text = |name: &str, path| find(name, path).unwrap_err().to_string();
+        let text = |name: &str, path| find(name, path, own()).unwrap_err().to_string();
         assert_eq!(
             text("foo", Some("/bin")),
             r#"exec: "foo": executable file not found in $PATH"#
@@ -140,7 +179,7 @@ mod tests {
         fs::write(&program, "").unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
         let path = format!("/nowhere:.:{}:/bin", directory.path().display());
-        assert_eq!(find("sh", Some(&path)).unwrap(), program);
-        assert_eq!(find("/bin/sh", None).unwrap(), Path::new("/bin/sh"));
+        assert_eq!(find("sh", Some(&path), own()).unwrap(), program);
+        assert_eq!(find("/bin/sh", None, own()).unwrap(), Path::new("/bin/sh"));
     }
 }

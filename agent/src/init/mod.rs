@@ -25,7 +25,7 @@ use nix::unistd::{ForkResult, fork};
 
 use crate::error::{Doing, OsError, chain};
 use channel::HelperChannel;
-use executable::ExecutableError;
+use executable::{ExecutableError, FileId};
 use plan::{Failure, FailureKind, Kind, Order, Plan, Report};
 
 /// Why the helper gave up.
@@ -79,6 +79,7 @@ pub fn main(fd: RawFd) -> ! {
 
 fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
     let plan: Plan = channel.receive().doing("read", "the plan")?;
+    let own = FileId::own().doing("find", "this program")?;
     namespaces::hide_from_container()?;
     namespaces::join_cgroup(&plan.cgroups)?;
     match plan.kind {
@@ -94,7 +95,7 @@ fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
             let terminal = rootfs::enter(&container, plan.terminal)?;
             program::set_personality(&container.spec)?;
             let seccomp = container.spec.linux.seccomp.as_ref();
-            let program = program::prepare(process, seccomp, terminal.as_ref())?;
+            let program = program::prepare(process, seccomp, terminal.as_ref(), own)?;
             let master = terminal.as_ref().map(|terminal| &terminal.master);
             channel
                 .send(&Report::Ready, master)
@@ -110,8 +111,8 @@ fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
                 true => Some(terminal::Terminal::open_in_own_root()?),
                 false => None,
             };
-            let program =
-                program::prepare(&exec.process, exec.seccomp.as_ref(), terminal.as_ref())?;
+            let seccomp = exec.seccomp.as_ref();
+            let program = program::prepare(&exec.process, seccomp, terminal.as_ref(), own)?;
             let master = terminal.as_ref().map(|terminal| &terminal.master);
             channel
                 .send(&Report::Ready, master)

@@ -12,7 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit};
 
 use super::capabilities::Capabilities;
-use super::executable::{self, ExecutableError};
+use super::executable::{self, ExecutableError, FileId};
 use super::terminal::Terminal;
 use super::{InitError, seccomp};
 use crate::error::{Doing, OsError};
@@ -76,6 +76,7 @@ pub fn prepare(
     process: &Process,
     seccomp: Option<&Seccomp>,
     terminal: Option<&Terminal>,
+    own: FileId,
 ) -> Result<Program, InitError> {
     rustix::process::setsid().doing("make", "a session")?;
     if let Some(terminal) = terminal {
@@ -109,7 +110,7 @@ pub fn prepare(
     let search = environment
         .iter()
         .find_map(|line| line.strip_prefix("PATH="));
-    let path = executable::find(name, search)?;
+    let path = executable::find(name, search, own)?;
     capabilities.prepare()?;
     Ok(Program {
         path,

@@ -65,6 +65,26 @@ agent_test! {
 }
 
 agent_test! {
+    async fn the_agents_own_program_runs_in_no_container(agent: Agent) {
+        let refused = r#"exec: "/proc/self/exe": permission denied"#.to_owned();
+        let error = agent.create("x", &agent.spec(&["/proc/self/exe"])).await.err().unwrap();
+        assert_eq!(status(error), (Code::PERMISSION_DENIED, refused.clone()));
+        let mut streams = agent.run("a", &agent.spec(&["/bin/sh", "-c", "echo ready; exec sleep 1000"])).await;
+        streams.read_until("ready").await;
+        let process = json!({"user": {"uid": 1000, "gid": 1000}, "args": ["/proc/self/exe"], "env": ["PATH=/bin"], "cwd": "/"});
+        let error = agent.exec("a", "e", &process).await.err().unwrap();
+        assert_eq!(status(error), (Code::PERMISSION_DENIED, refused));
+        agent.delete("a").await;
+        // The kernel finds an interpreter by itself. It is told where it is not.
+        let script = agent.rootfs().join("bin/script");
+        std::fs::write(&script, "#!/proc/self/exe\n").unwrap();
+        std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let (code, _, stderr) = agent.output(&agent.spec(&["script"])).await;
+        assert_eq!((code, stderr.as_str()), (1, "husk-agent runs as the first process of a guest\n"));
+    }
+}
+
+agent_test! {
     async fn a_program_of_no_known_format_fails_at_start(agent: Agent) {
         let path = agent.rootfs().join("bin/garbage");
         std::fs::write(&path, [0_u8; 64]).unwrap();
