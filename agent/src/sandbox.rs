@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures::future::join_all;
 use husk_protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Network};
 use husk_protocol::{limit, path};
 use tokio::sync::OnceCell;
@@ -28,7 +29,10 @@ use crate::storage::{self, Mounted};
 pub const STAGE: &str = "/run/husk/stage";
 
 /// How long ending everything may take before the power goes.
-const END_DEADLINE: Duration = Duration::from_secs(15);
+const END_DEADLINE: Duration = Duration::from_secs(10);
+
+/// And after that, writing out what could not be unmounted.
+const SYNC_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The pod.
 #[derive(Debug)]
@@ -275,26 +279,30 @@ impl Sandbox {
         self.events.lock().await.recv().await
     }
 
-    /// Ends all containers and unmounts everything, as far as time allows.
+    /// Ends all containers at once and unmounts everything, as far as time
+    /// allows; one that hangs takes nothing of the others'.
     pub async fn end(&self) {
         let ending = async {
             let ids: Vec<String> = lock(&self.containers).keys().cloned().collect();
-            for id in ids {
-                if let Err(error) = self.delete_container(&id).await {
+            let deletions = ids.iter().map(async |id| {
+                if let Err(error) = self.delete_container(id).await {
                     log::warn!("{id}: {error}");
                 }
-            }
+            });
+            join_all(deletions).await;
             let pod = std::mem::replace(&mut *lock(&self.pod), Pod::Absent);
             if let Pod::Created { storages, .. } = pod {
                 storage::unmount_all(storages).await;
             }
-            let synced = tokio::task::spawn_blocking(rustix::fs::sync);
-            if let Err(error) = synced.await {
-                log::warn!("sync: {error}");
-            }
         };
         if tokio::time::timeout(END_DEADLINE, ending).await.is_err() {
             log::error!("not everything ended within {} s", END_DEADLINE.as_secs());
+        }
+        let sync = tokio::task::spawn_blocking(rustix::fs::sync);
+        match tokio::time::timeout(SYNC_DEADLINE, sync).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => log::warn!("sync: {error}"),
+            Err(_) => log::error!("not synced within {} s", SYNC_DEADLINE.as_secs()),
         }
     }
 }

@@ -20,6 +20,9 @@ const PARENT: &str = "husk";
 /// How long the kernel may take to freeze or to kill.
 const DEADLINE: Duration = Duration::from_secs(10);
 
+/// When to kill again.
+const AGAIN: Duration = Duration::from_millis(10);
+
 /// What can go wrong with a cgroup.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
@@ -165,11 +168,25 @@ impl Cgroup {
 
     /// Kills what is left and removes it.
     pub async fn remove(&self) -> Result<(), CgroupError> {
-        if !self.path.exists() {
-            return Ok(());
+        let removing = async {
+            while self.path.exists() {
+                self.kill()?;
+                self.wait_for("populated", false, "empty").await?;
+                match self.remove_empty() {
+                    // A process that was being made has joined it meanwhile.
+                    Err(error) if error.is(libc::EBUSY) => tokio::time::sleep(AGAIN).await,
+                    removed => removed?,
+                }
+            }
+            Ok(())
+        };
+        match tokio::time::timeout(DEADLINE, removing).await {
+            Ok(removed) => removed,
+            Err(_) => Err(self.deadline("empty")),
         }
-        self.kill()?;
-        self.wait_for("populated", false, "empty").await?;
+    }
+
+    fn remove_empty(&self) -> Result<(), OsError> {
         for directory in self.tree()?.iter().rev() {
             match fs::remove_dir(directory) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -209,11 +226,15 @@ impl Cgroup {
         };
         match tokio::time::timeout(DEADLINE, reached).await {
             Ok(result) => result,
-            Err(_) => Err(CgroupError::Deadline {
-                path: self.path.display().to_string(),
-                wanted,
-                seconds: DEADLINE.as_secs(),
-            }),
+            Err(_) => Err(self.deadline(wanted)),
+        }
+    }
+
+    fn deadline(&self, wanted: &'static str) -> CgroupError {
+        CgroupError::Deadline {
+            path: self.path.display().to_string(),
+            wanted,
+            seconds: DEADLINE.as_secs(),
         }
     }
 
