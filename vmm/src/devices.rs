@@ -1,5 +1,6 @@
 //! The machine's virtio devices: made from what the spec says, put on the bus.
 
+use std::any::Any;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +12,7 @@ use husk_virtio::fs::{BackEndError, Fs};
 use husk_virtio::net::Net;
 use husk_virtio::pci::{Reporter, VirtioPci};
 use husk_virtio::rng::Rng;
-use husk_virtio::vsock::{AddHostPorts, Vsock};
+use husk_virtio::vsock::{AddHostPorts, RemoveHostPorts, Vsock};
 use husk_virtio::{GuestMemory, VirtioDevice};
 use husk_vmm_spec::{DeviceId, DeviceSpec, HostPort, SpecError, VsockSpec};
 
@@ -201,12 +202,24 @@ impl Devices {
         ports: &[HostPort],
         descriptors: &mut Descriptors,
     ) -> Result<(), PlugError> {
-        let vsock = self.vsock.as_ref().ok_or(PlugError::NoVsock)?;
         let message = AddHostPorts(take_ports(ports, descriptors)?);
+        self.tell_vsock(Box::new(message))
+    }
+
+    /// The guest may not dial these ports any more.
+    ///
+    /// # Errors
+    /// There is no vsock device.
+    pub fn remove_host_ports(&self, ports: Vec<u32>) -> Result<(), PlugError> {
+        self.tell_vsock(Box::new(RemoveHostPorts(ports)))
+    }
+
+    fn tell_vsock(&self, message: Box<dyn Any + Send>) -> Result<(), PlugError> {
+        let vsock = self.vsock.as_ref().ok_or(PlugError::NoVsock)?;
         vsock
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .control(Box::new(message))?;
+            .control(message)?;
         Ok(())
     }
 

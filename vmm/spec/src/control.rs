@@ -11,6 +11,8 @@ use crate::{DeviceId, DeviceSpec, HostPort};
 pub enum Request {
     /// Lets the guest dial these ports, one time each.
     AddHostPorts(Vec<HostPort>),
+    /// Takes these back, where the guest has not dialled them yet.
+    RemoveHostPorts(Vec<u32>),
     /// Plugs a device; the agent then rescans the bus.
     AddDevice(DeviceSpec),
     /// Unplugs a device that the agent has let go of.

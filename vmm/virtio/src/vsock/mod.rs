@@ -32,6 +32,23 @@ const TX: u16 = 1;
 #[derive(Debug)]
 pub struct AddHostPorts(pub Vec<(u32, OwnedFd)>);
 
+/// A message likewise: where the guest has not dialled these ports yet, it may
+/// not any more, and their sockets are closed.
+#[derive(Debug)]
+pub struct RemoveHostPorts(pub Vec<u32>);
+
+/// Applies what a message says of the ports that wait.
+fn change_host_ports(host_ports: &mut HostPorts, message: Box<dyn Any + Send>) {
+    match message.downcast::<AddHostPorts>() {
+        Ok(added) => host_ports.extend(added.0),
+        Err(message) => {
+            if let Ok(removed) = message.downcast::<RemoveHostPorts>() {
+                host_ports.retain(|port, _| !removed.0.contains(port));
+            }
+        }
+    }
+}
+
 /// Host ports that wait to be dialled.
 type HostPorts = BTreeMap<u32, OwnedFd>;
 
@@ -83,9 +100,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn control(&mut self, message: Box<dyn Any + Send>) {
-        if let Ok(message) = message.downcast::<AddHostPorts>() {
-            self.host_ports.extend(message.0);
-        }
+        change_host_ports(&mut self.host_ports, message);
     }
 }
 

@@ -16,7 +16,7 @@ use std::mem;
 
 use super::connection::{Connection, Outgoing, PAYLOAD_BYTES, Ports, Received};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, Op, TYPE_STREAM};
-use super::{AddHostPorts, HostPorts, RX, TX};
+use super::{HostPorts, RX, TX, change_host_ports};
 use crate::queue::{Chain, DeviceQueue};
 use crate::{ActivateError, Activation, DeviceError, Event, Source, Worker};
 
@@ -294,9 +294,7 @@ impl Worker for VsockWorker {
     }
 
     fn control(&mut self, message: Box<dyn Any + Send>) {
-        if let Ok(message) = message.downcast::<AddHostPorts>() {
-            self.host_ports.extend(message.0);
-        }
+        change_host_ports(&mut self.host_ports, message);
     }
 
     /// A last try at what the host's sockets had no room for.

@@ -400,6 +400,31 @@ fn ports_can_be_added_any_time_and_outlast_a_reset() {
 }
 
 #[test]
+fn ports_can_be_taken_back_until_they_are_dialled() {
+    let mut device = Vsock::new(CID as u32, Vec::new());
+    let (mut hosts, ports): (Vec<_>, Vec<_>) = (1..=3)
+        .map(|port| {
+            let (host, far) = pair();
+            (host, (port, far))
+        })
+        .unzip();
+    VirtioDevice::control(&mut device, Box::new(AddHostPorts(ports)));
+    VirtioDevice::control(&mut device, Box::new(RemoveHostPorts(vec![1, 7])));
+    let mut guest = Guest::new(&mut device, FEATURES);
+    guest.send(header(Op::Request, 2, 2), &[]);
+    assert_eq!(guest.ops(), [Op::Response]);
+    guest.worker.control(Box::new(RemoveHostPorts(vec![2, 3])));
+    for port in [1, 3] {
+        guest.send(header(Op::Request, port, port), &[]);
+        assert_eq!(guest.ops(), [Op::Reset], "port {port}");
+    }
+    assert!(read_all(&mut hosts[2]).1.is_ok());
+    // The one that was dialled goes on.
+    guest.send(header(Op::Data, 2, 2), &[]);
+    assert_eq!(guest.ops(), []);
+}
+
+#[test]
 fn a_reset_ends_connections() {
     let mut device = Vsock::new(CID as u32, Vec::new());
     let (guest, mut host) = connected();
