@@ -20,6 +20,9 @@ use crate::clock;
 /// Name of the fifo in the bundle.
 const FIFO: &str = "log";
 
+/// Longest line, bytes: more is not written at once (`PIPE_BUF` of pipe(7)).
+const LINE: usize = 4096;
+
 /// Starts logging to the fifo in `bundle`; without one to nowhere.
 pub fn start(bundle: &Path, debug: bool) {
     let level = if debug {
@@ -53,7 +56,10 @@ impl Write for Log {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if let Some(fifo) = &self.0 {
             // One write a line; what does not fit is dropped whole.
-            let _ = rustix::io::write(fifo, line);
+            let _ = match line.get(..LINE - 1) {
+                None => rustix::io::write(fifo, line),
+                Some(start) => rustix::io::write(fifo, &[start, b"\n"].concat()),
+            };
         }
         Ok(line.len())
     }
