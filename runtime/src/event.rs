@@ -115,9 +115,7 @@ async fn deliver(address: String, namespace: String, mut queue: mpsc::UnboundedR
         loop {
             match forward(&address, &namespace, &mut client, &request).await {
                 Ok(()) => break,
-                Err(ttrpc::Error::RpcStatus(status))
-                    if status.code() != ttrpc::Code::DEADLINE_EXCEEDED =>
-                {
+                Err(ttrpc::Error::RpcStatus(status)) if is_final(status.code()) => {
                     tracing::error!(topic, error = status.message, "containerd refuses an event");
                     break;
                 }
@@ -134,6 +132,15 @@ async fn deliver(address: String, namespace: String, mut queue: mpsc::UnboundedR
             }
         }
     }
+}
+
+/// Another try would not help: containerd does not want this event. Whatever else
+/// it says, it may be about to restart.
+fn is_final(code: ttrpc::Code) -> bool {
+    matches!(
+        code,
+        ttrpc::Code::INVALID_ARGUMENT | ttrpc::Code::UNIMPLEMENTED
+    )
 }
 
 async fn forward(

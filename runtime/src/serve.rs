@@ -30,6 +30,9 @@ pub const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 /// How long the last events may take.
 const LAST_EVENTS: Duration = Duration::from_secs(10);
 
+/// How long work on other threads may take that nobody waits for.
+const LAST_WORK: Duration = Duration::from_secs(1);
+
 /// How long the last answers may take.
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
 
@@ -92,7 +95,10 @@ fn try_serve(flags: &Flags) -> Result<(), ServeError> {
         .thread_keep_alive(Duration::from_secs(1))
         .build()
         .map_err(io_error("runtime"))?;
-    runtime.block_on(run(listener, settings))
+    let served = runtime.block_on(run(listener, settings));
+    // Some file system may never answer who unmounts it.
+    runtime.shutdown_timeout(LAST_WORK);
+    served
 }
 
 async fn run(listener: UnixListener, settings: PodSettings) -> Result<(), ServeError> {
