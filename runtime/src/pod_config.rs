@@ -3,7 +3,7 @@
 
 use containerd_shim_protos::protobuf::{Error as WireError, Message};
 
-use crate::bundle::{BundleError, Dns, Limits, Overrides, PodSpec};
+use crate::bundle::{BundleError, Dns, Limits, PodSpec};
 
 use generated::pod_config::{LinuxContainerResources, PodSandboxConfig};
 
@@ -32,7 +32,9 @@ pub enum PodConfigError {
     Value(#[from] BundleError),
 }
 
-/// Reads the configuration of the pod `id`. Its network comes beside it.
+/// Reads the configuration of the pod `id`. Its network comes beside it. Its
+/// annotations say nothing about the machine: here they come from whoever may
+/// create pods, where a bundle has only those that the operator lets through.
 ///
 /// # Errors
 /// It is none, or asks for what cannot be.
@@ -40,13 +42,11 @@ pub fn read(message: &[u8], id: &str) -> Result<PodSpec, PodConfigError> {
     let config = PodSandboxConfig::parse_from_bytes(message)?;
     let linux = config.linux.unwrap_or_default();
     let dns = config.dns_config.unwrap_or_default();
-    let annotations = config.annotations.into_iter().collect();
     Ok(PodSpec {
         hostname: config.hostname,
         sysctls: linux.sysctls.into_iter().collect(),
         cgroups_path: cgroups_path(&linux.cgroup_parent, id),
         limits: limits(&linux.resources.unwrap_or_default())?,
-        overrides: Overrides::read(&annotations).map_err(BundleError::from)?,
         shared_pid_namespace: true,
         dns: Some(Dns {
             servers: dns.servers,
@@ -80,6 +80,7 @@ fn cgroups_path(parent: &str, id: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bundle::Overrides;
     use generated::pod_config::{DNSConfig, LinuxPodSandboxConfig};
     use protobuf::MessageField;
 
@@ -117,11 +118,15 @@ mod tests {
     #[test]
     fn refuses_what_is_none() {
         assert!(matches!(read(&[0xff], "p"), Err(PodConfigError::Wire(_))));
+    }
+
+    #[test]
+    fn lets_no_tenant_size_the_machine() {
         let config = PodSandboxConfig {
-            annotations: [("io.husk.vm.cpus".into(), "1".into())].into(),
+            annotations: [("io.husk.vm.vcpus".into(), "64".into())].into(),
             ..PodSandboxConfig::default()
         };
-        let message = config.write_to_bytes().unwrap();
-        assert!(matches!(read(&message, "p"), Err(PodConfigError::Value(_))));
+        let pod = read(&config.write_to_bytes().unwrap(), "p").unwrap();
+        assert_eq!(pod.overrides, Overrides::default());
     }
 }
