@@ -9,32 +9,49 @@ use std::time::Duration;
 
 use husk_protocol::agent::{
     self, AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest,
-    CreateSandboxResponse, DeleteContainerRequest, Empty, ExecRequest, ProcessInfo, ProcessRequest,
+    CreateSandboxResponse, DeleteContainerRequest, Empty, ExecRequest, ProcessRequest,
     ResizePtyRequest, SignalRequest, UpdateResourcesRequest,
 };
-use ttrpc::Code;
+use husk_protocol::limit;
+use protobuf::Message;
+use tokio::time::timeout;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{Context, with_duration};
 
 use crate::clock;
+use crate::config::Patience;
+
+mod error;
+mod metrics;
+
+pub use error::AgentError;
 
 /// Longest time for calls that only change state in the guest.
 const QUICK: Duration = Duration::from_secs(10);
 
+/// Longest time for the end of a container: its processes are killed, its disks
+/// written.
+const ENDING: Duration = Duration::from_secs(30);
+
 /// Longest time for calls that mount or execute something.
 const SLOW: Duration = Duration::from_secs(60);
 
+/// ttrpc has its own limit, which tells a late answer as a lost connection: it
+/// comes behind ours.
+const MARGIN: Duration = Duration::from_secs(5);
+
+/// Room for what ttrpc adds to a message, bytes.
+const ENVELOPE: u64 = 4096;
+
 /// Longest text taken from the agent, characters.
 const TEXT: usize = 2048;
-
-/// Most processes listed.
-const PROCESSES: usize = 32_768;
 
 /// The pod's agent.
 #[derive(Clone)]
 pub struct Agent {
     client: AgentClient,
+    patience: Patience,
 }
 
 /// How a process in the guest ended.
@@ -46,66 +63,67 @@ pub struct Exit {
     pub at_ns: u64,
 }
 
-/// A call to the agent that failed.
-#[derive(Debug, thiserror::Error)]
-pub enum AgentError {
-    /// It answered that it could not.
-    #[error("{message}")]
-    Refused {
-        /// Why, as ttrpc's code.
-        code: Code,
-        /// Why, in words.
-        message: String,
-    },
-    /// It did not answer in time.
-    #[error("the agent did not answer {0} in time")]
-    Deadline(&'static str),
-    /// The connection has ended.
-    #[error("the connection to the agent has ended")]
-    Gone,
-    /// The connection could not be set up.
-    #[error("agent's connection")]
-    Connect(#[source] std::io::Error),
+/// What the agent tells of a process that has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    /// How it ended.
+    pub exit: Exit,
+    /// Memory ran out in its container before.
+    pub oom_killed: bool,
+    /// How much it wrote.
+    pub written: Written,
 }
 
-impl AgentError {
-    /// What containerd is told.
-    pub fn code(&self) -> Code {
-        match self {
-            Self::Refused { code, .. } => *code,
-            Self::Deadline(_) => Code::DEADLINE_EXCEEDED,
-            Self::Gone => Code::UNAVAILABLE,
-            Self::Connect(_) => Code::UNKNOWN,
-        }
-    }
+/// Bytes of output, by the guest's account.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// As standard output.
+    pub stdout: u64,
+    /// As standard error.
+    pub stderr: u64,
+}
 
-    fn new(what: &'static str, error: ttrpc::Error) -> Self {
-        match error {
-            ttrpc::Error::RpcStatus(status) if status.code() == Code::DEADLINE_EXCEEDED => {
-                Self::Deadline(what)
-            }
-            ttrpc::Error::RpcStatus(status) => Self::Refused {
-                code: status.code(),
-                message: clean(&status.message),
-            },
-            error => {
-                tracing::debug!(what, error = %error, "agent");
-                Self::Gone
-            }
+impl From<Exit> for End {
+    /// Nobody told more.
+    fn from(exit: Exit) -> Self {
+        Self {
+            exit,
+            oom_killed: false,
+            written: Written::default(),
         }
     }
 }
 
 impl Agent {
-    /// Speaks over `stream`, on whose far end the agent serves once it runs.
+    /// Speaks over `stream`, on whose far end the agent serves once it runs, and
+    /// waits for answers with `patience`.
     ///
     /// # Errors
     /// The stream cannot be polled.
-    pub fn new(stream: UnixStream) -> Result<Self, AgentError> {
+    pub fn new(stream: UnixStream, patience: Patience) -> Result<Self, AgentError> {
         let socket = Socket::try_from(stream).map_err(AgentError::Connect)?;
         Ok(Self {
             client: AgentClient::new(Client::new(socket)),
+            patience,
         })
+    }
+
+    /// How long things may take.
+    pub fn patience(&self) -> Patience {
+        self.patience
+    }
+
+    fn context(&self, usual: Duration) -> Context {
+        with_duration(self.patience.of(usual) + MARGIN)
+    }
+
+    async fn answer<T>(
+        &self,
+        call: &'static str,
+        usual: Duration,
+        answer: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, AgentError> {
+        within(call, self.patience.of(usual), answer).await
     }
 
     /// Sets the sandbox up; may be asked before the guest has booted, so the
@@ -118,11 +136,10 @@ impl Agent {
         request: &CreateSandboxRequest,
         deadline: Duration,
     ) -> Result<CreateSandboxResponse, AgentError> {
-        let mut response = self
+        let call = self
             .client
-            .create_sandbox(with_duration(deadline), request)
-            .await
-            .map_err(|error| AgentError::new("CreateSandbox", error))?;
+            .create_sandbox(with_duration(deadline + MARGIN), request);
+        let mut response = within("CreateSandbox", deadline, call).await?;
         response.agent_version = clean(&response.agent_version);
         response.kernel_release = clean(&response.kernel_release);
         Ok(response)
@@ -136,10 +153,13 @@ impl Agent {
         &self,
         request: &CreateContainerRequest,
     ) -> Result<(), AgentError> {
-        self.client
-            .create_container(with_duration(SLOW), request)
-            .await
-            .map_err(|error| AgentError::new("CreateContainer", error))?;
+        check_size("CreateContainer", request)?;
+        self.answer(
+            "CreateContainer",
+            SLOW,
+            self.client.create_container(self.context(SLOW), request),
+        )
+        .await?;
         Ok(())
     }
 
@@ -148,10 +168,13 @@ impl Agent {
     /// # Errors
     /// As the agent says.
     pub async fn start_container(&self, container: &str) -> Result<(), AgentError> {
-        self.client
-            .start_container(with_duration(SLOW), &of(container))
-            .await
-            .map_err(|error| AgentError::new("StartContainer", error))?;
+        self.answer(
+            "StartContainer",
+            SLOW,
+            self.client
+                .start_container(self.context(SLOW), &of(container)),
+        )
+        .await?;
         Ok(())
     }
 
@@ -160,10 +183,9 @@ impl Agent {
     /// # Errors
     /// As the agent says.
     pub async fn exec(&self, request: &ExecRequest) -> Result<(), AgentError> {
-        self.client
-            .exec(with_duration(SLOW), request)
-            .await
-            .map_err(|error| AgentError::new("Exec", error))?;
+        check_size("Exec", request)?;
+        self.answer("Exec", SLOW, self.client.exec(self.context(SLOW), request))
+            .await?;
         Ok(())
     }
 
@@ -171,16 +193,23 @@ impl Agent {
     ///
     /// # Errors
     /// As the agent says.
-    pub async fn wait(&self, container: &str, exec: &str) -> Result<Exit, AgentError> {
+    pub async fn wait(&self, container: &str, exec: &str) -> Result<End, AgentError> {
         let response = self
             .client
             .wait(Context::default(), &process(container, exec))
             .await
             .map_err(|error| AgentError::new("Wait", error))?;
-        Ok(Exit {
-            code: response.exit_code,
-            // The node's own clock: a guest's may be off, by accident or not.
-            at_ns: clock::wall_ns(),
+        Ok(End {
+            exit: Exit {
+                code: response.exit_code,
+                // The node's own clock: a guest's may be off, by accident or not.
+                at_ns: clock::wall_ns(),
+            },
+            oom_killed: response.oom_killed,
+            written: Written {
+                stdout: response.stdout_bytes,
+                stderr: response.stderr_bytes,
+            },
         })
     }
 
@@ -202,10 +231,12 @@ impl Agent {
             all,
             ..SignalRequest::default()
         };
-        self.client
-            .signal(with_duration(QUICK), &request)
-            .await
-            .map_err(|error| AgentError::new("Signal", error))?;
+        self.answer(
+            "Signal",
+            QUICK,
+            self.client.signal(self.context(QUICK), &request),
+        )
+        .await?;
         Ok(())
     }
 
@@ -227,25 +258,13 @@ impl Agent {
             height,
             ..ResizePtyRequest::default()
         };
-        self.client
-            .resize_pty(with_duration(QUICK), &request)
-            .await
-            .map_err(|error| AgentError::new("ResizePty", error))?;
+        self.answer(
+            "ResizePty",
+            QUICK,
+            self.client.resize_pty(self.context(QUICK), &request),
+        )
+        .await?;
         Ok(())
-    }
-
-    /// The container's processes, as the guest numbers them.
-    ///
-    /// # Errors
-    /// As the agent says.
-    pub async fn list_processes(&self, container: &str) -> Result<Vec<ProcessInfo>, AgentError> {
-        let mut response = self
-            .client
-            .list_processes(with_duration(QUICK), &of(container))
-            .await
-            .map_err(|error| AgentError::new("ListProcesses", error))?;
-        response.processes.truncate(PROCESSES);
-        Ok(response.processes)
     }
 
     /// The container's counters: `io.containerd.cgroups.v2.Metrics`, serialized.
@@ -253,12 +272,14 @@ impl Agent {
     /// # Errors
     /// As the agent says.
     pub async fn stats(&self, container: &str) -> Result<Vec<u8>, AgentError> {
-        let response = self
-            .client
-            .stats(with_duration(QUICK), &of(container))
-            .await
-            .map_err(|error| AgentError::new("Stats", error))?;
-        Ok(response.cgroup_v2_metrics)
+        let request = of(container);
+        let call = self.client.stats(self.context(QUICK), &request);
+        let response = self.answer("Stats", QUICK, call).await?;
+        let metrics = metrics::checked(&response.cgroup_v2_metrics);
+        metrics.map_err(|source| AgentError::Garbled {
+            call: "Stats",
+            source,
+        })
     }
 
     /// Changes the container's limits.
@@ -275,10 +296,13 @@ impl Agent {
             oci_resources,
             ..UpdateResourcesRequest::default()
         };
-        self.client
-            .update_resources(with_duration(QUICK), &request)
-            .await
-            .map_err(|error| AgentError::new("UpdateResources", error))?;
+        check_size("UpdateResources", &request)?;
+        self.answer(
+            "UpdateResources",
+            QUICK,
+            self.client.update_resources(self.context(QUICK), &request),
+        )
+        .await?;
         Ok(())
     }
 
@@ -287,10 +311,12 @@ impl Agent {
     /// # Errors
     /// As the agent says.
     pub async fn pause(&self, container: &str) -> Result<(), AgentError> {
-        self.client
-            .pause(with_duration(QUICK), &of(container))
-            .await
-            .map_err(|error| AgentError::new("Pause", error))?;
+        self.answer(
+            "Pause",
+            QUICK,
+            self.client.pause(self.context(QUICK), &of(container)),
+        )
+        .await?;
         Ok(())
     }
 
@@ -299,10 +325,12 @@ impl Agent {
     /// # Errors
     /// As the agent says.
     pub async fn resume(&self, container: &str) -> Result<(), AgentError> {
-        self.client
-            .resume(with_duration(QUICK), &of(container))
-            .await
-            .map_err(|error| AgentError::new("Resume", error))?;
+        self.answer(
+            "Resume",
+            QUICK,
+            self.client.resume(self.context(QUICK), &of(container)),
+        )
+        .await?;
         Ok(())
     }
 
@@ -321,10 +349,12 @@ impl Agent {
             unused_paths,
             ..DeleteContainerRequest::default()
         };
-        self.client
-            .delete_container(with_duration(QUICK), &request)
-            .await
-            .map_err(|error| AgentError::new("DeleteContainer", error))?;
+        self.answer(
+            "DeleteContainer",
+            ENDING,
+            self.client.delete_container(self.context(ENDING), &request),
+        )
+        .await?;
         Ok(())
     }
 
@@ -333,10 +363,13 @@ impl Agent {
     /// # Errors
     /// As the agent says.
     pub async fn delete_process(&self, container: &str, exec: &str) -> Result<(), AgentError> {
-        self.client
-            .delete_process(with_duration(QUICK), &process(container, exec))
-            .await
-            .map_err(|error| AgentError::new("DeleteProcess", error))?;
+        self.answer(
+            "DeleteProcess",
+            QUICK,
+            self.client
+                .delete_process(self.context(QUICK), &process(container, exec)),
+        )
+        .await?;
         Ok(())
     }
 
@@ -362,10 +395,12 @@ impl Agent {
             host_port,
             ..agent::DialRequest::default()
         };
-        self.client
-            .dial(with_duration(QUICK), &request)
-            .await
-            .map_err(|error| AgentError::new("Dial", error))?;
+        self.answer(
+            "Dial",
+            QUICK,
+            self.client.dial(self.context(QUICK), &request),
+        )
+        .await?;
         Ok(())
     }
 
@@ -374,10 +409,13 @@ impl Agent {
     /// # Errors
     /// As the agent says.
     pub async fn rescan_devices(&self) -> Result<(), AgentError> {
-        self.client
-            .rescan_devices(with_duration(QUICK), &Empty::default())
-            .await
-            .map_err(|error| AgentError::new("RescanDevices", error))?;
+        self.answer(
+            "RescanDevices",
+            QUICK,
+            self.client
+                .rescan_devices(self.context(QUICK), &Empty::default()),
+        )
+        .await?;
         Ok(())
     }
 
@@ -388,10 +426,12 @@ impl Agent {
     pub async fn remove_disk(&self, serial: &str) -> Result<(), AgentError> {
         let mut request = agent::RemoveDeviceRequest::default();
         request.set_block_serial(serial.to_owned());
-        self.client
-            .remove_device(with_duration(QUICK), &request)
-            .await
-            .map_err(|error| AgentError::new("RemoveDevice", error))?;
+        self.answer(
+            "RemoveDevice",
+            QUICK,
+            self.client.remove_device(self.context(QUICK), &request),
+        )
+        .await?;
         Ok(())
     }
 
@@ -406,6 +446,29 @@ impl Agent {
             tracing::debug!(%error, "agent's shutdown");
         }
     }
+}
+
+async fn within<T>(
+    call: &'static str,
+    limit: Duration,
+    answer: impl Future<Output = ttrpc::Result<T>>,
+) -> Result<T, AgentError> {
+    match timeout(limit, answer).await {
+        Ok(answer) => answer.map_err(|error| AgentError::new(call, error)),
+        Err(_) => Err(AgentError::Deadline {
+            call,
+            seconds: limit.as_secs(),
+        }),
+    }
+}
+
+/// Refuses what ttrpc would only call a lost connection.
+fn check_size(call: &'static str, message: &impl Message) -> Result<(), AgentError> {
+    let bytes = message.compute_size();
+    if bytes.saturating_add(ENVELOPE) > limit::MESSAGE_BYTES as u64 {
+        return Err(AgentError::TooLarge { call, bytes });
+    }
+    Ok(())
 }
 
 fn of(container: &str) -> ContainerRequest {
@@ -424,7 +487,7 @@ fn process(container: &str, exec: &str) -> ProcessRequest {
 }
 
 /// Cuts a text and takes out what could act on a terminal or forge log lines.
-fn clean(text: &str) -> String {
+pub fn clean(text: &str) -> String {
     text.chars()
         .take(TEXT)
         .map(|c| if c.is_control() { ' ' } else { c })

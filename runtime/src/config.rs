@@ -4,6 +4,7 @@ use std::env;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
@@ -51,6 +52,21 @@ impl Default for Config {
     }
 }
 
+/// How long things may take on this node. Where a machine may take long to
+/// boot, everything in it may take as much longer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    boot_seconds: u32,
+}
+
+impl Patience {
+    /// How long something may take here that elsewhere takes `usual` at most.
+    pub fn of(self, usual: Duration) -> Duration {
+        let usual_boot = Config::default().boot_timeout_seconds;
+        usual * self.boot_seconds.max(usual_boot) / usual_boot
+    }
+}
+
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -93,6 +109,13 @@ impl Config {
         }
     }
 
+    /// How long things may take.
+    pub fn patience(&self) -> Patience {
+        Patience {
+            boot_seconds: self.boot_timeout_seconds,
+        }
+    }
+
     fn read(path: &Path) -> Result<Self, ConfigError> {
         let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
             path: path.to_owned(),
@@ -114,6 +137,19 @@ mod tests {
         let config: Config = toml::from_str("kernel = '/k'").unwrap();
         assert_eq!(config.kernel, Path::new("/k"));
         assert_eq!(config.vmm, Config::default().vmm);
+    }
+
+    #[test]
+    fn is_as_patient_as_with_the_boot() {
+        let usual = Duration::from_secs(10);
+        for (seconds, expected) in [(1, 10), (60, 10), (180, 30), (u32::MAX, 715_827_882)] {
+            let config = Config {
+                boot_timeout_seconds: seconds,
+                ..Config::default()
+            };
+            let patience = config.patience().of(usual);
+            assert_eq!(patience.as_secs(), expected);
+        }
     }
 
     #[test]

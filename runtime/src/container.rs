@@ -11,8 +11,9 @@ use std::path::PathBuf;
 
 use containerd_shim_protos::types::task::Status;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
-use crate::agent_client::Exit;
+use crate::agent_client::{End, Exit};
 use crate::container_files::ContainerFiles;
 use crate::error::Error;
 use crate::stdio::{Stdio, StdioPaths};
@@ -30,6 +31,8 @@ pub struct Container {
     pub execs: BTreeMap<String, Exec>,
     /// Frozen.
     pub paused: bool,
+    /// When containerd was last told that its memory ran out.
+    pub oom_told: Option<Instant>,
     /// When containerd asked for it, wall clock.
     pub created_ns: u64,
     /// containerd did not wait for its creation: it goes as soon as it is there.
@@ -64,8 +67,10 @@ pub struct Process {
     state: State,
     /// It has ended; its output is still being taken.
     ending: bool,
+    /// Its input was closed, perhaps before it was open.
+    input_closed: bool,
     /// It ended before its start was answered.
-    early: Option<Exit>,
+    early: Option<End>,
     exit: watch::Sender<Option<Exit>>,
 }
 
@@ -105,6 +110,7 @@ impl Process {
             stdio: None,
             state,
             ending: false,
+            input_closed: false,
             early: None,
             exit: watch::Sender::new(None),
         }
@@ -117,8 +123,27 @@ impl Process {
 
     /// It is prepared.
     pub fn created(&mut self, stdio: Option<Stdio>) {
-        self.stdio = stdio;
         self.state = State::Created;
+        if let Some(stdio) = stdio {
+            self.opened(stdio);
+        }
+    }
+
+    /// Its streams are open.
+    pub fn opened(&mut self, mut stdio: Stdio) {
+        // A client may be done before the guest has answered.
+        if self.input_closed {
+            stdio.close_input();
+        }
+        self.stdio = Some(stdio);
+    }
+
+    /// It shall see the end of its input, as soon as it has one.
+    pub fn close_input(&mut self) {
+        self.input_closed = true;
+        if let Some(stdio) = &mut self.stdio {
+            stdio.close_input();
+        }
     }
 
     /// It is about to be executed.
@@ -134,7 +159,7 @@ impl Process {
     }
 
     /// Its start was answered; how it ended, if it has already.
-    pub fn finish_start(&mut self, started: bool) -> Option<Exit> {
+    pub fn finish_start(&mut self, started: bool) -> Option<End> {
         if self.state == State::Starting {
             self.state = if started {
                 State::Running
@@ -147,10 +172,10 @@ impl Process {
 
     /// It has ended. True when its output is to be taken now, and then
     /// [`Process::finish_exit`] called.
-    pub fn begin_exit(&mut self, exit: Exit) -> bool {
+    pub fn begin_exit(&mut self, end: End) -> bool {
         match self.state {
             State::Starting => {
-                self.early = Some(exit);
+                self.early = Some(end);
                 false
             }
             State::Created | State::Running if !self.ending => {
@@ -245,8 +270,8 @@ mod tests {
         assert!(process.begin_start("c").is_err());
         assert_eq!(process.finish_start(true), None);
         assert_eq!(process.state(), State::Running);
-        assert!(process.begin_exit(EXIT));
-        assert!(!process.begin_exit(EXIT));
+        assert!(process.begin_exit(EXIT.into()));
+        assert!(!process.begin_exit(EXIT.into()));
         process.finish_exit(EXIT);
         assert_eq!(process.state(), State::Stopped(EXIT));
         assert!(matches!(
@@ -260,10 +285,10 @@ mod tests {
     fn keeps_an_end_until_its_start_was_told() {
         let mut process = process(State::Created);
         process.begin_start("c").unwrap();
-        assert!(!process.begin_exit(EXIT));
+        assert!(!process.begin_exit(EXIT.into()));
         assert_eq!(process.state(), State::Starting);
-        assert_eq!(process.finish_start(true), Some(EXIT));
-        assert!(process.begin_exit(EXIT));
+        assert_eq!(process.finish_start(true), Some(EXIT.into()));
+        assert!(process.begin_exit(EXIT.into()));
     }
 
     #[test]

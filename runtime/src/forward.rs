@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 use crate::agent_client::Agent;
 use crate::error::Error;
 use crate::network::PortForward;
-use crate::ports::Ports;
+use crate::ports;
 use crate::stdio::StdioError;
 use crate::vm_process::Vm;
 
@@ -21,7 +21,7 @@ const CONNECTIONS: usize = 256;
 
 /// Forwards until the machine has ended. A node whose kernel cannot do this has
 /// pods all the same.
-pub async fn serve(netns: PathBuf, vm: Vm, agent: Agent, ports: Ports) {
+pub async fn serve(netns: PathBuf, vm: Vm, agent: Agent) {
     let opened = tokio::task::spawn_blocking(move || PortForward::open(&netns)).await;
     let (listener, _attachment) = match opened {
         Ok(Ok(forward)) => forward.into_parts(),
@@ -40,12 +40,12 @@ pub async fn serve(netns: PathBuf, vm: Vm, agent: Agent, ports: Ports) {
     };
     let end_vm = vm.clone();
     tokio::select! {
-        () = accept(listener, vm, agent, ports) => {}
+        () = accept(listener, vm, agent) => {}
         _ = end_vm.ended() => {}
     }
 }
 
-async fn accept(listener: TcpListener, vm: Vm, agent: Agent, ports: Ports) {
+async fn accept(listener: TcpListener, vm: Vm, agent: Agent) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {
         let stream = match listener.accept().await {
@@ -56,9 +56,9 @@ async fn accept(listener: TcpListener, vm: Vm, agent: Agent, ports: Ports) {
                 continue;
             }
         };
-        let (vm, agent, port) = (vm.clone(), agent.clone(), ports.take(1));
+        let (vm, agent) = (vm.clone(), agent.clone());
         tokio::spawn(async move {
-            if let Err(error) = carry(stream, &vm, &agent, port).await {
+            if let Err(error) = carry(stream, &vm, &agent).await {
                 tracing::debug!("port forwarding: {}", crate::error::chain(&error));
             }
             drop(place);
@@ -66,7 +66,7 @@ async fn accept(listener: TcpListener, vm: Vm, agent: Agent, ports: Ports) {
     }
 }
 
-async fn carry(mut stream: TcpStream, vm: &Vm, agent: &Agent, port: u32) -> Result<(), Error> {
+async fn carry(mut stream: TcpStream, vm: &Vm, agent: &Agent) -> Result<(), Error> {
     let fail = |source: io::Error| StdioError::Socket {
         stream: "forwarded port",
         source,
@@ -75,8 +75,13 @@ async fn carry(mut stream: TcpStream, vm: &Vm, agent: &Agent, port: u32) -> Resu
     let (near, far) = std::os::unix::net::UnixStream::pair().map_err(fail)?;
     near.set_nonblocking(true).map_err(fail)?;
     far.set_nonblocking(true).map_err(fail)?;
+    let port = ports::random().map_err(fail)?;
     vm.add_host_ports(vec![(port, far.into())]).await?;
-    agent.dial(wanted, port).await?;
+    if let Err(error) = agent.dial(wanted, port).await {
+        // Mostly nobody listens there, and then nobody dials either.
+        vm.remove_host_ports(vec![port]).await;
+        return Err(error.into());
+    }
     let mut guest = UnixStream::from_std(near).map_err(fail)?;
     // Either side may just hang up.
     let _ = copy_bidirectional(&mut stream, &mut guest).await;

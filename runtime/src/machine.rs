@@ -144,7 +144,7 @@ impl MachineParts {
 
         let patience = Duration::from_secs(request.config.boot_timeout_seconds.into());
         let (near, far) = UnixStream::pair().map_err(AgentError::Connect)?;
-        let agent = Agent::new(near)?;
+        let agent = Agent::new(near, request.config.patience())?;
         let (nics, network) = match self.network {
             Some(network) => (network.nics, network.guest),
             None => (Vec::new(), Network::default()),
@@ -164,7 +164,11 @@ impl MachineParts {
         };
         let line = vm_plan::command_line(&request.config.kernel_parameters, request.debug);
         let (spec, descriptors) = vm_plan::plan(self.size, line, parts)?;
-        let (vm, timeline) = match self.vmm.start(&spec, descriptors, patience).await {
+        let (vm, timeline) = match self
+            .vmm
+            .start(&spec, descriptors, patience, request.config.patience())
+            .await
+        {
             Ok(started) => started,
             Err(error) => {
                 self.file_server.end().await;
@@ -256,14 +260,16 @@ impl Machine {
                 Ok(())
             }
             // The machine's own word says more than the lost connection.
-            Err(AgentError::Gone) => match timeout(LAST_WORDS, self.vm.ended()).await {
-                Ok(end) => Err(VmError::Ended(end).into()),
-                Err(_) => Err(AgentError::Gone.into()),
-            },
-            Err(error @ AgentError::Deadline(_)) => {
-                let end: VmEnd = self.vm.kill().await;
-                tracing::error!(console = end.console, "the machine did not get ready");
-                Err(error.into())
+            Err(AgentError::Gone) => {
+                let last_words = self.agent.patience().of(LAST_WORDS);
+                match timeout(last_words, self.vm.ended()).await {
+                    Ok(end) => Err(VmError::Ended(end).into()),
+                    Err(_) => Err(AgentError::Gone.into()),
+                }
+            }
+            Err(AgentError::Deadline { seconds, .. }) => {
+                let VmEnd { console, .. } = self.vm.kill().await;
+                Err(VmError::NotReady { seconds, console }.into())
             }
             Err(error) => Err(error.into()),
         }

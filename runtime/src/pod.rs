@@ -11,23 +11,20 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use containerd_shim_protos::events::task::TaskOOM;
-use containerd_shim_protos::topics;
 use husk_protocol::agent::event::Kind as EventKind;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::agent_client::{Agent, Exit};
+use crate::agent_client::Agent;
 use crate::cgroup::PodCgroup;
 use crate::clock;
-use crate::config::Config;
-use crate::container::{Container, Kind, Process};
+use crate::config::{Config, Patience};
+use crate::container::{Container, Kind, Process, State as ProcessState};
 use crate::error::Error;
 use crate::event::EventSender;
 use crate::forward;
 use crate::id::Id;
 use crate::machine::Machine;
-use crate::ports::Ports;
 use crate::state_dir::{State, StateDir};
 use crate::vm_process::{Vm, VmEnd};
 
@@ -100,7 +97,6 @@ pub struct Pod {
     pod_binds: bool,
     /// Code with which the sandbox ends, once it was asked to.
     sandbox_exit: Option<u32>,
-    ports: Ports,
     next_disk: u32,
     /// There has been a container.
     was_used: bool,
@@ -178,7 +174,6 @@ impl Pod {
             under_way: watch::Sender::new(0),
             pod_binds: false,
             sandbox_exit: None,
-            ports: Ports::default(),
             next_disk: 0,
             was_used: false,
             over: false,
@@ -332,6 +327,7 @@ impl Pod {
     /// Follows a machine that has just become ready.
     fn follow_machine(&mut self, machine: Machine) {
         let (vm, agent) = (machine.vm().clone(), machine.agent().clone());
+        let patience = agent.patience();
         let file_server = Arc::clone(machine.file_server());
         let server_vm = vm.clone();
         tokio::spawn(async move {
@@ -340,7 +336,7 @@ impl Pod {
                 _ = server_vm.ended() => return,
             }
             // It ends with the machine, unless it fails.
-            end_without("file server", &server_vm).await;
+            end_without("file server", &server_vm, patience).await;
         });
         let end_vm = vm.clone();
         self.later(async move {
@@ -350,7 +346,7 @@ impl Pod {
         tokio::spawn(follow_agent(agent.clone(), vm.clone(), self.handle.clone()));
         if let Some(netns) = machine.netns() {
             let netns = netns.to_owned();
-            tokio::spawn(forward::serve(netns, vm, agent, self.ports.clone()));
+            tokio::spawn(forward::serve(netns, vm, agent));
         }
         self.machine = MachineState::Running(machine);
     }
@@ -367,37 +363,29 @@ impl Pod {
             tracing::error!("machine: {end}");
         }
         self.machine = MachineState::Ended(machine, end);
-        let at_ns = clock::wall_ns();
         let sandbox_code = self.sandbox_exit.unwrap_or(MACHINE_GONE);
         let mut ended = Vec::new();
         for (id, container) in &self.containers {
-            let is_sandbox = matches!(container.kind, Kind::Sandbox);
-            let code = if is_sandbox {
-                sandbox_code
-            } else {
-                MACHINE_GONE
+            let code = match container.kind {
+                Kind::Sandbox => sandbox_code,
+                Kind::Guest(_) => MACHINE_GONE,
             };
-            for exec in container.execs.keys() {
-                ended.push((false, id.clone(), exec.clone(), MACHINE_GONE));
+            for (exec, added) in &container.execs {
+                // One that was never started has no end to tell.
+                if added.process.state() != ProcessState::Created {
+                    ended.push((id.clone(), exec.clone(), MACHINE_GONE));
+                }
             }
-            ended.push((is_sandbox, id.clone(), String::new(), code));
+            ended.push((id.clone(), String::new(), code));
         }
-        // The sandbox last: it stands for the pod.
-        ended.sort_by_key(|(is_sandbox, ..)| *is_sandbox);
-        for (_, id, exec, code) in ended {
-            self.process_exited(&id, &exec, Exit { code, at_ns });
+        for (id, exec, code) in ended {
+            self.process_exited(&id, &exec, exit::ended_now(code));
         }
     }
 
     fn agent_event(&mut self, kind: Option<EventKind>) {
         match kind {
-            Some(EventKind::Oom(oom)) if self.containers.contains_key(&oom.container_id) => {
-                let event = TaskOOM {
-                    container_id: oom.container_id,
-                    ..TaskOOM::default()
-                };
-                self.events.send(topics::TASK_OOM_EVENT_TOPIC, &event);
-            }
+            Some(EventKind::Oom(oom)) => self.tell_oom(&oom.container_id),
             _ => tracing::debug!("the agent tells something unknown"),
         }
     }
@@ -418,12 +406,16 @@ async fn follow_agent(agent: Agent, vm: Vm, pod: PodHandle) {
             }
         }
     }
-    end_without("agent", &vm).await;
+    end_without("agent", &vm, agent.patience()).await;
 }
 
 /// Ends a machine that has lost a part of it, unless it is about to end anyway.
-async fn end_without(part: &'static str, vm: &Vm) {
-    if timeout(WITHOUT_PART, vm.ended()).await.is_err() && !vm.is_dismissed() {
+async fn end_without(part: &'static str, vm: &Vm, patience: Patience) {
+    if timeout(patience.of(WITHOUT_PART), vm.ended())
+        .await
+        .is_err()
+        && !vm.is_dismissed()
+    {
         tracing::error!("the {part} has ended; so does the machine");
         vm.kill().await;
     }

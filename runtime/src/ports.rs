@@ -1,37 +1,46 @@
-//! Host ports of a guest's vsock: each is handed out once in a pod's life.
+//! Host ports of a guest's vsock. Whoever dials a port first has its stream, and
+//! every process of the guest may dial: the number is what tells the agent apart.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::io;
 
 use husk_protocol::port;
+use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
 
-/// The ports of one pod.
-#[derive(Clone, Debug)]
-pub struct Ports(Arc<AtomicU32>);
-
-impl Default for Ports {
-    fn default() -> Self {
-        Self(Arc::new(AtomicU32::new(port::FIRST_STREAM)))
-    }
-}
-
-impl Ports {
-    /// The first of `count` ports in a row.
-    pub fn take(&self, count: u32) -> u32 {
-        self.0.fetch_add(count, Ordering::Relaxed)
+/// A port that nobody can guess. The same may come again, but hardly while
+/// another stream waits for its guest.
+///
+/// # Errors
+/// The kernel has no random numbers.
+pub fn random() -> io::Result<u32> {
+    loop {
+        let mut bytes = [0; 4];
+        match getrandom(&mut bytes, GetRandomFlags::empty()) {
+            Ok(4) => {}
+            Ok(_) | Err(Errno::INTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        }
+        let port = u32::from_ne_bytes(bytes);
+        // The last one means any to the kernel (VMADDR_PORT_ANY).
+        if (port::FIRST_STREAM..u32::MAX).contains(&port) {
+            return Ok(port);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     #[test]
-    fn gives_each_once() {
-        let ports = Ports::default();
-        let first = ports.take(3);
-        assert_eq!(first, port::FIRST_STREAM);
-        assert_eq!(ports.clone().take(1), first + 3);
-        assert_eq!(ports.take(1), first + 4);
+    fn cannot_be_guessed() {
+        let ports: BTreeSet<u32> = (0..100).map(|_| random().unwrap()).collect();
+        assert_eq!(ports.len(), 100);
+        assert!(ports.iter().all(|port| *port >= port::FIRST_STREAM));
+        // Neither in a row nor all in one corner.
+        let next = ports.iter().filter(|port| ports.contains(&(**port + 1)));
+        assert!(next.count() < 10);
+        assert!(ports.last().unwrap() - ports.first().unwrap() > 1 << 30);
     }
 }

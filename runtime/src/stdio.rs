@@ -9,7 +9,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use husk_protocol::agent::Streams as StreamPorts;
@@ -17,21 +16,22 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use ttrpc::Code;
+
+use crate::agent_client::Written;
+use crate::ports;
+
+mod progress;
+
+pub use progress::Limits;
+use progress::{Outputs, Progress, Wait};
 
 /// One read or write at most, bytes.
 const CHUNK: usize = 32 << 10;
 
-/// Output counts as complete, though somebody holds it open, when nothing came
-/// for so long after the process ended.
-const QUIET: Duration = Duration::from_millis(500);
-
-/// How often that is looked at.
+/// How often it is looked at whether output is complete.
 const TICK: Duration = Duration::from_millis(50);
-
-/// How many ports one process may need.
-pub const PORTS: u32 = 3;
 
 /// What containerd asks for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,8 +50,8 @@ pub struct StdioPaths {
 #[derive(Debug)]
 pub struct Stdio {
     input: Option<Input>,
-    outputs: JoinSet<()>,
-    progress: Arc<Progress>,
+    copies: JoinSet<()>,
+    outputs: Outputs,
 }
 
 /// What the machine and the agent are told about the streams of one process.
@@ -63,6 +63,13 @@ pub struct GuestStreams {
     pub ports: StreamPorts,
 }
 
+impl GuestStreams {
+    /// What the VMM is told to open.
+    pub fn port_numbers(&self) -> Vec<u32> {
+        self.host_ports.iter().map(|(port, _)| *port).collect()
+    }
+}
+
 /// Called with the first byte of output.
 pub type OnFirstOutput = Box<dyn FnOnce() + Send>;
 
@@ -72,15 +79,6 @@ pub type OnFirstOutput = Box<dyn FnOnce() + Send>;
 struct Input {
     copy: AbortHandle,
     keeper: Option<OwnedFd>,
-}
-
-/// What the copies of one process's output are at.
-#[derive(Debug, Default)]
-struct Progress {
-    /// Taken from the guest.
-    bytes: AtomicU64,
-    /// Copies that wait for whoever reads slowly.
-    writing: AtomicU32,
 }
 
 enum Sink {
@@ -135,28 +133,23 @@ impl StdioError {
 }
 
 impl Stdio {
-    /// Opens the streams and begins to copy. The guest dials from `first_port`
-    /// on, [`PORTS`] at most.
+    /// Opens the streams and begins to copy.
     ///
     /// # Errors
     /// A stream cannot be opened.
     pub fn open(
         paths: &StdioPaths,
-        first_port: u32,
         on_first_output: OnFirstOutput,
     ) -> Result<(Self, GuestStreams), StdioError> {
-        let progress = Arc::new(Progress::default());
         let mut guest = GuestStreams {
             host_ports: Vec::new(),
             ports: StreamPorts::default(),
         };
-        let mut port = first_port;
         let mut connect = |stream| {
             let (near, far) = pair(stream)?;
-            let this = port;
-            port += 1;
-            guest.host_ports.push((this, far.into()));
-            Ok::<_, StdioError>((near, this))
+            let port = ports::random().map_err(|source| StdioError::Socket { stream, source })?;
+            guest.host_ports.push((port, far.into()));
+            Ok::<_, StdioError>((near, port))
         };
 
         let mut input = None;
@@ -170,14 +163,16 @@ impl Stdio {
                 keeper: Some(keeper),
             });
         }
-        let mut outputs = JoinSet::new();
+        let mut copies = JoinSet::new();
+        let mut outputs = Outputs::default();
         let mut on_first_output = Some(on_first_output);
         if !paths.stdout.is_empty() {
             let sink = Sink::open("stdout", &paths.stdout)?;
             let (socket, port) = connect("stdout")?;
             guest.ports.stdout_port = port;
             let first = on_first_output.take();
-            outputs.spawn(copy_out(socket, sink, Arc::clone(&progress), first));
+            let progress = Arc::clone(outputs.stdout.insert(Arc::default()));
+            copies.spawn(copy_out(socket, sink, progress, first));
         }
         // A terminal has one output.
         if !paths.stderr.is_empty() && !paths.terminal {
@@ -185,12 +180,13 @@ impl Stdio {
             let (socket, port) = connect("stderr")?;
             guest.ports.stderr_port = port;
             let first = on_first_output.take();
-            outputs.spawn(copy_out(socket, sink, Arc::clone(&progress), first));
+            let progress = Arc::clone(outputs.stderr.insert(Arc::default()));
+            copies.spawn(copy_out(socket, sink, progress, first));
         }
         let stdio = Self {
             input,
+            copies,
             outputs,
-            progress,
         };
         Ok((stdio, guest))
     }
@@ -202,27 +198,23 @@ impl Stdio {
         }
     }
 
-    /// Ends the input and waits for the output: until it ends, or until nothing
-    /// comes any more because another process holds it open, or until nobody has
-    /// read what is there for as long as `patience`.
-    pub async fn drain(&mut self, patience: Duration) {
+    /// The process has ended and wrote so much.
+    pub fn expect(&mut self, written: Written) {
+        self.outputs.expect(written);
+    }
+
+    /// Ends the input and waits for the output: until it ends, or until all is
+    /// there that was written and nothing comes any more because another process
+    /// holds it open, or for as long as `limits` say.
+    pub async fn drain(&mut self, limits: Limits) {
         self.input = None;
-        let mut seen = self.progress.bytes.load(Ordering::Relaxed);
-        let mut since = Instant::now();
+        let mut wait = Wait::new(&self.outputs, limits);
         loop {
-            match timeout(TICK, self.outputs.join_next()).await {
+            match timeout(TICK, self.copies.join_next()).await {
                 Ok(Some(_)) => continue,
                 Ok(None) => return,
+                Err(_) if wait.is_over(&mut self.outputs) => return,
                 Err(_) => {}
-            }
-            let now = self.progress.bytes.load(Ordering::Relaxed);
-            if now != seen {
-                (seen, since) = (now, Instant::now());
-            }
-            let blocked = self.progress.writing.load(Ordering::Relaxed) > 0;
-            let limit = if blocked { patience } else { QUIET };
-            if since.elapsed() >= limit {
-                return;
             }
         }
     }
@@ -288,6 +280,13 @@ fn local_path(stream: &'static str, uri: &str) -> Result<PathBuf, StdioError> {
 fn open_input(uri: &str) -> Result<(pipe::Receiver, OwnedFd), StdioError> {
     let path = local_path("stdin", uri)?;
     let open = |path: &Path| {
+        // Held until both are open: a writer that comes and goes in between would
+        // leave the reader with an end of input that is none, to look at for ever.
+        let _both = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
         let reader = pipe::OpenOptions::new().open_receiver(path)?;
         // A writer that would not wait is refused unless there is a reader.
         let keeper = OpenOptions::new()
@@ -354,15 +353,14 @@ async fn copy_out(
         if let Some(report) = on_first_output.take() {
             report();
         }
-        progress.bytes.fetch_add(count as u64, Ordering::Relaxed);
-        progress.writing.fetch_add(1, Ordering::Relaxed);
-        let written = sink.write(&buffer[..count]).await;
-        progress.writing.fetch_sub(1, Ordering::Relaxed);
-        if let Err(error) = written {
+        progress.take(count);
+        if let Err(error) = sink.write(&buffer[..count]).await {
             tracing::warn!(%error, "output");
             break;
         }
+        progress.pass_on(count);
     }
+    progress.end();
     // Nobody takes more: the process shall know.
     let _ = shutdown_read(&socket);
 }
@@ -378,6 +376,7 @@ mod tests {
     use super::*;
     use std::io::Read;
     use std::os::unix::net::UnixStream as StdStream;
+    use tokio::time::Instant;
 
     fn fifo(dir: &Path, name: &str) -> String {
         let path = dir.join(name);
@@ -407,6 +406,13 @@ mod tests {
         Box::new(|| {})
     }
 
+    fn slow_reader(seconds: u64) -> Limits {
+        Limits {
+            slow_reader: Duration::from_secs(seconds),
+            stalled: Duration::from_secs(60),
+        }
+    }
+
     #[tokio::test]
     async fn input_ends_only_when_closed_and_after_its_data() {
         let dir = tempfile::tempdir().unwrap();
@@ -414,8 +420,9 @@ mod tests {
             stdin: fifo(dir.path(), "in"),
             ..StdioPaths::default()
         };
-        let (mut stdio, mut guest) = Stdio::open(&paths, 70, nothing()).unwrap();
-        let mut process = far(&mut guest, 70);
+        let (mut stdio, mut guest) = Stdio::open(&paths, nothing()).unwrap();
+        let port = guest.ports.stdin_port;
+        let mut process = far(&mut guest, port);
         for text in ["first ", "second"] {
             // Each writer is a client that attaches and detaches.
             let path = paths.stdin.clone();
@@ -441,10 +448,10 @@ mod tests {
             stderr: format!("file://{}", dir.path().join("err").display()),
             ..StdioPaths::default()
         };
-        let (mut stdio, mut guest) = Stdio::open(&paths, 70, nothing()).unwrap();
-        assert_eq!((guest.ports.stdout_port, guest.ports.stderr_port), (70, 71));
-        let mut out = far(&mut guest, 70);
-        let mut err = far(&mut guest, 71);
+        let (mut stdio, mut guest) = Stdio::open(&paths, nothing()).unwrap();
+        let (out, err) = (guest.ports.stdout_port, guest.ports.stderr_port);
+        let mut out = far(&mut guest, out);
+        let mut err = far(&mut guest, err);
         let path = paths.stdout.clone();
         let reader = tokio::task::spawn_blocking(move || std::fs::read(path).unwrap());
         let writer = tokio::task::spawn_blocking(move || {
@@ -452,7 +459,7 @@ mod tests {
             err.write_all(b"complaint").unwrap();
         });
         writer.await.unwrap();
-        stdio.drain(Duration::from_secs(60)).await;
+        stdio.drain(slow_reader(60)).await;
         let err = std::fs::read(dir.path().join("err")).unwrap();
         assert_eq!(err, b"complaint");
         assert_eq!(reader.await.unwrap().len(), 1 << 20);
@@ -465,11 +472,35 @@ mod tests {
             stdout: fifo(dir.path(), "out"),
             ..StdioPaths::default()
         };
-        let (mut stdio, guest) = Stdio::open(&paths, 70, nothing()).unwrap();
-        timeout(Duration::from_secs(5), stdio.drain(Duration::from_secs(60)))
+        let (mut stdio, guest) = Stdio::open(&paths, nothing()).unwrap();
+        timeout(Duration::from_secs(5), stdio.drain(slow_reader(60)))
             .await
             .unwrap();
         drop(guest);
+    }
+
+    #[tokio::test]
+    async fn drain_waits_for_a_guest_that_takes_its_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = StdioPaths {
+            stdout: format!("file://{}", dir.path().join("out").display()),
+            ..StdioPaths::default()
+        };
+        let (mut stdio, mut guest) = Stdio::open(&paths, nothing()).unwrap();
+        let port = guest.ports.stdout_port;
+        let mut out = far(&mut guest, port);
+        stdio.expect(Written {
+            stdout: 4,
+            stderr: 0,
+        });
+        let writer = tokio::task::spawn_blocking(move || {
+            std::thread::sleep(Duration::from_millis(1500));
+            out.write_all(b"tail").unwrap();
+            out
+        });
+        stdio.drain(slow_reader(60)).await;
+        assert_eq!(std::fs::read(dir.path().join("out")).unwrap(), b"tail");
+        drop(writer.await);
     }
 
     #[tokio::test]
@@ -479,14 +510,15 @@ mod tests {
             stdout: fifo(dir.path(), "out"),
             ..StdioPaths::default()
         };
-        let (mut stdio, mut guest) = Stdio::open(&paths, 70, nothing()).unwrap();
-        let mut out = far(&mut guest, 70);
+        let (mut stdio, mut guest) = Stdio::open(&paths, nothing()).unwrap();
+        let port = guest.ports.stdout_port;
+        let mut out = far(&mut guest, port);
         // More than the fifo holds, and the process has gone.
         let size = 100 << 10;
         out.write_all(&vec![7; size]).unwrap();
         drop(out);
         let began = Instant::now();
-        stdio.drain(Duration::from_secs(1)).await;
+        stdio.drain(slow_reader(1)).await;
         assert!(began.elapsed() >= Duration::from_secs(1));
 
         let path = paths.stdout.clone();
@@ -497,7 +529,7 @@ mod tests {
             file.read_to_end(&mut text).unwrap();
             text.len()
         });
-        stdio.drain(Duration::from_secs(60)).await;
+        stdio.drain(slow_reader(60)).await;
         drop(stdio);
         assert_eq!(reader.await.unwrap(), size);
     }
@@ -513,7 +545,7 @@ mod tests {
                 stdout: uri.to_owned(),
                 ..StdioPaths::default()
             };
-            let error = Stdio::open(&paths, 70, nothing()).unwrap_err().to_string();
+            let error = Stdio::open(&paths, nothing()).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
     }

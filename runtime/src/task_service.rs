@@ -230,15 +230,15 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _context: &TtrpcContext, request: PidsRequest) -> Result<PidsResponse> {
-        let listed = self
+        let (pid, names) = self
             .pod
-            .ask(move |pod, reply| pod.processes(request.id, reply))
+            .ask(move |pod, reply| pod.processes(&request.id, reply))
             .await?;
-        let processes = listed
+        let processes = names
             .into_iter()
-            .map(|process| ProcessInfo {
-                pid: process.pid,
-                info: details(process.exec_id).into(),
+            .map(|name| ProcessInfo {
+                pid,
+                info: details(name).into(),
                 ..ProcessInfo::default()
             })
             .collect();

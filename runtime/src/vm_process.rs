@@ -19,10 +19,12 @@ use husk_vmm_spec::{
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::net::unix::pipe;
-use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
+use crate::agent_client::clean;
 use crate::child::Child;
+use crate::config::Patience;
 use crate::process::Process;
 use crate::vm_plan::{Descriptors, Disk};
 
@@ -51,7 +53,11 @@ pub struct Vmm {
 #[derive(Clone, Debug)]
 pub struct Vm {
     process: Process,
+    /// Longest time for the VMM to answer a request.
+    request_limit: Duration,
     calls: mpsc::Sender<Call>,
+    /// Apart from the calls, which may have to wait.
+    kill: Arc<Notify>,
     end: watch::Receiver<Option<VmEnd>>,
     /// Somebody here wants it to end.
     dismissed: Arc<AtomicBool>,
@@ -99,8 +105,25 @@ pub enum VmError {
         source: io::Error,
     },
     /// No answer in time.
-    #[error("the VMM did not answer {0} in time")]
-    Deadline(&'static str),
+    #[error("the VMM did not {what} within {seconds} s")]
+    Deadline {
+        /// What was asked.
+        what: &'static str,
+        /// How long it had.
+        seconds: u64,
+    },
+    /// The guest did not boot in time.
+    #[error(
+        "the guest was not ready after {seconds} s (boot_timeout_seconds); its console's last \
+         lines: {}",
+        console::last_lines(console)
+    )]
+    NotReady {
+        /// How long it had.
+        seconds: u64,
+        /// The last of what its console showed.
+        console: String,
+    },
     /// It answered that it could not.
     #[error("the VMM could not {what}")]
     Refused {
@@ -115,13 +138,10 @@ pub enum VmError {
     Ended(VmEnd),
 }
 
-enum Call {
-    Request {
-        request: Request,
-        descriptors: Vec<OwnedFd>,
-        reply: oneshot::Sender<Result<Reply, Failure>>,
-    },
-    Kill,
+struct Call {
+    request: Request,
+    descriptors: Vec<OwnedFd>,
+    reply: oneshot::Sender<Result<Reply, Failure>>,
 }
 
 impl Vmm {
@@ -188,7 +208,8 @@ impl Vmm {
         finish(&self.child).await;
     }
 
-    /// Starts the machine.
+    /// Starts the machine, which may take as long as `limit`; later requests are
+    /// waited for with `patience`.
     ///
     /// # Errors
     /// The VMM could not, or did not answer in time; it has ended then.
@@ -196,7 +217,8 @@ impl Vmm {
         self,
         spec: &ValidVmSpec,
         descriptors: Vec<OwnedFd>,
-        patience: Duration,
+        limit: Duration,
+        patience: Patience,
     ) -> Result<(Vm, Timeline), VmError> {
         let process = self.process();
         self.control
@@ -210,7 +232,11 @@ impl Vmm {
         let (calls, call_receiver) = mpsc::channel(16);
         let (started, start) = oneshot::channel();
         let (end_sender, end) = watch::channel(None);
+        let request_limit = patience.of(REQUEST_DEADLINE);
+        let kill = Arc::new(Notify::new());
         let owner = Owner {
+            request_limit,
+            kill: Arc::clone(&kill),
             child: self.child,
             control: self.control,
             console: Console::new(self.console),
@@ -222,16 +248,19 @@ impl Vmm {
         tokio::spawn(owner.run(end_sender));
         let vm = Vm {
             process,
+            request_limit,
             calls,
+            kill,
             end,
             dismissed: Arc::default(),
         };
-        match timeout(patience, start).await {
+        match timeout(limit, start).await {
             Ok(Ok(timeline)) => Ok((vm, timeline)),
             Ok(Err(_)) => Err(VmError::Ended(vm.ended().await)),
             Err(_) => {
-                vm.kill().await;
-                Err(VmError::Deadline("its start"))
+                let VmEnd { console, .. } = vm.kill().await;
+                let seconds = limit.as_secs();
+                Err(VmError::NotReady { seconds, console })
             }
         }
     }
@@ -263,6 +292,17 @@ impl Vm {
             .await
     }
 
+    /// Closes ports that the guest will not dial any more.
+    pub async fn remove_host_ports(&self, ports: Vec<u32>) {
+        if ports.is_empty() {
+            return;
+        }
+        let removed = self.request("close ports", Request::RemoveHostPorts(ports), Vec::new());
+        if let Err(error) = removed.await {
+            tracing::debug!("{}", crate::error::chain(&error));
+        }
+    }
+
     /// Plugs a disk.
     ///
     /// # Errors
@@ -286,8 +326,7 @@ impl Vm {
     /// Ends the machine and waits until its process is gone.
     pub async fn kill(&self) -> VmEnd {
         self.dismiss();
-        // When nobody takes the call, it has ended.
-        let _ = self.calls.send(Call::Kill).await;
+        self.kill.notify_one();
         self.ended().await
     }
 
@@ -321,19 +360,24 @@ impl Vm {
         descriptors: Vec<OwnedFd>,
     ) -> Result<(), VmError> {
         let (reply, answer) = oneshot::channel();
-        let call = Call::Request {
+        let call = Call {
             request,
             descriptors,
             reply,
         };
-        if self.calls.send(call).await.is_err() {
-            return Err(VmError::Ended(self.ended().await));
-        }
-        match timeout(REQUEST_DEADLINE, answer).await {
+        let asked = async {
+            // When nobody takes it, nobody answers either.
+            let _ = self.calls.send(call).await;
+            answer.await
+        };
+        match timeout(self.request_limit, asked).await {
             Ok(Ok(Ok(_))) => Ok(()),
             Ok(Ok(Err(source))) => Err(VmError::Refused { what, source }),
             Ok(Err(_)) => Err(VmError::Ended(self.ended().await)),
-            Err(_) => Err(VmError::Deadline(what)),
+            Err(_) => Err(VmError::Deadline {
+                what,
+                seconds: self.request_limit.as_secs(),
+            }),
         }
     }
 }
@@ -344,6 +388,8 @@ struct Owner {
     control: ControlSocket,
     console: Console,
     calls: mpsc::Receiver<Call>,
+    kill: Arc<Notify>,
+    request_limit: Duration,
     started: Option<oneshot::Sender<Timeline>>,
     unanswered: VecDeque<oneshot::Sender<Result<Reply, Failure>>>,
 }
@@ -374,9 +420,12 @@ impl Owner {
                         }
                     }
                     Ok(Some(Message::Reply(answer))) => match self.unanswered.pop_front() {
-                        Some(reply) => drop(reply.send(answer)),
+                        Some(reply) => drop(reply.send(answer.map_err(cleaned))),
                         None => tracing::warn!("the VMM answered what was not asked"),
                     },
+                    Ok(Some(Message::Exited(ExitReason::Failed(failure)))) => {
+                        return Some(ExitReason::Failed(cleaned(failure)));
+                    }
                     Ok(Some(Message::Exited(reason))) => return Some(reason),
                     Ok(None) => return None,
                     Err(error) => {
@@ -386,22 +435,44 @@ impl Owner {
                 },
                 () = self.console.read() => {}
                 call = self.calls.recv(), if deadline.is_none() => match call {
-                    Some(Call::Request { request, descriptors, reply }) => {
-                        match self.control.send(&request, &descriptors).await {
-                            Ok(()) => self.unanswered.push_back(reply),
-                            Err(error) => tracing::warn!(%error, "VMM's control socket"),
+                    Some(Call { request, descriptors, reply }) => {
+                        let sent = self.control.send(&request, &descriptors);
+                        // Biased: only a VMM that takes nothing is ended so rudely.
+                        let sent = tokio::select! {
+                            biased;
+                            sent = timeout(self.request_limit, sent) => sent,
+                            () = self.kill.notified() => return None,
+                        };
+                        match sent {
+                            Ok(Ok(())) => self.unanswered.push_back(reply),
+                            Ok(Err(error)) => tracing::warn!(%error, "VMM's control socket"),
+                            Err(_) => {
+                                tracing::error!("the VMM takes no requests; it is ended");
+                                return None;
+                            }
                         }
                     }
-                    Some(Call::Kill) | None => {
-                        deadline = Some(Instant::now() + KILL_PATIENCE);
-                        if self.control.send(&Request::Kill, &[]).await.is_err() {
-                            return None;
-                        }
-                    }
+                    // Nobody holds the machine any more.
+                    None => self.kill.notify_one(),
                 },
+                () = self.kill.notified(), if deadline.is_none() => {
+                    let limit = Instant::now() + KILL_PATIENCE;
+                    deadline = Some(limit);
+                    match timeout_at(limit, self.control.send(&Request::Kill, &[])).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(_)) | Err(_) => return None,
+                    }
+                }
                 () = until(deadline) => return None,
             }
         }
+    }
+}
+
+/// A VMM that has fallen says what its guest wants.
+fn cleaned(failure: Failure) -> Failure {
+    Failure {
+        message: clean(&failure.message),
     }
 }
 

@@ -12,6 +12,7 @@ use husk_protocol::limit;
 use protobuf::MessageField;
 use tokio::time::timeout;
 
+use super::delete::report;
 use super::{MachineState, Pod, PodHandle, Reply};
 use crate::agent_client::{Agent, AgentError};
 use crate::bundle::{Bundle, PodSpec, Role};
@@ -26,7 +27,7 @@ use crate::process::Process as HostProcess;
 use crate::rootfs::RootfsPlan;
 use crate::shared_tree::SharedTree;
 use crate::state_dir::State;
-use crate::stdio::{self, OnFirstOutput, Stdio, StdioPaths};
+use crate::stdio::{OnFirstOutput, Stdio, StdioPaths};
 use crate::vm_process::{Vm, VmError};
 
 /// How long a machine whose agent has gone may take to say why.
@@ -63,7 +64,6 @@ struct Prepared {
 /// The streams of a container that is about to be made.
 struct Streams {
     paths: StdioPaths,
-    first_port: u32,
     on_first_output: OnFirstOutput,
 }
 
@@ -225,7 +225,6 @@ impl Pod {
         let pod_binds = self.pod_binds;
         let streams = Streams {
             paths: request.paths.clone(),
-            first_port: self.ports.take(stdio::PORTS),
             on_first_output: self.report_first_output(),
         };
         Ok(move |tree| Files {
@@ -262,6 +261,7 @@ impl Pod {
             init: Process::new(request.paths.clone(), ProcessState::Creating),
             execs: BTreeMap::new(),
             paused: false,
+            oom_told: None,
             created_ns: clock::wall_ns(),
             unwanted: false,
         };
@@ -494,8 +494,8 @@ async fn create_in_guest(
     streams: Streams,
 ) -> Result<Stdio, Error> {
     let terminal = streams.paths.terminal;
-    let (stdio, guest_streams) =
-        Stdio::open(&streams.paths, streams.first_port, streams.on_first_output)?;
+    let (stdio, guest_streams) = Stdio::open(&streams.paths, streams.on_first_output)?;
+    let ports = guest_streams.port_numbers();
     vm.add_host_ports(guest_streams.host_ports).await?;
     let request = CreateContainerRequest {
         container_id: id.as_str().to_owned(),
@@ -508,10 +508,20 @@ async fn create_in_guest(
     match agent.create_container(&request).await {
         Ok(()) => Ok(stdio),
         // The machine's own word says more than the lost connection.
-        Err(AgentError::Gone) => match timeout(LAST_WORDS, vm.ended()).await {
-            Ok(end) => Err(VmError::Ended(end).into()),
-            Err(_) => Err(AgentError::Gone.into()),
-        },
-        Err(error) => Err(error.into()),
+        Err(AgentError::Gone) => {
+            let last_words = agent.patience().of(LAST_WORDS);
+            match timeout(last_words, vm.ended()).await {
+                Ok(end) => Err(VmError::Ended(end).into()),
+                Err(_) => Err(AgentError::Gone.into()),
+            }
+        }
+        Err(error) => {
+            vm.remove_host_ports(ports).await;
+            if matches!(error, AgentError::Deadline { .. }) {
+                // It may be there all the same, or come to be.
+                report(agent.delete_container(id.as_str(), Vec::new()).await);
+            }
+            Err(error.into())
+        }
     }
 }

@@ -2,41 +2,57 @@
 
 use std::time::Duration;
 
-use containerd_shim_protos::events::task::TaskExit;
+use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::topics;
 use futures::future::join_all;
 use protobuf::MessageField;
-use tokio::time::timeout;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
 
-use super::Pod;
-use crate::agent_client::Exit;
+use super::{MACHINE_GONE, Pod};
+use crate::agent_client::{AgentError, End, Exit, Written};
 use crate::clock;
-use crate::container::State;
-use crate::stdio::Stdio;
+use crate::container::{Kind, Process, State};
+use crate::stdio::{Limits, Stdio};
 
 /// How long the end of a container's first process waits for the others, which
 /// end with it.
-const OTHERS: Duration = Duration::from_secs(1);
+const OTHERS: Duration = Duration::from_secs(2);
 
 /// How long a process's end waits for somebody to read its output. The output
 /// is kept for them all the same.
 const SLOW_READER: Duration = Duration::from_millis(500);
 
+/// How long a guest may take to send what it says a process has written.
+pub(super) const STALLED: Duration = Duration::from_secs(10);
+
+/// Exit code of a process of whose end nobody can tell.
+const UNKNOWN: u32 = 255;
+
+/// Least time between two words of the same container's memory.
+const OOM_PAUSE: Duration = Duration::from_secs(10);
+
 impl Pod {
     /// Waits beside the pod for the end of a process.
-    pub(super) fn follow_process(&self, id: &str, exec: &str) {
-        let Ok((_, agent)) = self.machine() else {
-            // Its end is told with the machine's.
-            return;
+    pub(super) fn follow_process(&mut self, id: &str, exec: &str) {
+        let agent = match self.machine() {
+            Ok((_, agent)) => agent,
+            Err(error) => {
+                // The machine's end was told before this process was there.
+                tracing::debug!(id, exec, %error, "wait");
+                return self.process_exited(id, exec, ended_now(MACHINE_GONE));
+            }
         };
         let (id, exec) = (id.to_owned(), exec.to_owned());
         self.later(async move {
             let outcome = agent.wait(&id, &exec).await;
             move |pod: &mut Pod| match outcome {
-                Ok(exit) => pod.process_exited(&id, &exec, exit),
+                Ok(end) => pod.process_exited(&id, &exec, end),
+                // The machine's end is told apart.
+                Err(AgentError::Gone) => {}
                 Err(error) => {
-                    // Mostly since the machine has ended, which is told apart.
-                    tracing::debug!(id, exec, %error, "wait");
+                    tracing::warn!(id, exec, %error, "how the process ends is not known");
+                    pod.process_exited(&id, &exec, ended_now(UNKNOWN));
                 }
             }
         });
@@ -44,24 +60,23 @@ impl Pod {
 
     /// A process has ended: once its output is taken, everybody is told. The
     /// container's first comes after the others.
-    pub(super) fn process_exited(&mut self, id: &str, exec: &str, exit: Exit) {
+    pub(super) fn process_exited(&mut self, id: &str, exec: &str, end: End) {
+        let patience = self.settings.config.patience();
         let Ok(process) = self.process_mut(id, exec) else {
             return;
         };
-        if !process.begin_exit(exit) {
+        if !process.begin_exit(end) {
             return;
         }
         let stdio = process.stdio.take();
-        let mut others = Vec::new();
-        if exec.is_empty()
-            && let Some(container) = self.containers.get(id)
-        {
-            for exec in container.execs.values() {
-                if matches!(exec.process.state(), State::Starting | State::Running) {
-                    others.push(exec.process.watch());
-                }
-            }
+        if end.oom_killed {
+            self.tell_oom(id);
         }
+        let mut others = if exec.is_empty() {
+            self.others(id)
+        } else {
+            Vec::new()
+        };
         let (id, exec) = (id.to_owned(), exec.to_owned());
         self.later(async move {
             let others = join_all(others.iter_mut().map(async |end| {
@@ -70,33 +85,91 @@ impl Pod {
             }));
             // They may live on where the PID namespace is another's.
             let _ = timeout(OTHERS, others).await;
-            let stdio = drain(stdio).await;
-            move |pod: &mut Pod| pod.tell_exit(&id, &exec, exit, stdio)
+            let limits = Limits {
+                slow_reader: SLOW_READER,
+                stalled: patience.of(STALLED),
+            };
+            let stdio = drain(stdio, end.written, limits).await;
+            move |pod: &mut Pod| pod.tell_exit(&id, &exec, end.exit, stdio)
         });
     }
 
+    /// Processes that end with a container's first: those that were added and,
+    /// when it stands for the pod, the other containers.
+    fn others(&self, id: &str) -> Vec<watch::Receiver<Option<Exit>>> {
+        let Some(container) = self.containers.get(id) else {
+            return Vec::new();
+        };
+        let added = container.execs.values().map(|exec| &exec.process);
+        let is_sandbox = matches!(container.kind, Kind::Sandbox);
+        let members = self
+            .containers
+            .values()
+            .filter(|other| is_sandbox && !matches!(other.kind, Kind::Sandbox))
+            .map(|other| &other.init);
+        added
+            .chain(members)
+            .filter(|process| matches!(process.state(), State::Starting | State::Running))
+            .map(Process::watch)
+            .collect()
+    }
+
     fn tell_exit(&mut self, id: &str, exec: &str, exit: Exit, stdio: Option<Stdio>) {
-        let pid = self.pid();
         let Ok(process) = self.process_mut(id, exec) else {
             return;
         };
         // Whoever holds the output open may still write until the deletion.
         process.stdio = stdio;
         process.finish_exit(exit);
+        let name = if exec.is_empty() { id } else { exec };
+        self.send_exit(name, id, exit);
+    }
+
+    /// Tells the end of the process `name` of a container.
+    pub(super) fn send_exit(&self, name: &str, container: &str, exit: Exit) {
         let event = TaskExit {
-            container_id: id.to_owned(),
-            id: if exec.is_empty() { id } else { exec }.to_owned(),
-            pid,
+            container_id: container.to_owned(),
+            id: name.to_owned(),
+            pid: self.pid(),
             exit_status: exit.code,
             exited_at: MessageField::some(clock::timestamp(exit.at_ns)),
             ..TaskExit::default()
         };
         self.events.send(topics::TASK_EXIT_EVENT_TOPIC, &event);
     }
+
+    /// Tells that a container's memory ran out, unless that was just told.
+    pub(super) fn tell_oom(&mut self, id: &str) {
+        let Ok(container) = self.container_mut(id) else {
+            return;
+        };
+        let told = container
+            .oom_told
+            .is_some_and(|at| at.elapsed() < OOM_PAUSE);
+        if told {
+            return;
+        }
+        container.oom_told = Some(Instant::now());
+        let event = TaskOOM {
+            container_id: id.to_owned(),
+            ..TaskOOM::default()
+        };
+        self.events.send(topics::TASK_OOM_EVENT_TOPIC, &event);
+    }
 }
 
-async fn drain(stdio: Option<Stdio>) -> Option<Stdio> {
+/// The end of a process of which the guest does not tell.
+pub(super) fn ended_now(code: u32) -> End {
+    let exit = Exit {
+        code,
+        at_ns: clock::wall_ns(),
+    };
+    exit.into()
+}
+
+async fn drain(stdio: Option<Stdio>, written: Written, limits: Limits) -> Option<Stdio> {
     let mut stdio = stdio?;
-    stdio.drain(SLOW_READER).await;
+    stdio.expect(written);
+    stdio.drain(limits).await;
     Some(stdio)
 }

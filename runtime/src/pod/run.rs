@@ -8,18 +8,23 @@ use containerd_shim_protos::events::task::{
 use containerd_shim_protos::topics;
 use husk_protocol::agent;
 use husk_protocol::limit;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::{Pod, Reply};
-use crate::agent_client::{Agent, AgentError};
+use super::delete::report;
+use super::exit::ended_now;
+use super::{MACHINE_GONE, Pod, PodHandle, Reply};
+use crate::agent_client::{Agent, AgentError, Exit};
+use crate::config::Patience;
 use crate::container::{Exec, Kind, Process, State};
 use crate::error::Error;
 use crate::id::Id;
-use crate::stdio::{self, Stdio, StdioPaths};
+use crate::stdio::{Stdio, StdioPaths};
 use crate::vm_process::Vm;
 
-/// How long a machine may take to power itself off before it is ended.
-const POWER_OFF: Duration = Duration::from_secs(3);
+/// How long a machine may take to power itself off before it is ended: what was
+/// written goes to its disks.
+const POWER_OFF: Duration = Duration::from_secs(10);
 
 /// `SIGKILL` of signal(7).
 const SIGKILL: u32 = 9;
@@ -27,6 +32,16 @@ const SIGKILL: u32 = 9;
 /// Signals that end a sandbox, as they would end its pause process: `SIGINT`,
 /// `SIGKILL`, `SIGTERM`.
 const ENDING: [u32; 3] = [2, SIGKILL, 15];
+
+/// How long a process may live that was sent `SIGKILL`, whatever the guest says.
+const AFTER_SIGKILL: Duration = Duration::from_secs(20);
+
+/// A process that was sent `SIGKILL`.
+struct Killed {
+    id: String,
+    exec: String,
+    end: watch::Receiver<Option<Exit>>,
+}
 
 /// A process that containerd wants added.
 pub struct ExecRequest {
@@ -55,7 +70,14 @@ impl Pod {
                 id,
             });
         }
-        if container.init.state() != State::Running || container.paused {
+        if container.paused {
+            return Err(Error::State {
+                action: "add a process to",
+                id: request.container,
+                state: "paused",
+            });
+        }
+        if container.init.state() != State::Running {
             return Err(container
                 .init
                 .refuse("add a process to", &request.container));
@@ -109,17 +131,16 @@ impl Pod {
             });
             return;
         }
-        let first_port = self.ports.take(stdio::PORTS);
         let Some(added) = self.containers.get(&id).and_then(|c| c.execs.get(&exec)) else {
             return;
         };
         let (paths, spec) = (added.process.paths.clone(), added.spec.clone());
         self.later(async move {
-            let outcome = start_exec(&vm, &agent, &id, &exec, paths, spec, first_port).await;
+            let outcome = start_exec(&vm, &agent, &id, &exec, paths, spec).await;
             move |pod: &mut Pod| {
                 let outcome = outcome.map(|stdio| {
                     if let Ok(process) = pod.process_mut(&id, &exec) {
-                        process.stdio = Some(stdio);
+                        process.opened(stdio);
                     }
                 });
                 if outcome.is_ok() {
@@ -188,16 +209,29 @@ impl Pod {
             reply.send(Ok(()));
             return;
         }
+        let killed = match self.process(&id, &exec) {
+            Ok(process) if signal == SIGKILL => Some(Killed {
+                id: id.clone(),
+                exec: exec.clone(),
+                end: process.watch(),
+            }),
+            _ => None,
+        };
+        let pod = self.handle.clone();
         tokio::spawn(async move {
             let outcome = agent.signal(&id, &exec, signal, all).await;
-            let lost = matches!(outcome, Err(AgentError::Deadline(_) | AgentError::Gone));
-            if lost && signal == SIGKILL {
-                // Nothing in the machine can be ended but by ending the machine.
-                tracing::error!("the agent does not take SIGKILL; the machine is ended");
-                vm.kill().await;
-                reply.send(Ok(()));
-            } else {
-                reply.send(outcome.map_err(Error::from));
+            match (outcome, killed) {
+                (outcome, Some(killed)) => {
+                    let lost =
+                        matches!(outcome, Err(AgentError::Deadline { .. } | AgentError::Gone));
+                    reply.send(if lost {
+                        Ok(())
+                    } else {
+                        outcome.map_err(Error::from)
+                    });
+                    killed.see_to_it(&vm, &pod, agent.patience()).await;
+                }
+                (outcome, None) => reply.send(outcome.map_err(Error::from)),
             }
         });
     }
@@ -228,12 +262,8 @@ impl Pod {
 
     /// Lets a process see the end of its input.
     pub fn close_input(&mut self, id: &str, exec: &str, reply: Reply<()>) {
-        let outcome = self.process_mut(id, exec).map(|process| {
-            if let Some(stdio) = &mut process.stdio {
-                stdio.close_input();
-            }
-        });
-        reply.send(outcome);
+        let outcome = self.process_mut(id, exec);
+        reply.send(outcome.map(Process::close_input));
     }
 
     /// Changes a container's limits.
@@ -331,6 +361,28 @@ impl Pod {
     }
 }
 
+impl Killed {
+    /// Whoever asked relies on the end. Nothing in a guest that does not answer
+    /// can be ended but by ending the machine; of a process that was added it is
+    /// enough to say so.
+    async fn see_to_it(mut self, vm: &Vm, pod: &PodHandle, patience: Patience) {
+        let ended = self.end.wait_for(Option::is_some);
+        if timeout(patience.of(AFTER_SIGKILL), ended).await.is_ok() {
+            return;
+        }
+        let Self { id, exec, .. } = self;
+        if exec.is_empty() {
+            tracing::error!(id, "the guest does not take SIGKILL; the machine is ended");
+            vm.kill().await;
+        } else {
+            tracing::warn!(id, exec, "the guest does not take SIGKILL");
+            pod.send(Box::new(move |pod| {
+                pod.process_exited(&id, &exec, ended_now(MACHINE_GONE));
+            }));
+        }
+    }
+}
+
 async fn start_exec(
     vm: &Vm,
     agent: &Agent,
@@ -338,9 +390,9 @@ async fn start_exec(
     exec: &str,
     paths: StdioPaths,
     spec: Vec<u8>,
-    first_port: u32,
 ) -> Result<Stdio, Error> {
-    let (stdio, streams) = Stdio::open(&paths, first_port, Box::new(|| {}))?;
+    let (stdio, streams) = Stdio::open(&paths, Box::new(|| {}))?;
+    let ports = streams.port_numbers();
     vm.add_host_ports(streams.host_ports).await?;
     let request = agent::ExecRequest {
         container_id: id.to_owned(),
@@ -350,16 +402,31 @@ async fn start_exec(
         terminal: paths.terminal,
         ..agent::ExecRequest::default()
     };
-    agent.exec(&request).await?;
-    Ok(stdio)
+    match agent.exec(&request).await {
+        Ok(()) => Ok(stdio),
+        Err(error) => {
+            vm.remove_host_ports(ports).await;
+            if matches!(error, AgentError::Deadline { .. }) {
+                // It may run all the same, and nobody would know.
+                let killed = agent.signal(id, exec, SIGKILL, false).await;
+                let gone = match killed {
+                    Ok(()) => agent.delete_process(id, exec).await,
+                    Err(error) => Err(error),
+                };
+                report(gone);
+            }
+            Err(error.into())
+        }
+    }
 }
 
 /// Ends a machine, with its goodwill if that does not take long.
 async fn power_off(vm: Vm, agent: Agent) {
+    let limit = agent.patience().of(POWER_OFF);
     let asked = async {
-        tokio::join!(agent.shut_down(POWER_OFF), vm.ended());
+        tokio::join!(agent.shut_down(limit), vm.ended());
     };
-    if timeout(POWER_OFF, asked).await.is_err() {
+    if timeout(limit, asked).await.is_err() {
         vm.kill().await;
     }
 }

@@ -10,8 +10,7 @@ use async_trait::async_trait;
 use husk_protocol::agent::{
     Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
     CreateSandboxResponse, DeleteContainerRequest, Empty, Event, ExecRequest, ExecResponse,
-    ListProcessesResponse, ProcessInfo, ProcessRequest, SignalRequest, StatsResponse, Streams,
-    WaitResponse, create_agent,
+    ProcessRequest, SignalRequest, StatsResponse, Streams, WaitResponse, create_agent,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, watch};
@@ -82,6 +81,10 @@ impl Guest {
         let key = (id.to_owned(), exec.to_owned());
         let processes = self.processes.lock().unwrap();
         let process = processes.get(&key).ok_or_else(missing)?;
+        if process.arguments[0] == "missing" {
+            let message = "exec: \"missing\": not found in $PATH";
+            return Err(status(Code::NOT_FOUND, message));
+        }
         let dial = |port| self.ports.lock().unwrap().remove(&port);
         let stdin = dial(process.streams.stdin_port);
         let stdout = dial(process.streams.stdout_port);
@@ -92,12 +95,6 @@ impl Guest {
         let (arguments, exit) = (process.arguments.clone(), process.exit.clone());
         let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
         match words[..] {
-            ["missing"] => {
-                return Err(status(
-                    Code::NOT_FOUND,
-                    "exec: \"missing\": not found in $PATH",
-                ));
-            }
             ["oom"] => {
                 let mut event = Event::default();
                 event.mut_oom().container_id = id.to_owned();
@@ -131,7 +128,7 @@ fn act(
         ["echo", text] => stdout.unwrap().write_all(text.as_bytes()).unwrap(),
         ["flood"] => stdout.unwrap().write_all(&[7; FLOOD]).unwrap(),
         ["complain", text] => stderr.unwrap().write_all(text.as_bytes()).unwrap(),
-        ["cat"] => {
+        ["cat" | "slow-cat"] => {
             let (mut stdin, mut stdout) = (stdin.unwrap(), stdout.unwrap());
             let mut buffer = vec![0; 8192];
             loop {
@@ -142,7 +139,7 @@ fn act(
             }
         }
         ["exit", code] => return Some(code.parse().unwrap()),
-        ["sleep"] => {
+        ["sleep" | "deaf"] => {
             // Until a signal ends it; its streams stay open.
             std::mem::forget((stdin, stdout, stderr));
             return None;
@@ -171,6 +168,10 @@ impl Agent for Guest {
         _: &TtrpcContext,
         request: CreateSandboxRequest,
     ) -> Result<CreateSandboxResponse> {
+        if request.hostname == "stuck" {
+            eprintln!("waiting for a disk");
+            std::future::pending::<()>().await;
+        }
         if request.hostname == "refused" {
             return Err(status(Code::INTERNAL, "the sandbox is refused"));
         }
@@ -211,20 +212,24 @@ impl Agent for Guest {
         let process: Value = serde_json::from_slice(&request.oci_process).unwrap();
         let streams = request.streams.unwrap_or_default();
         let (id, exec) = (&request.container_id, &request.exec_id);
+        if arguments(&process)[0] == "slow-cat" {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
         self.add(id, exec, arguments(&process), streams);
         self.run(id, exec).map(|()| ExecResponse::default())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> Result<WaitResponse> {
         let key = (request.container_id, request.exec_id);
-        let mut exit = self
-            .processes
-            .lock()
-            .unwrap()
-            .get(&key)
-            .ok_or_else(missing)?
-            .exit
-            .subscribe();
+        let (mut exit, command) = {
+            let processes = self.processes.lock().unwrap();
+            let process = processes.get(&key).ok_or_else(missing)?;
+            (process.exit.subscribe(), process.arguments[0].clone())
+        };
+        if command == "enigma" {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            return Err(status(Code::INTERNAL, "nobody knows"));
+        }
         let code = exit
             .wait_for(Option::is_some)
             .await
@@ -232,6 +237,7 @@ impl Agent for Guest {
         Ok(WaitResponse {
             exit_code: code.unwrap(),
             exited_at_ns: 1_000_000_007,
+            oom_killed: command == "oom",
             ..WaitResponse::default()
         })
     }
@@ -239,34 +245,18 @@ impl Agent for Guest {
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> Result<Empty> {
         for ((id, exec), process) in self.processes.lock().unwrap().iter() {
             let this = *id == request.container_id && (request.all || *exec == request.exec_id);
-            if this && process.exit.borrow().is_none() {
+            let deaf = process.arguments[0] == "deaf";
+            if this && !deaf && process.exit.borrow().is_none() {
                 process.exit.send_replace(Some(128 + request.signal));
             }
         }
         Ok(Empty::default())
     }
 
-    async fn list_processes(
-        &self,
-        _: &TtrpcContext,
-        request: ContainerRequest,
-    ) -> Result<ListProcessesResponse> {
-        let mut response = ListProcessesResponse::default();
-        for ((id, exec), _) in self.processes.lock().unwrap().iter() {
-            if *id == request.container_id {
-                response.processes.push(ProcessInfo {
-                    pid: 7,
-                    exec_id: exec.clone(),
-                    ..ProcessInfo::default()
-                });
-            }
-        }
-        Ok(response)
-    }
-
     async fn stats(&self, _: &TtrpcContext, _: ContainerRequest) -> Result<StatsResponse> {
         Ok(StatsResponse {
-            cgroup_v2_metrics: vec![1, 2, 3],
+            // 5 processes, and something unknown.
+            cgroup_v2_metrics: vec![0x0a, 2, 0x08, 5, 0xf8, 0x06, 1],
             ..StatsResponse::default()
         })
     }

@@ -81,13 +81,14 @@ impl EventService {
 
     /// Waits until an event of this topic has come, `count` of them.
     pub async fn wait_for(&self, topic: &str, count: usize) {
+        self.wait_until(topic, count, Duration::from_secs(10)).await;
+    }
+
+    /// Likewise, with the time it may take.
+    pub async fn wait_until(&self, topic: &str, count: usize, limit: Duration) {
         let began = Instant::now();
         while self.topics().iter().filter(|t| *t == topic).count() < count {
-            assert!(
-                began.elapsed() < Duration::from_secs(10),
-                "no {topic} in {:?}",
-                self.topics()
-            );
+            assert!(began.elapsed() < limit, "no {topic} in {:?}", self.topics());
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }

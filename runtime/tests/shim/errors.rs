@@ -14,6 +14,7 @@ pub const CASES: &[Case] = &[
     ("error_names_a_wrong_spec", wrong_specs),
     ("error_names_a_missing_root", missing_root),
     ("error_tells_the_guests_panic", panic),
+    ("error_tells_where_a_boot_got_stuck", stuck),
     ("error_passes_on_the_agents_refusal", agent_refuses),
     ("error_of_a_missing_command_comes_at_once", missing_command),
 ];
@@ -128,6 +129,24 @@ fn panic() {
             Code::UNKNOWN,
             "the guest's kernel panicked; its console's last lines: \
              Kernel panic - not syncing: pretended",
+        )
+        .await;
+    });
+}
+
+fn stuck() {
+    block_on(async {
+        let node = Node::new().await;
+        node.configure("boot_timeout_seconds = 1\n");
+        let bundle = node
+            .bundle("b", &["sleep"])
+            .with(|spec| spec["hostname"] = "stuck".into());
+        expect(
+            &node,
+            &bundle,
+            Code::UNKNOWN,
+            "the guest was not ready after 1 s (boot_timeout_seconds); \
+             its console's last lines: waiting for a disk",
         )
         .await;
     });

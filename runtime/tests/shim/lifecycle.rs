@@ -26,11 +26,16 @@ pub const CASES: &[Case] = &[
     ("life_pauses_and_tells", pause_and_queries),
     ("life_states_hold", states),
     ("life_out_of_memory_is_told", out_of_memory),
+    ("life_sees_an_early_end_of_input", input_closed_early),
+    ("life_leaves_no_ports_behind", failed_execs),
     ("life_outlives_containerd", containerd_restarts),
     ("life_without_events", no_events),
     ("end_of_the_machine_is_told", machine_dies),
     ("end_of_the_shim_is_cleaned_up", shim_dies),
     ("end_of_what_nobody_waits_for", given_up),
+    ("end_of_what_was_never_run", never_run),
+    ("end_that_the_agent_does_not_tell", untold),
+    ("end_despite_a_guest_that_ignores_kills", deaf),
 ];
 
 async fn running(node: &Node, id: &str, command: &[&str]) -> (Bundle, Shim) {
@@ -145,15 +150,7 @@ fn execs() {
     block_on(async {
         let node = Node::new().await;
         let (bundle, shim) = running(&node, "e", &["sleep"]).await;
-        let request = |exec: &str, command: &[&str]| ExecProcessRequest {
-            id: "e".into(),
-            exec_id: exec.to_owned(),
-            spec: MessageField::some(Any {
-                value: json!({"args": command}).to_string().into_bytes(),
-                ..Any::default()
-            }),
-            ..ExecProcessRequest::default()
-        };
+        let request = |exec: &str, command: &[&str]| added("e", exec, command);
         let mut first = request("x1", &["complain", "no"]);
         first.stderr = bundle.fifo("err");
         shim.task.exec(soon(), &first).await.unwrap();
@@ -242,7 +239,9 @@ fn pause_and_queries() {
             ..PidsRequest::default()
         };
         let pids = shim.task.pids(soon(), &pids).await.unwrap();
-        assert_eq!(pids.processes[0].pid, 7);
+        // The node's, whatever the guest may say.
+        let machine = i32::try_from(pids.processes[0].pid).unwrap();
+        assert!(is_alive(machine) && pids.processes.len() == 1);
         let stats = StatsRequest {
             id: id(),
             ..StatsRequest::default()
@@ -255,7 +254,7 @@ fn pause_and_queries() {
             .stats
             .unwrap();
         assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
-        assert_eq!(stats.value, [1, 2, 3]);
+        assert_eq!(stats.value, [0x0a, 2, 0x08, 5]);
         let who = ConnectRequest {
             id: id(),
             ..ConnectRequest::default()
@@ -312,9 +311,139 @@ fn out_of_memory() {
         let node = Node::new().await;
         let (_, shim) = running(&node, "o", &["oom"]).await;
         assert_eq!(shim.wait("o", "").await.unwrap().exit_status, 137);
-        node.events.wait_for("/tasks/oom", 1).await;
+        node.events.wait_for("/tasks/exit", 1).await;
+        // Once, though the agent tells it twice, and before the end.
+        let topics = node.events.topics();
+        assert_eq!(topics[2..], ["/tasks/oom", "/tasks/exit"], "{topics:?}");
         assert_eq!(node.events.ooms(), ["o"]);
         finish(&node, &shim, "o").await;
+    });
+}
+
+fn added(container: &str, exec: &str, command: &[&str]) -> ExecProcessRequest {
+    ExecProcessRequest {
+        id: container.to_owned(),
+        exec_id: exec.to_owned(),
+        spec: MessageField::some(Any {
+            value: json!({"args": command}).to_string().into_bytes(),
+            ..Any::default()
+        }),
+        ..ExecProcessRequest::default()
+    }
+}
+
+fn input_closed_early() {
+    block_on(async {
+        let node = Node::new().await;
+        let (bundle, shim) = running(&node, "i", &["sleep"]).await;
+        let mut cat = added("i", "x", &["slow-cat"]);
+        cat.stdin = bundle.fifo("in");
+        cat.stdout = bundle.fifo("out");
+        shim.task.exec(soon(), &cat).await.unwrap();
+        let client = async {
+            // Gets through once the shim has opened the other end, and the guest
+            // has not answered yet.
+            let path = cat.stdin.clone();
+            let write = tokio::task::spawn_blocking(move || std::fs::write(path, "x"));
+            write.await.unwrap().unwrap();
+            let request = CloseIORequest {
+                id: "i".into(),
+                exec_id: "x".into(),
+                stdin: true,
+                ..CloseIORequest::default()
+            };
+            shim.task.close_io(soon(), &request).await.unwrap();
+        };
+        let (started, ()) = tokio::join!(shim.run("i", "x"), client);
+        started.unwrap();
+        assert_eq!(shim.wait("i", "x").await.unwrap().exit_status, 0);
+        kill(&shim, "i", "", 9).await.unwrap();
+        shim.wait("i", "").await.unwrap();
+        finish(&node, &shim, "i").await;
+    });
+}
+
+fn failed_execs() {
+    block_on(async {
+        let node = Node::new().await;
+        let (bundle, shim) = running(&node, "f", &["sleep"]).await;
+        let request = StateRequest {
+            id: "f".into(),
+            ..StateRequest::default()
+        };
+        let state = shim.task.state(soon(), &request).await.unwrap();
+        let open = || {
+            let path = format!("/proc/{}/fd", state.pid);
+            std::fs::read_dir(path).unwrap().count()
+        };
+        let before = open();
+        for number in 0..5 {
+            let name = format!("x{number}");
+            let mut exec = added("f", &name, &["missing"]);
+            exec.stdout = bundle.fifo(&name);
+            shim.task.exec(soon(), &exec).await.unwrap();
+            assert_eq!(refusal(shim.run("f", &name).await).0, Code::NOT_FOUND);
+            shim.delete("f", &name).await.unwrap();
+        }
+        assert_eq!(open(), before);
+        kill(&shim, "f", "", 9).await.unwrap();
+        shim.wait("f", "").await.unwrap();
+        finish(&node, &shim, "f").await;
+    });
+}
+
+fn never_run() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("u", &["sleep"]);
+        let shim = node.start(&bundle).await;
+        shim.create(&bundle.request()).await.unwrap();
+        let delete = async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            shim.delete("u", "").await.unwrap()
+        };
+        let (end, deleted) = tokio::join!(shim.wait("u", ""), delete);
+        assert_eq!((end.unwrap().exit_status, deleted.exit_status), (137, 137));
+        node.events.wait_for("/tasks/delete", 1).await;
+        let topics = node.events.topics();
+        assert_eq!(topics[1..], ["/tasks/exit", "/tasks/delete"]);
+        shim.shut_down("u").await;
+        shim.assert_gone().await;
+        node.assert_clean();
+    });
+}
+
+fn untold() {
+    block_on(async {
+        let node = Node::new().await;
+        let (_, shim) = running(&node, "w", &["enigma"]).await;
+        assert_eq!(shim.wait("w", "").await.unwrap().exit_status, 255);
+        node.events.wait_for("/tasks/exit", 1).await;
+        finish(&node, &shim, "w").await;
+    });
+}
+
+fn deaf() {
+    block_on(async {
+        let node = Node::new().await;
+        let (_, shim) = running(&node, "k", &["deaf"]).await;
+        let exec = added("k", "x", &["deaf"]);
+        shim.task.exec(soon(), &exec).await.unwrap();
+        shim.run("k", "x").await.unwrap();
+        // One that was added is given up alone.
+        kill(&shim, "k", "x", 9).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        kill(&shim, "k", "", 9).await.unwrap();
+        node.events
+            .wait_until("/tasks/exit", 1, Duration::from_secs(30))
+            .await;
+        assert_eq!(status(&shim, "k").await, Status::RUNNING);
+        node.events
+            .wait_until("/tasks/exit", 2, Duration::from_secs(30))
+            .await;
+        let exits = node.events.exits();
+        assert_eq!(exits, [("x".to_owned(), 137), ("k".to_owned(), 137)]);
+        finish(&node, &shim, "k").await;
     });
 }
 

@@ -50,6 +50,12 @@ pub fn run() {
     while let Some((text, descriptors)) = receive() {
         match serde_json::from_slice(&text).unwrap() {
             Request::AddHostPorts(host_ports) => keep(&ports, host_ports, descriptors),
+            Request::RemoveHostPorts(removed) => {
+                ports
+                    .lock()
+                    .unwrap()
+                    .retain(|port, _| !removed.contains(port));
+            }
             Request::Kill => {
                 tell(&Message::Exited(ExitReason::Killed));
                 return;

@@ -1,0 +1,235 @@
+//! What has come of a process's output, and when that is all of it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::agent_client::Written;
+
+/// Output counts as complete, though somebody holds it open, when nothing came
+/// for so long after the process ended.
+const QUIET: Duration = Duration::from_millis(500);
+
+/// How far the copy of one stream is.
+#[derive(Debug, Default)]
+pub struct Progress {
+    taken: AtomicU64,
+    passed_on: AtomicU64,
+    ended: AtomicBool,
+}
+
+/// The outputs of one process; none: it does not have that one.
+#[derive(Debug, Default)]
+pub struct Outputs {
+    pub stdout: Option<Arc<Progress>>,
+    pub stderr: Option<Arc<Progress>>,
+    /// So much is to come.
+    written: Written,
+}
+
+/// How long the end of output may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Until somebody reads what is there.
+    pub slow_reader: Duration,
+    /// Until the guest has sent what it says it has, the time apart for which
+    /// nobody reads.
+    pub stalled: Duration,
+}
+
+/// Decides when waiting has an end.
+#[derive(Debug)]
+pub struct Wait {
+    limits: Limits,
+    moved: u64,
+    /// When it moved last.
+    since: Instant,
+    looked: Instant,
+    /// How long the guest could have sent something.
+    guest_had: Duration,
+}
+
+impl Progress {
+    /// Bytes came from the guest.
+    pub fn take(&self, count: usize) {
+        self.taken.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    /// They were passed on.
+    pub fn pass_on(&self, count: usize) {
+        self.passed_on.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    /// There will be no more.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::Relaxed);
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
+    }
+
+    fn moved(&self) -> (u64, u64) {
+        let taken = self.taken.load(Ordering::Relaxed);
+        (taken, self.passed_on.load(Ordering::Relaxed))
+    }
+
+    /// Whoever reads is slow.
+    fn is_blocked(&self) -> bool {
+        let (taken, passed_on) = self.moved();
+        passed_on < taken && !self.has_ended()
+    }
+
+    fn misses(&self, written: u64) -> bool {
+        self.moved().0 < written && !self.has_ended()
+    }
+}
+
+impl Outputs {
+    /// The process has ended and wrote so much.
+    pub fn expect(&mut self, written: Written) {
+        self.written = written;
+    }
+
+    /// Nothing is waited for any more that is only said to be there.
+    fn forget(&mut self) {
+        self.written = Written::default();
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Progress> {
+        [&self.stdout, &self.stderr]
+            .into_iter()
+            .filter_map(|progress| progress.as_deref())
+    }
+
+    fn moved(&self) -> u64 {
+        let sums = self.all().map(|progress| {
+            let (taken, passed_on) = progress.moved();
+            taken.wrapping_add(passed_on)
+        });
+        sums.fold(0, u64::wrapping_add)
+    }
+
+    fn misses(&self) -> bool {
+        let misses = |progress: &Option<Arc<Progress>>, written| {
+            progress.as_ref().is_some_and(|p| p.misses(written))
+        };
+        misses(&self.stdout, self.written.stdout) || misses(&self.stderr, self.written.stderr)
+    }
+}
+
+impl Wait {
+    /// Begins to wait.
+    pub fn new(outputs: &Outputs, limits: Limits) -> Self {
+        let now = Instant::now();
+        Self {
+            limits,
+            moved: outputs.moved(),
+            since: now,
+            looked: now,
+            guest_had: Duration::ZERO,
+        }
+    }
+
+    /// It is time to stop; to be asked again and again.
+    pub fn is_over(&mut self, outputs: &mut Outputs) -> bool {
+        let now = Instant::now();
+        let passed = now - self.looked;
+        self.looked = now;
+        let moved = outputs.moved();
+        if moved != self.moved {
+            (self.moved, self.since) = (moved, now);
+        }
+        let still = now - self.since;
+        if outputs.all().any(Progress::is_blocked) {
+            return still >= self.limits.slow_reader;
+        }
+        self.guest_had += passed;
+        if self.guest_had >= self.limits.stalled {
+            // A guest may say anything. It is believed for so long, once.
+            outputs.forget();
+            return true;
+        }
+        !outputs.misses() && still >= QUIET
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::advance;
+
+    const LIMITS: Limits = Limits {
+        slow_reader: Duration::from_secs(2),
+        stalled: Duration::from_secs(10),
+    };
+
+    fn outputs(written: u64) -> (Outputs, Arc<Progress>) {
+        let progress = Arc::new(Progress::default());
+        let mut outputs = Outputs {
+            stdout: Some(Arc::clone(&progress)),
+            ..Outputs::default()
+        };
+        outputs.expect(Written {
+            stdout: written,
+            // Of a stream that is not there.
+            stderr: 7,
+        });
+        (outputs, progress)
+    }
+
+    async fn over_after(outputs: &mut Outputs, mut each_tick: impl FnMut()) -> Duration {
+        let began = Instant::now();
+        let mut wait = Wait::new(outputs, LIMITS);
+        while !wait.is_over(outputs) {
+            advance(Duration::from_millis(50)).await;
+            each_tick();
+        }
+        began.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waits_for_what_was_written() {
+        let (mut outputs, progress) = outputs(3);
+        let mut tick = 0;
+        let took = over_after(&mut outputs, || {
+            tick += 1;
+            if tick == 100 {
+                progress.take(3);
+                progress.pass_on(3);
+            }
+        });
+        assert_eq!(took.await, Duration::from_millis(5500));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn believes_a_guest_once_and_not_for_long() {
+        let (mut outputs, progress) = outputs(u64::MAX);
+        // However little and however often it sends.
+        let trickle = || {
+            progress.take(1);
+            progress.pass_on(1);
+        };
+        assert_eq!(over_after(&mut outputs, trickle).await, LIMITS.stalled);
+        assert_eq!(over_after(&mut outputs, || {}).await, QUIET);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn does_not_blame_the_guest_for_a_slow_reader() {
+        let (mut outputs, progress) = outputs(4);
+        progress.take(2);
+        assert_eq!(over_after(&mut outputs, || {}).await, LIMITS.slow_reader);
+        // What is missing is still waited for.
+        progress.pass_on(2);
+        assert_eq!(over_after(&mut outputs, || {}).await, LIMITS.stalled);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn expects_nothing_of_a_stream_that_has_ended() {
+        let (mut outputs, progress) = outputs(4);
+        progress.end();
+        assert_eq!(over_after(&mut outputs, || {}).await, QUIET);
+    }
+}
