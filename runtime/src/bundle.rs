@@ -364,6 +364,11 @@ impl Bundle {
         json.to_string().into_bytes()
     }
 
+    /// The pod's id as Kubernetes knows it.
+    pub fn pod_uid(&self) -> Option<String> {
+        annotation::pod_uid(&self.annotations())
+    }
+
     fn annotations(&self) -> BTreeMap<String, String> {
         self.spec.annotations.clone().unwrap_or_default()
     }

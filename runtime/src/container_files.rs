@@ -76,7 +76,8 @@ impl FilesRequest {
                 (root, Some(disk))
             }
         };
-        let sources = volume::mount_volumes(&mut tree, self.bundle.mounts())?;
+        let pod_uid = self.bundle.pod_uid();
+        let sources = volume::mount_volumes(&mut tree, self.bundle.mounts(), pod_uid.as_deref())?;
         let binds = if self.pod_binds {
             volume::pod_binds(self.bundle.mounts())
         } else {
@@ -96,6 +97,12 @@ impl FilesRequest {
 }
 
 impl ContainerFiles {
+    /// Gives them up; the guest's paths that nobody uses any more. The guest has
+    /// to let go of those before [`ContainerFiles::detach`].
+    pub fn give_up(&mut self) -> Vec<String> {
+        self.tree.give_up()
+    }
+
     /// Takes them from the guest, which has deleted the container.
     pub async fn detach(self, machine: Option<(&Vm, &Agent)>) {
         if let (Some(serial), Some((vm, agent))) = (self.disk, machine) {

@@ -24,6 +24,7 @@ struct Options {
     flags: MountFlags,
     bind: bool,
     copy: CopyOptions,
+    read_only: ReadOnly,
     data: Vec<String>,
 }
 
@@ -84,6 +85,7 @@ pub fn attach(kind: &str, source: &Path, target: &Path, options: &[String]) -> i
         options.copy.recursive |= kind == "rbind";
         let copy = MountCopy::new(source, options.copy)?;
         copy.set(options.attributes())?;
+        copy.forbid_writing(options.read_only)?;
         return copy.attach(target);
     }
     let data = options.data.join(",");
@@ -92,7 +94,7 @@ pub fn attach(kind: &str, source: &Path, target: &Path, options: &[String]) -> i
     }
     let data = std::ffi::CString::new(data)?;
     let mut flags = options.flags | FORBIDDEN;
-    flags.set(MountFlags::RDONLY, options.copy.read_only != ReadOnly::No);
+    flags.set(MountFlags::RDONLY, options.read_only != ReadOnly::No);
     Ok(mount(source, target, kind, flags, data.as_c_str())?)
 }
 
@@ -101,11 +103,8 @@ impl Options {
         let mut parsed = Self {
             flags: MountFlags::empty(),
             bind: false,
-            copy: CopyOptions {
-                recursive: false,
-                follows: false,
-                read_only: ReadOnly::No,
-            },
+            copy: CopyOptions::default(),
+            read_only: ReadOnly::No,
             data: Vec::new(),
         };
         for option in options {
@@ -130,9 +129,9 @@ impl Options {
         match option {
             "bind" => self.bind = true,
             "rbind" => (self.bind, self.copy.recursive) = (true, true),
-            "ro" => self.copy.read_only = ReadOnly::Top,
-            "rro" => self.copy.read_only = ReadOnly::All,
-            "rw" | "rrw" => self.copy.read_only = ReadOnly::No,
+            "ro" => self.read_only = ReadOnly::Top,
+            "rro" => self.read_only = ReadOnly::All,
+            "rw" | "rrw" => self.read_only = ReadOnly::No,
             "slave" | "rslave" | "shared" | "rshared" => self.copy.follows = true,
             "private" | "rprivate" => self.copy.follows = false,
             // Of no meaning here, or for the guest to see to.
@@ -191,12 +190,12 @@ mod tests {
     #[test]
     fn sorts_options_out() {
         let overlay = parse("index=off,ro,lowerdir=/a:/b");
-        assert_eq!(overlay.copy.read_only, ReadOnly::Top);
+        assert_eq!(overlay.read_only, ReadOnly::Top);
         assert_eq!(overlay.data, ["index=off", "lowerdir=/a:/b"]);
         assert!(!overlay.bind);
         let bind = parse("rbind,rprivate,ro,rw,nosuid,noatime");
         assert!(bind.bind && bind.copy.recursive && bind.data.is_empty());
-        assert_eq!(bind.copy.read_only, ReadOnly::No);
+        assert_eq!(bind.read_only, ReadOnly::No);
         assert_eq!(bind.attributes(), MountAttrFlags::MOUNT_ATTR_NOATIME);
         assert!(!bind.copy.follows && parse("rbind,rslave").copy.follows);
     }

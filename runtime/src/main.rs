@@ -36,6 +36,7 @@ mod rootfs;
 mod sandbox_service;
 mod serve;
 mod shared_tree;
+mod shared_volume;
 mod socket;
 mod start;
 mod state_dir;

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{CWD, FileType, fstat};
+use rustix::fs::{CWD, FileType, StatVfsMountFlags, fstat, fstatvfs};
 use rustix::mount::{MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags};
 
 /// What no mount in the tree permits. The guest's kernel judges devices, set-id
@@ -34,21 +34,29 @@ pub enum ReadOnly {
 }
 
 /// What a copy is made with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CopyOptions {
     /// With what is mounted below the source.
     pub recursive: bool,
     /// What the node mounts below the source later appears in the copy, with
     /// the flags that it has on the node.
     pub follows: bool,
-    /// Which mounts may not be written to.
-    pub read_only: ReadOnly,
+}
+
+/// What tells a source from others, as long as a copy of it is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FileIdentity {
+    device: u64,
+    inode: u64,
+    /// The same file may be mounted twice.
+    read_only: bool,
 }
 
 /// A copy that is mounted nowhere yet.
 #[derive(Debug)]
 pub struct MountCopy {
     tree: OwnedFd,
+    options: CopyOptions,
 }
 
 /// `struct mount_attr` of linux/mount.h.
@@ -70,22 +78,37 @@ impl MountCopy {
         let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         flags.set(OpenTreeFlags::AT_RECURSIVE, options.recursive);
         let tree = rustix::mount::open_tree(CWD, source, flags)?;
-        let copy = Self { tree };
+        let copy = Self { tree, options };
         let mut change = MountAttr {
             attr_set: FORBIDDEN_ATTRIBUTES.bits().into(),
             ..MountAttr::default()
         };
-        if options.read_only == ReadOnly::All {
-            change.attr_set |= u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits());
-        }
         if !options.follows {
             change.propagation = libc::MS_PRIVATE;
         }
         copy.change(&change, libc::AT_RECURSIVE)?;
-        if options.read_only == ReadOnly::Top {
-            copy.set(MountAttrFlags::MOUNT_ATTR_RDONLY)?;
-        }
         Ok(copy)
+    }
+
+    /// What it was made with.
+    pub fn options(&self) -> CopyOptions {
+        self.options
+    }
+
+    /// Makes mounts of it read-only.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn forbid_writing(&self, read_only: ReadOnly) -> io::Result<()> {
+        let change = MountAttr {
+            attr_set: MountAttrFlags::MOUNT_ATTR_RDONLY.bits().into(),
+            ..MountAttr::default()
+        };
+        match read_only {
+            ReadOnly::No => Ok(()),
+            ReadOnly::Top => self.change(&change, 0),
+            ReadOnly::All => self.change(&change, libc::AT_RECURSIVE),
+        }
     }
 
     /// Sets attributes of the topmost mount. One of access times replaces what
@@ -112,6 +135,20 @@ impl MountCopy {
     /// The kernel refuses.
     pub fn file_type(&self) -> io::Result<FileType> {
         Ok(FileType::from_raw_mode(fstat(&self.tree)?.st_mode))
+    }
+
+    /// Which file is at its top.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn identity(&self) -> io::Result<FileIdentity> {
+        let stat = fstat(&self.tree)?;
+        let flags = fstatvfs(&self.tree)?.f_flag;
+        Ok(FileIdentity {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+            read_only: flags.contains(StatVfsMountFlags::RDONLY),
+        })
     }
 
     /// Mounts it.
@@ -154,10 +191,9 @@ mod tests {
     use std::fs;
     use std::sync::Barrier;
 
-    const FIXED: CopyOptions = CopyOptions {
+    const ALL: CopyOptions = CopyOptions {
         recursive: true,
         follows: false,
-        read_only: ReadOnly::Top,
     };
 
     /// Flags of the mount at `path`, as the calling thread sees it.
@@ -195,7 +231,7 @@ mod tests {
         for target in &targets {
             fs::create_dir(target).unwrap();
         }
-        let [top, all, follows] = &targets;
+        let [top, all, follow] = &targets;
 
         let (ready, go) = (Barrier::new(2), Barrier::new(2));
         std::thread::scope(|scope| {
@@ -217,27 +253,20 @@ mod tests {
                 assert!(has(&all.join("below"), "ro"));
                 // What the node mounted afterwards.
                 assert_eq!(flags(&top.join("later")), None);
-                assert!(flags(&follows.join("later")).is_some());
+                assert!(flags(&follow.join("later")).is_some());
             });
             ready.wait();
-            for (target, options) in [
-                (top, FIXED),
-                (
-                    all,
-                    CopyOptions {
-                        read_only: ReadOnly::All,
-                        ..FIXED
-                    },
-                ),
-                (
-                    follows,
-                    CopyOptions {
-                        follows: true,
-                        ..FIXED
-                    },
-                ),
+            let follows = CopyOptions {
+                follows: true,
+                ..ALL
+            };
+            for (target, options, read_only) in [
+                (top, ALL, ReadOnly::Top),
+                (all, ALL, ReadOnly::All),
+                (follow, follows, ReadOnly::Top),
             ] {
                 let copy = MountCopy::new(&source, options).unwrap();
+                copy.forbid_writing(read_only).unwrap();
                 copy.attach(target).unwrap();
             }
             fs::create_dir(source.join("later")).unwrap();
@@ -255,7 +284,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, "text").unwrap();
-        let copy = MountCopy::new(&file, FIXED).unwrap();
+        let copy = MountCopy::new(&file, ALL).unwrap();
+        copy.forbid_writing(ReadOnly::Top).unwrap();
         copy.set(MountAttrFlags::MOUNT_ATTR_NOATIME).unwrap();
         let target = dir.path().join("copy");
         fs::write(&target, "").unwrap();

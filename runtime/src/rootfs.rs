@@ -4,16 +4,17 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::types::mount::Mount;
 use husk_protocol::agent::{BlockStorage, Storage};
 use husk_protocol::path;
+use rustix::fs::{Mode, OFlags, ResolveFlags};
 use ttrpc::Code;
 
-use crate::host_mount::HostMount;
+use crate::host_mount::{self, HostMount};
 use crate::id::Id;
 use crate::shared_tree::{ContainerTree, ROOTFS, SharedTreeError};
 
@@ -75,8 +76,8 @@ pub enum RootfsError {
     /// A disk among several mounts.
     #[error("several mounts with a block device among them are not supported as root file system")]
     Mixed,
-    /// A target that leaves the root.
-    #[error("root file system's mount has the target {0:?}, which is not below the root")]
+    /// A target that is not in the root.
+    #[error("root file system's mount has the target {0:?}, which is not there in the root")]
     Target(String),
     /// The shared tree.
     #[error(transparent)]
@@ -138,22 +139,44 @@ fn tree_mount(mount: &Mount) -> TreeMount {
 /// # Errors
 /// A source is not there or the kernel refuses.
 pub fn mount_tree(tree: &mut ContainerTree, mounts: &[TreeMount]) -> Result<String, RootfsError> {
-    let (root, guest_root) = tree.add_dir(ROOTFS)?;
-    for mount in mounts {
-        if mount.kind == "bind" {
-            check_directory(&mount.source)?;
+    let at = tree.add_root()?;
+    let (first, others) = match mounts {
+        [first, others @ ..] if first.target.trim_matches('/').is_empty() => (first, others),
+        mounts => {
+            let target = mounts.first().map(|mount| mount.target.clone());
+            return Err(RootfsError::Target(target.unwrap_or_default()));
         }
-        let target = below(&root, &mount.target)?;
-        let mounted = HostMount::new(&mount.kind, &mount.source, &target, &mount.options).map_err(
-            |source| RootfsError::Mount {
-                kind: mount.kind.clone(),
-                path: mount.source.clone(),
-                source,
-            },
-        )?;
-        tree.keep(mounted);
+    };
+    first.check_source()?;
+    let root = HostMount::new(&first.kind, &first.source, &at, &first.options)
+        .map_err(|source| first.failed(source))?;
+    // With what is mounted in it below, also when that fails.
+    let guest_root = tree.keep_root(root);
+    for mount in others {
+        mount.check_source()?;
+        let target = open_below(&at, &mount.target)?;
+        let target = PathBuf::from(format!("/proc/self/fd/{}", target.as_raw_fd()));
+        host_mount::attach(&mount.kind, &mount.source, &target, &mount.options)
+            .map_err(|source| mount.failed(source))?;
     }
     Ok(guest_root)
+}
+
+impl TreeMount {
+    fn check_source(&self) -> Result<(), RootfsError> {
+        match self.kind.as_str() {
+            "bind" => check_directory(&self.source),
+            _ => Ok(()),
+        }
+    }
+
+    fn failed(&self, source: io::Error) -> RootfsError {
+        RootfsError::Mount {
+            kind: self.kind.clone(),
+            path: self.source.clone(),
+            source,
+        }
+    }
 }
 
 fn check_directory(path: &Path) -> Result<(), RootfsError> {
@@ -168,18 +191,15 @@ fn check_directory(path: &Path) -> Result<(), RootfsError> {
     }
 }
 
-/// containerd says where in the root a mount goes; it is not trusted to have
-/// cleaned what an image may have chosen.
-fn below(root: &Path, target: &str) -> Result<PathBuf, RootfsError> {
-    let relative = Path::new(target.trim_start_matches('/'));
-    let plain = |component| matches!(component, std::path::Component::Normal(_));
-    if target.is_empty() {
-        Ok(root.to_owned())
-    } else if relative.components().all(plain) {
-        Ok(root.join(relative))
-    } else {
-        Err(RootfsError::Target(target.to_owned()))
-    }
+/// containerd says where in the root a mount goes, and the image what lies on
+/// the way there: a symbolic link leads to a place in the root, as it will in
+/// the guest.
+fn open_below(root: &Path, target: &str) -> Result<OwnedFd, RootfsError> {
+    let fail = |_| RootfsError::Target(target.to_owned());
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let root = rustix::fs::open(root, flags | OFlags::DIRECTORY, Mode::empty()).map_err(fail)?;
+    let beneath = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    rustix::fs::openat2(root, target, flags, Mode::empty(), beneath).map_err(fail)
 }
 
 impl DiskMount {
@@ -297,9 +317,45 @@ mod tests {
 
     #[test]
     fn keeps_targets_below_the_root() {
-        let root = Path::new("/r");
-        assert_eq!(below(root, "").unwrap(), root);
-        assert_eq!(below(root, "/a/b").unwrap(), Path::new("/r/a/b"));
-        assert!(below(root, "/a/../../b").is_err());
+        if !host_mount::own_namespace() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let [image, data, outside] = ["image", "data", "outside"].map(|name| {
+            let path = dir.path().join(name);
+            fs::create_dir(&path).unwrap();
+            path
+        });
+        std::os::unix::fs::symlink(&outside, image.join("link")).unwrap();
+        let inside = image.join(outside.strip_prefix("/").unwrap());
+        fs::create_dir_all(&inside).unwrap();
+        fs::write(data.join("file"), "text").unwrap();
+        let id = Id::new("container", "c").unwrap();
+        let shared = SharedTree::create(&dir.path().join("tree")).unwrap();
+        let bind = |source: &Path, target: &str| TreeMount {
+            kind: "bind".to_owned(),
+            source: source.to_owned(),
+            target: target.to_owned(),
+            options: Vec::new(),
+        };
+        let mut tree = ContainerTree::create(&shared, &id).unwrap();
+        let mounts = [bind(&image, "/"), bind(&data, "/link")];
+        let guest = mount_tree(&mut tree, &mounts).unwrap();
+        assert_eq!(guest, "/run/husk/shared/c/rootfs");
+        let root = shared.path().join("c/rootfs");
+        let shown = root.join(outside.strip_prefix("/").unwrap()).join("file");
+        assert!(shown.exists());
+        assert!(!outside.join("file").exists() && !inside.join("file").exists());
+        drop(tree);
+        assert!(!root.exists());
+
+        for mounts in [
+            vec![bind(&image, "/below")],
+            vec![bind(&image, ""), bind(&data, "/none")],
+        ] {
+            let mut tree = ContainerTree::create(&shared, &id).unwrap();
+            let error = mount_tree(&mut tree, &mounts).unwrap_err();
+            assert!(matches!(error, RootfsError::Target(_)), "{error}");
+        }
     }
 }

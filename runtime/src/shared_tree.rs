@@ -1,5 +1,5 @@
 //! The tree that a pod shares with its guest: a tmpfs into which root file
-//! systems and volumes are bound, one directory a container. The file server
+//! systems, one directory a container, and volumes are mounted. The file server
 //! shows it and nothing else.
 
 use std::fs;
@@ -11,28 +11,28 @@ use husk_protocol::path;
 
 use crate::host_mount::HostMount;
 use crate::id::Id;
+use crate::shared_volume::{SharedVolumes, VolumeUse};
 
 /// Name of a container's root in its directory.
 pub const ROOTFS: &str = "rootfs";
-
-/// Name of the directory of a container's volumes.
-pub const MOUNTS: &str = "mounts";
 
 /// The tree of a pod. Unmounted when the last of its users is dropped.
 #[derive(Clone, Debug)]
 pub struct SharedTree {
     mount: Arc<HostMount>,
+    volumes: Arc<SharedVolumes>,
 }
 
-/// A container's directory in the tree. Gone, with all that was mounted there,
-/// when dropped.
+/// What a container has in the tree. Gone when dropped, volumes unless others
+/// use them.
 #[derive(Debug)]
 pub struct ContainerTree {
     dir: PathBuf,
-    guest_dir: String,
-    mounts: Vec<HostMount>,
+    guest_root: String,
+    root: Option<HostMount>,
+    volumes: Vec<VolumeUse>,
     /// It lies in this, which must stay as long.
-    _tree: SharedTree,
+    tree: SharedTree,
 }
 
 /// The tree could not be made or changed.
@@ -44,7 +44,8 @@ pub struct SharedTreeError {
     source: io::Error,
 }
 
-fn error(path: &Path) -> impl FnOnce(io::Error) -> SharedTreeError {
+/// Names the path.
+pub fn error(path: &Path) -> impl FnOnce(io::Error) -> SharedTreeError {
     let path = path.to_owned();
     |source| SharedTreeError { path, source }
 }
@@ -59,6 +60,7 @@ impl SharedTree {
         let mount = HostMount::shared_tmpfs(path).map_err(error(path))?;
         Ok(Self {
             mount: Arc::new(mount),
+            volumes: Arc::new(SharedVolumes::create(path)?),
         })
     }
 
@@ -67,7 +69,13 @@ impl SharedTree {
     pub fn pretended(path: &Path) -> Self {
         Self {
             mount: Arc::new(HostMount::attached(path)),
+            volumes: Arc::new(SharedVolumes::create(path).unwrap()),
         }
+    }
+
+    /// The pod's volumes.
+    pub fn volumes(&self) -> &Arc<SharedVolumes> {
+        &self.volumes
     }
 
     /// Where it is on the node.
@@ -86,68 +94,63 @@ impl ContainerTree {
         fs::create_dir(&dir).map_err(error(&dir))?;
         Ok(Self {
             dir,
-            guest_dir: format!("{}/{container}", path::SHARED),
-            mounts: Vec::new(),
-            _tree: tree.clone(),
+            guest_root: format!("{}/{container}/{ROOTFS}", path::SHARED),
+            root: None,
+            volumes: Vec::new(),
+            tree: tree.clone(),
         })
     }
 
-    /// Makes an empty directory `name`; its paths on the node and in the guest.
+    /// Makes the directory on which the root is mounted.
     ///
     /// # Errors
     /// The tree is full.
-    pub fn add_dir(&self, name: &str) -> Result<(PathBuf, String), SharedTreeError> {
-        let path = self.dir.join(name);
-        fs::create_dir_all(&path).map_err(error(&path))?;
-        Ok((path, format!("{}/{name}", self.guest_dir)))
+    pub fn add_root(&self) -> Result<PathBuf, SharedTreeError> {
+        let path = self.dir.join(ROOTFS);
+        fs::create_dir(&path).map_err(error(&path))?;
+        Ok(path)
     }
 
-    /// Makes an empty file `name`; its paths on the node and in the guest.
-    ///
-    /// # Errors
-    /// The tree is full.
-    pub fn add_file(&self, name: &str) -> Result<(PathBuf, String), SharedTreeError> {
-        let path = self.dir.join(name);
-        fs::write(&path, "").map_err(error(&path))?;
-        Ok((path, format!("{}/{name}", self.guest_dir)))
+    /// Keeps the root, with all that is mounted in it; the guest's path.
+    pub fn keep_root(&mut self, root: HostMount) -> String {
+        self.root = Some(root);
+        self.guest_root.clone()
     }
 
-    /// Keeps `mount`, which is in this directory.
-    pub fn keep(&mut self, mount: HostMount) {
-        self.mounts.push(mount);
+    /// Keeps a volume.
+    pub fn keep_volume(&mut self, volume: VolumeUse) {
+        self.volumes.push(volume);
+    }
+
+    /// The tree that it lies in.
+    pub fn tree(&self) -> &SharedTree {
+        &self.tree
+    }
+
+    /// Gives up what it has; the guest's paths of that which nobody else uses.
+    /// Ask once the guest is to let go of it, and let it before this is dropped.
+    pub fn give_up(&mut self) -> Vec<String> {
+        let root = self.root.as_ref().map(|_| self.guest_root.clone());
+        let volumes = self.volumes.iter_mut().filter_map(VolumeUse::give_up);
+        root.into_iter().chain(volumes).collect()
     }
 }
 
 impl Drop for ContainerTree {
     fn drop(&mut self) {
-        // The last one mounted may lie in an earlier one.
-        while self.mounts.pop().is_some() {}
-        if let Err(error) = remove_skeleton(&self.dir) {
-            tracing::warn!(path = %self.dir.display(), %error, "container's tree stays");
-        }
-    }
-}
-
-/// Removes the directories and files that this module's callers make, and only
-/// them: `rootfs`, `mounts` and what is directly in it. Not recursively, so that
-/// a mount that stayed can never lose its content.
-fn remove_skeleton(dir: &Path) -> io::Result<()> {
-    let (rootfs, mounts) = (dir.join(ROOTFS), dir.join(MOUNTS));
-    if rootfs.exists() {
-        fs::remove_dir(rootfs)?;
-    }
-    if mounts.exists() {
-        for entry in fs::read_dir(&mounts)? {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                fs::remove_dir(entry.path())?;
-            } else {
-                fs::remove_file(entry.path())?;
+        self.volumes.clear();
+        self.root = None;
+        // Not recursively: a mount that stayed must not lose its content.
+        let made = [self.dir.join(ROOTFS), self.dir.clone()];
+        for dir in made {
+            match fs::remove_dir(&dir) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %dir.display(), %error, "container's tree stays");
+                }
+                _ => {}
             }
         }
-        fs::remove_dir(mounts)?;
     }
-    fs::remove_dir(dir)
 }
 
 #[cfg(test)]
@@ -158,17 +161,18 @@ mod tests {
     fn removes_what_it_made_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let id = Id::new("container", "c").unwrap();
-        let tree = ContainerTree::create(&SharedTree::pretended(dir.path()), &id).unwrap();
-        let (_, guest) = tree.add_dir("rootfs").unwrap();
-        assert_eq!(guest, "/run/husk/shared/c/rootfs");
-        tree.add_dir("mounts").unwrap();
-        tree.add_dir("mounts/0").unwrap();
-        tree.add_file("mounts/1").unwrap();
+        let shared = SharedTree::pretended(dir.path());
+        let tree = ContainerTree::create(&shared, &id).unwrap();
+        tree.add_root().unwrap();
         drop(tree);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert!(!dir.path().join("c").exists());
 
-        let tree = ContainerTree::create(&SharedTree::pretended(dir.path()), &id).unwrap();
-        let (kept, _) = tree.add_dir("mounts/0").unwrap();
+        let mut tree = ContainerTree::create(&shared, &id).unwrap();
+        assert!(tree.give_up().is_empty());
+        let kept = tree.add_root().unwrap();
+        let guest = tree.keep_root(HostMount::attached(&kept));
+        assert_eq!(guest, "/run/husk/shared/c/rootfs");
+        assert_eq!(tree.give_up(), [guest]);
         fs::write(kept.join("file"), "precious").unwrap();
         drop(tree);
         assert_eq!(fs::read(kept.join("file")).unwrap(), b"precious");

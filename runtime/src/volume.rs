@@ -3,16 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use husk_protocol::agent::{Storage, TmpfsStorage};
 use husk_protocol::path;
 use ttrpc::Code;
 
 use crate::bundle::Mount;
-use crate::host_mount::HostMount;
 use crate::mount_copy::{CopyOptions, MountCopy, ReadOnly};
-use crate::shared_tree::{ContainerTree, MOUNTS, SharedTreeError};
+use crate::shared_tree::{ContainerTree, SharedTreeError};
 
 /// Size of a pod's `/dev/shm`, as container engines make it.
 const SHM_BYTES: u64 = 64 << 20;
@@ -30,6 +29,8 @@ pub enum VolumePlan {
         source: PathBuf,
         /// How it is copied.
         options: CopyOptions,
+        /// What of it is not to be written to.
+        read_only: ReadOnly,
     },
 }
 
@@ -77,23 +78,27 @@ impl VolumePlan {
     /// What to do about `mount`.
     pub fn new(mount: &Mount) -> Self {
         let options = mount.options.as_deref().unwrap_or_default();
-        let has = |name: &&str| options.iter().any(|option| option == name);
+        let has = |names: &[&str]| {
+            options
+                .iter()
+                .any(|option| names.contains(&option.as_str()))
+        };
         let kind = mount.kind.as_deref().unwrap_or_default();
-        let bind = matches!(kind, "bind" | "rbind") || has(&"bind") || has(&"rbind");
+        let bind = matches!(kind, "bind" | "rbind") || has(&["bind", "rbind"]);
         match &mount.source {
             Some(source) if bind && is_shm(&mount.destination, source) => Self::Shm,
             Some(source) if bind => Self::Tree {
                 source: source.clone(),
                 options: CopyOptions {
-                    recursive: kind == "rbind" || has(&"rbind"),
-                    follows: ["slave", "rslave", "shared", "rshared"].iter().any(has),
-                    read_only: if has(&"rro") {
-                        ReadOnly::All
-                    } else if has(&"ro") {
-                        ReadOnly::Top
-                    } else {
-                        ReadOnly::No
-                    },
+                    recursive: kind == "rbind" || has(&["rbind"]),
+                    follows: has(&["slave", "rslave", "shared", "rshared"]),
+                },
+                read_only: if has(&["rro"]) {
+                    ReadOnly::All
+                } else if has(&["ro"]) {
+                    ReadOnly::Top
+                } else {
+                    ReadOnly::No
                 },
             },
             _ => Self::Guest,
@@ -145,13 +150,14 @@ pub fn pod_binds(mounts: &[Mount]) -> Vec<(&'static str, String)> {
 }
 
 /// Brings the volumes into the tree; the guest's paths of those mounts that have
-/// one. Blocks.
+/// one. `pod_uid` is the pod's as Kubernetes names it. Blocks.
 ///
 /// # Errors
 /// A source is not there or not for a guest, or the kernel refuses.
 pub fn mount_volumes(
     tree: &mut ContainerTree,
     mounts: &[Mount],
+    pod_uid: Option<&str>,
 ) -> Result<BTreeMap<usize, String>, VolumeError> {
     let mut sources = BTreeMap::new();
     for (index, mount) in mounts.iter().enumerate() {
@@ -160,22 +166,23 @@ pub fn mount_volumes(
             VolumePlan::Shm => {
                 sources.insert(index, shm_path());
             }
-            VolumePlan::Tree { source, options } => {
-                let guest = bind(tree, index, mount, &source, options)?;
-                sources.insert(index, guest);
+            VolumePlan::Tree {
+                source,
+                options,
+                read_only,
+            } => {
+                let copy = copy(mount, &source, options)?;
+                let of_pod = pod_uid.is_some_and(|uid| is_empty_dir(&source, uid));
+                let shared = tree.tree().volumes().share(copy, read_only, of_pod)?;
+                sources.insert(index, shared.guest_path());
+                tree.keep_volume(shared);
             }
         }
     }
     Ok(sources)
 }
 
-fn bind(
-    tree: &mut ContainerTree,
-    index: usize,
-    mount: &Mount,
-    source: &Path,
-    options: CopyOptions,
-) -> Result<String, VolumeError> {
+fn copy(mount: &Mount, source: &Path, options: CopyOptions) -> Result<MountCopy, VolumeError> {
     let fail = |error| VolumeError::Source {
         destination: mount.destination.clone(),
         path: source.to_owned(),
@@ -189,16 +196,21 @@ fn bind(
             path: source.to_owned(),
         });
     }
-    tree.add_dir(MOUNTS)?;
-    let name = format!("{MOUNTS}/{index}");
-    let (target, guest) = if kind.is_dir() {
-        tree.add_dir(&name)?
-    } else {
-        tree.add_file(&name)?
-    };
-    copy.attach(&target).map_err(fail)?;
-    tree.keep(HostMount::attached(&target));
-    Ok(guest)
+    Ok(copy)
+}
+
+/// The source is an emptyDir of the pod, as the kubelet lays them out:
+/// `pods/<uid>/volumes/kubernetes.io~empty-dir/<name>`.
+fn is_empty_dir(source: &Path, pod_uid: &str) -> bool {
+    let parts: Vec<_> = source.components().map(Component::as_os_str).collect();
+    let plain = !source
+        .components()
+        .any(|part| matches!(part, Component::ParentDir));
+    plain
+        && !pod_uid.is_empty()
+        && parts
+            .windows(4)
+            .any(|parts| parts[..] == ["pods", pod_uid, "volumes", "kubernetes.io~empty-dir"])
 }
 
 #[cfg(test)]
@@ -241,8 +253,8 @@ mod tests {
             options: CopyOptions {
                 recursive: true,
                 follows: false,
-                read_only: ReadOnly::Top,
             },
+            read_only: ReadOnly::Top,
         };
         assert_eq!(VolumePlan::new(&read_only), expected);
         let shm = mount("bind", "/run/containerd/x/shm", "/dev/shm", &["rbind"]);
@@ -267,11 +279,22 @@ mod tests {
         let id = Id::new("container", "c").unwrap();
         let mut tree = ContainerTree::create(&SharedTree::pretended(dir.path()), &id).unwrap();
         let missing = mount("bind", "/no/such", "/v", &["rbind"]);
-        let error = mount_volumes(&mut tree, &[missing]).unwrap_err();
+        let error = mount_volumes(&mut tree, &[missing], None).unwrap_err();
         assert_eq!(error.code(), Code::NOT_FOUND);
         assert!(error.to_string().contains("/no/such"), "{error}");
         let device = mount("bind", "/dev/null", "/v", &["bind"]);
-        let error = mount_volumes(&mut tree, &[device]).unwrap_err();
+        let error = mount_volumes(&mut tree, &[device], None).unwrap_err();
         assert!(matches!(error, VolumeError::Device { .. }), "{error}");
+    }
+
+    #[test]
+    fn knows_the_pods_own_empty_directories() {
+        let of_pod = "/var/lib/kubelet/pods/u1/volumes/kubernetes.io~empty-dir/cache";
+        assert!(is_empty_dir(Path::new(of_pod), "u1"));
+        assert!(!is_empty_dir(Path::new(of_pod), "u2"));
+        assert!(!is_empty_dir(Path::new(of_pod), ""));
+        assert!(!is_empty_dir(&Path::new(of_pod).join("../../secret"), "u1"));
+        let secret = "/var/lib/kubelet/pods/u1/volumes/kubernetes.io~secret/key";
+        assert!(!is_empty_dir(Path::new(secret), "u1"));
     }
 }

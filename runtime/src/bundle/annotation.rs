@@ -32,6 +32,9 @@ const ROLES: [(&str, &str); 2] = [
     ),
 ];
 
+/// The annotations with the pod's id in Kubernetes.
+const POD_UIDS: [&str; 2] = ["io.kubernetes.cri.sandbox-uid", "io.kubernetes.pod.uid"];
+
 /// What the operator said about the machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Overrides {
@@ -110,6 +113,14 @@ pub(super) fn role(annotations: &BTreeMap<String, String>) -> Result<Role, Bundl
         }
     }
     Ok(Role::Single)
+}
+
+/// The pod's id in Kubernetes.
+pub(super) fn pod_uid(annotations: &BTreeMap<String, String>) -> Option<String> {
+    POD_UIDS
+        .iter()
+        .find_map(|key| annotations.get(*key))
+        .cloned()
 }
 
 /// Limits of a whole pod, which containerd writes since 1.7.

@@ -192,11 +192,12 @@ impl Running {
     /// Waits with standard input left open.
     pub fn wait(mut self, deadline: Duration) -> Result<Finished> {
         let mut late = false;
+        let asked = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait()? {
                 break status;
             }
-            if self.begun.elapsed() > deadline {
+            if asked.elapsed() > deadline {
                 late = true;
                 self.child.kill()?;
                 break self.child.wait()?;
