@@ -39,6 +39,7 @@ pub struct Root {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Mount {
     pub destination: PathBuf,
     #[serde(rename = "type")]
@@ -46,6 +47,27 @@ pub struct Mount {
     pub source: Option<PathBuf>,
     #[serde(default, deserialize_with = "null_is_none")]
     pub options: Vec<String>,
+    #[serde(default, deserialize_with = "null_is_none")]
+    pub uid_mappings: Vec<IdMapping>,
+    #[serde(default, deserialize_with = "null_is_none")]
+    pub gid_mappings: Vec<IdMapping>,
+}
+
+impl Mount {
+    /// Whether it shows what is elsewhere: by its type or by an option.
+    pub fn is_bind(&self) -> bool {
+        let is_bind = |word: &str| matches!(word, "bind" | "rbind");
+        self.kind.as_deref().is_some_and(is_bind)
+            || self.options.iter().any(|option| is_bind(option))
+    }
+
+    /// Whether its files shall appear with other owners.
+    pub fn maps_ids(&self) -> bool {
+        let is_map = |option: &String| matches!(option.as_str(), "idmap" | "ridmap");
+        !self.uid_mappings.is_empty()
+            || !self.gid_mappings.is_empty()
+            || self.options.iter().any(is_map)
+    }
 }
 
 /// A process of a container.

@@ -51,10 +51,8 @@ pub enum NodeSource {
 
 /// Fills `/dev`, unless it is the guest's own that was bound there.
 pub fn populate(root: &OwnedFd, spec: &Spec, source: NodeSource) -> Result<(), InitError> {
-    let is_bound = |mount: &Mount| {
-        in_root::clean(&mount.destination) == Path::new("/dev")
-            && mount.options.iter().any(|option| option.ends_with("bind"))
-    };
+    let is_bound =
+        |mount: &Mount| in_root::clean(&mount.destination) == Path::new("/dev") && mount.is_bind();
     if spec.mounts.iter().any(is_bound) {
         return Ok(());
     }

@@ -35,12 +35,22 @@ pub fn mount(root: &OwnedFd, mount: &Mount) -> Result<(), InitError> {
         let at = in_root::open(root, &target, OFlags::PATH).doing("open", target.display())?;
         return Ok(finish(&at, &options, &target)?);
     }
-    if options.bind.is_some() || fstype == "bind" {
+    if mount.maps_ids() {
+        return Err(InitError::Invalid {
+            field: "mounts",
+            reason: format!("{} maps ids, which no mount here does", target.display()),
+        });
+    }
+    if mount.is_bind() {
         let source = source.ok_or_else(|| InitError::Invalid {
             field: "mounts",
             reason: format!("{} has no source", target.display()),
         })?;
-        let recursion = options.bind.unwrap_or(Recursion::Alone);
+        let recursion = match options.bind {
+            Some(recursion) => recursion,
+            None if fstype == "rbind" => Recursion::Tree,
+            None => Recursion::Alone,
+        };
         let tree = clone_tree(source, recursion)?;
         let at = if in_root::is_directory(&tree).doing("stat", source.display())? {
             in_root::ensure_directory(root, &target)?
@@ -60,14 +70,13 @@ pub fn mount(root: &OwnedFd, mount: &Mount) -> Result<(), InitError> {
             &target,
         )?);
     }
-    let at = in_root::ensure_directory(root, &target)?;
+    let mut at = in_root::ensure_directory(root, &target)?;
     if matches!(fstype, "proc" | "sysfs") {
         // Elsewhere than the spec says, masked paths would miss it.
-        in_root::open_without_links(root, &target, OFlags::PATH).map_err(|_| {
-            InitError::Invalid {
-                field: "mounts",
-                reason: format!("{} is a symbolic link in the image", target.display()),
-            }
+        let strict = in_root::open_without_links(root, &target, OFlags::PATH);
+        at = strict.map_err(|_| InitError::Invalid {
+            field: "mounts",
+            reason: format!("{} is a symbolic link in the image", target.display()),
         })?;
     }
     let made = new_filesystem(fstype, source, &options, &target);
