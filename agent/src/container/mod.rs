@@ -29,7 +29,7 @@ use crate::init::channel::AgentChannel;
 use crate::init::devices;
 use crate::init::plan::{ContainerPlan, ExecPlan, Kind, PidNamespace, Plan};
 use crate::lock::lock;
-use crate::oci::{self, NamespaceKind, Resources, Seccomp, Spec};
+use crate::oci::{self, NamespaceKind, Personality, Resources, Seccomp, Spec};
 use crate::reaper::Reaper;
 use crate::socket::Dialler;
 use crate::stdio::{Stdio, Terminal};
@@ -96,6 +96,7 @@ pub struct Container {
     namespaces: CloneFlags,
     process: oci::Process,
     seccomp: Option<Seccomp>,
+    personality: Option<Personality>,
     id_maps: IdMaps,
     devices: Vec<u64>,
     memory_watch: Option<JoinHandle<()>>,
@@ -150,6 +151,7 @@ impl Container {
             log::info!("{}: the guest has no AppArmor and no SELinux", order.id);
         }
         let seccomp = spec.linux.seccomp.clone();
+        let personality = spec.linux.personality;
         let namespaces = namespaces_to_join(&spec);
         let id_maps = IdMaps::from_spec(&spec)?;
         let (uid, gid) = id_maps.outside(&process.user)?;
@@ -159,6 +161,13 @@ impl Container {
         let (pid_namespace, inherited) = match order.pid_namespace {
             PidSource::Own => (PidNamespace::Own, vec![]),
             PidSource::Guest => (PidNamespace::Guest, vec![]),
+            // Its /proc would have to be the agent's, with all of the guest.
+            PidSource::Of(_) if namespaces.contains(CloneFlags::CLONE_NEWUSER) => {
+                return Err(Error::Invalid {
+                    field: "linux.namespaces",
+                    reason: "a user namespace of its own in a shared PID namespace".to_owned(),
+                });
+            }
             PidSource::Of(file) => (
                 PidNamespace::Join(file.as_raw_fd()),
                 vec![OwnedFd::from(file)],
@@ -204,6 +213,7 @@ impl Container {
             namespaces,
             process,
             seccomp,
+            personality,
             id_maps,
             devices: order.devices,
             memory_watch,
@@ -299,6 +309,7 @@ impl Container {
             kind: Kind::Exec(Box::new(ExecPlan {
                 process,
                 seccomp: self.seccomp.clone(),
+                personality: self.personality,
                 pidfd: pidfd.as_raw_fd(),
                 namespaces: self.namespaces.bits().cast_unsigned(),
             })),

@@ -93,7 +93,7 @@ fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
             namespaces::enter_new(channel, &container)?;
             become_child(channel)?;
             let terminal = rootfs::enter(&container, plan.terminal)?;
-            program::set_personality(&container.spec)?;
+            program::set_personality(container.spec.linux.personality)?;
             let seccomp = container.spec.linux.seccomp.as_ref();
             let program = program::prepare(process, seccomp, terminal.as_ref(), own)?;
             let master = terminal.as_ref().map(|terminal| &terminal.master);
@@ -111,6 +111,7 @@ fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
                 true => Some(terminal::Terminal::open_in_own_root()?),
                 false => None,
             };
+            program::set_personality(exec.personality)?;
             let seccomp = exec.seccomp.as_ref();
             let program = program::prepare(&exec.process, seccomp, terminal.as_ref(), own)?;
             let master = terminal.as_ref().map(|terminal| &terminal.master);

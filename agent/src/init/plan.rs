@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::oci::{Process, Seccomp, Spec};
+use crate::oci::{Personality, Process, Seccomp, Spec};
 
 /// A process to make.
 #[derive(Debug, Serialize, Deserialize)]
@@ -61,6 +61,8 @@ pub struct ExecPlan {
     pub process: Process,
     /// The container's filter.
     pub seccomp: Option<Seccomp>,
+    /// The container's execution domain.
+    pub personality: Option<Personality>,
     /// An inherited pidfd of the container's first process.
     pub pidfd: RawFd,
     /// `CLONE_NEW*` flags of the namespaces to join.

@@ -6,18 +6,18 @@ use std::fs;
 use std::io::{self, Read};
 use std::path::PathBuf;
 
-use libseccomp::ScmpFilterContext;
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit};
 
+use super::InitError;
 use super::capabilities::Capabilities;
 use super::executable::{self, ExecutableError, FileId};
+use super::seccomp::{self, Filter};
 use super::terminal::Terminal;
-use super::{InitError, seccomp};
 use crate::error::{Doing, OsError};
 use crate::kernel_file;
-use crate::oci::{PersonalityDomain, Process, Scheduler, Seccomp, Spec};
+use crate::oci::{Personality, PersonalityDomain, Process, Scheduler, Seccomp};
 
 /// A program that only needs to be executed.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub struct Program {
     arguments: Vec<CString>,
     environment: Vec<CString>,
     capabilities: Capabilities,
-    filter: Option<ScmpFilterContext>,
+    filter: Option<Filter>,
     no_new_privileges: bool,
 }
 
@@ -41,8 +41,8 @@ pub fn set_oom_score(process: &Process) -> Result<(), OsError> {
 }
 
 /// Sets the execution domain.
-pub fn set_personality(spec: &Spec) -> Result<(), OsError> {
-    let Some(personality) = &spec.linux.personality else {
+pub fn set_personality(personality: Option<Personality>) -> Result<(), OsError> {
+    let Some(personality) = personality else {
         return Ok(());
     };
     let domain = match personality.domain {
@@ -78,7 +78,13 @@ pub fn prepare(
     terminal: Option<&Terminal>,
     own: FileId,
 ) -> Result<Program, InitError> {
+    // Before the limits: it goes through a file.
+    let filter = match seccomp {
+        Some(spec) => seccomp::build(spec)?,
+        None => None,
+    };
     rustix::process::setsid().doing("make", "a session")?;
+    join_keyring();
     if let Some(terminal) = terminal {
         take_terminal(process, terminal)?;
     }
@@ -95,11 +101,6 @@ pub fn prepare(
         .map(|word| c_string("process.args", word))
         .collect::<Result<_, _>>()?;
     let name = process.args.first().ok_or(ExecutableError::NoArguments)?;
-    let filter = match seccomp {
-        Some(spec) => seccomp::build(spec)?,
-        None => None,
-    };
-
     let no_new_privileges = process.no_new_privileges;
     if no_new_privileges {
         rustix::thread::set_no_new_privs(true).doing("set", "no_new_privs")?;
@@ -126,14 +127,15 @@ pub fn prepare(
 }
 
 impl Program {
-    /// Becomes the program. Between the filter and the execution there is no
-    /// system call of ours that a filter could forbid.
+    /// Becomes the program. With no_new_privs there is no system call of ours
+    /// between the filter and the execution; without, capset(2) is one, which
+    /// the filter has to allow, as with other runtimes.
     pub fn execute(self) -> Result<Infallible, InitError> {
         let path = c_string("process.args", &self.path.to_string_lossy())?;
         reset_signals();
         hide_descriptors().doing("close", "inherited descriptors")?;
         let load = || match &self.filter {
-            Some(filter) => filter.load().map_err(InitError::Seccomp),
+            Some(filter) => filter.load().doing("load", "the seccomp filter"),
             None => Ok(()),
         };
         if self.no_new_privileges {
@@ -147,6 +149,18 @@ impl Program {
         let Err(errno) = nix::unistd::execve(&path, &self.arguments, &self.environment);
         Err(ExecutableError::refused(&self.path, &errno.into()).into())
     }
+}
+
+/// A session keyring of its own. Without one the kernel takes the user's, which
+/// all containers of the same user would share.
+fn join_keyring() {
+    const KEYCTL_JOIN_SESSION_KEYRING: i32 = 1;
+    // A kernel without keys has none to share.
+    // SAFETY: a number, and no name.
+    let _ = unsafe {
+        let no_name = std::ptr::null::<libc::c_char>();
+        libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, no_name)
+    };
 }
 
 fn c_string(field: &'static str, text: &str) -> Result<CString, InitError> {

@@ -35,22 +35,28 @@ agent_test! {
         let volume = agent.directory.path().join("volume");
         std::fs::create_dir(&volume).unwrap();
         std::fs::write(volume.join("file"), "text").unwrap();
-        let mut spec = agent.spec(&["/bin/sh", "-c", "cat /data/file /one; touch /data/x; grep -E ' /(data|one|scratch) ' /proc/self/mountinfo | cut -d' ' -f5,6; touch /scratch/y && echo ok; ls /etc/old"]);
+        let mut spec = agent.spec(&["/bin/sh", "-c", "cat /data/file /one; cat /by-type/file; touch /data/x; grep -E ' /(data|one|scratch) ' /proc/self/mountinfo | cut -d' ' -f5,6; touch /scratch/y && echo ok; ls /etc/old"]);
         let mounts = spec["mounts"].as_array_mut().unwrap();
         mounts.push(json!({"destination": "/data", "type": "bind", "source": volume, "options": ["rbind", "rprivate", "ro", "nosuid"]}));
         mounts.push(json!({"destination": "/one", "type": "bind", "source": volume.join("file"), "options": ["bind", "nodev", "rro"]}));
+        mounts.push(json!({"destination": "/by-type", "type": "rbind", "source": volume}));
         mounts.push(json!({"destination": "/scratch", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "size=1m", "mode=700"]}));
         mounts.push(json!({"destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"]}));
         std::fs::create_dir(agent.rootfs().join("etc/old")).unwrap();
         std::fs::write(agent.rootfs().join("etc/old/kept"), "").unwrap();
         let (code, stdout, stderr) = agent.output(&spec).await;
         assert_eq!(code, 0, "{stderr}");
-        assert!(stdout.starts_with("texttext/data ro,nosuid"), "{stdout}");
+        assert!(stdout.starts_with("texttexttext/data ro,nosuid"), "{stdout}");
         assert!(stdout.contains("/one ro,nodev"), "{stdout}");
         assert!(stdout.contains("/scratch rw,nosuid"), "{stdout}");
         assert!(stdout.ends_with("ok\nkept\n"), "{stdout}");
         assert!(stderr.contains("Read-only file system"), "{stderr}");
         assert_eq!(std::fs::read_dir(agent.rootfs().join("etc/old")).unwrap().count(), 1);
+        let mut spec = agent.spec(&["/bin/true"]);
+        let mapped = json!({"destination": "/data", "type": "bind", "source": volume, "options": ["rbind"], "uidMappings": [{"containerID": 0, "hostID": 100_000, "size": 1}]});
+        spec["mounts"].as_array_mut().unwrap().push(mapped);
+        let error = agent.create("x", &spec).await.err().unwrap();
+        assert!(status(error).1.contains("/data maps ids"));
     }
 }
 
@@ -151,6 +157,12 @@ agent_test! {
         spec["process"]["oomScoreAdj"] = json!(321);
         spec["linux"]["personality"] = json!({"domain": "LINUX32"});
         assert_eq!(agent.output(&spec).await.1, "0027\n512\n1024\n321\n/root\ni686\n");
+        spec["process"]["args"] = json!(["/bin/sh", "-c", "echo ready; exec sleep 1000"]);
+        agent.run("a", &spec).await.read_until("ready").await;
+        let process = json!({"user": {"uid": 0, "gid": 0}, "args": ["uname", "-m"], "env": ["PATH=/bin"], "cwd": "/"});
+        let exec = agent.exec("a", "e", &process).await.unwrap();
+        assert_eq!(crate::agent::read_all(exec.stdout).await, "i686\n");
+        agent.delete("a").await;
         let mut spec = agent.spec(&["/bin/sh", "-c", "echo $HOME $A"]);
         spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
         spec["process"]["env"] = json!(["PATH=/bin", "A=1", "A=2"]);
@@ -190,6 +202,19 @@ agent_test! {
             assert_eq!(stdout, "1\nSeccomp:\t2\n");
             assert!(stderr.contains("Permission denied"), "{stderr}");
         }
+        // The other way round, as RuntimeDefault is.
+        let names = "access arch_prctl brk clone close dup2 execve exit exit_group fcntl fstat futex getcwd getegid geteuid getgid getpid getppid getrandom getuid ioctl lseek madvise mmap mprotect munmap newfstatat open openat prctl prlimit64 read readlink readlinkat rseq rt_sigaction rt_sigprocmask rt_sigreturn set_robust_list set_tid_address stat uname wait4 write";
+        let names: Vec<&str> = names.split(' ').collect();
+        let mut spec = agent.spec(&["/bin/sh", "-c", "echo fine; mkdir /tmp/e"]);
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ERRNO",
+            "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+            "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+            "syscalls": [{"names": names, "action": "SCMP_ACT_ALLOW"}],
+        });
+        let (_, stdout, stderr) = agent.output(&spec).await;
+        assert_eq!(stdout, "fine\n", "{stderr}");
+        assert!(stderr.contains("not permitted"), "{stderr}");
         let mut spec = agent.spec(&["/bin/true"]);
         spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_NOTIFY"});
         let error = agent.create("x", &spec).await.err().unwrap();
