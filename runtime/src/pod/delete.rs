@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskDelete;
 use containerd_shim_protos::topics;
+use futures::future::join_all;
 use protobuf::MessageField;
 use tokio::time::timeout;
 
+use super::exit::STALLED;
 use super::{MachineState, Pod, Reply, no_process, not_found};
 use crate::agent_client::{AgentError, Exit};
 use crate::clock;
@@ -14,13 +16,14 @@ use crate::container::{Container, Kind, State};
 use crate::container_files::ContainerFiles;
 use crate::error::Error;
 use crate::machine::Machine;
+use crate::stdio::Limits;
 
 /// How long a deletion waits for somebody to go on reading the output.
 const SLOW_READER: Duration = Duration::from_secs(10);
 
 /// How long the machine waits for deletions other than the last: the guest may
 /// still write what was written to their disks.
-const OTHERS: Duration = Duration::from_secs(20);
+const OTHERS: Duration = Duration::from_secs(45);
 
 /// A process that is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +60,7 @@ impl Pod {
         self.containers.remove(id).ok_or_else(|| not_found(id))
     }
 
-    fn delete_container(&mut self, id: String, container: Container, reply: Reply<Deleted>) {
+    fn delete_container(&mut self, id: String, mut container: Container, reply: Reply<Deleted>) {
         let pid = self.pid();
         let exit = match container.init.state() {
             State::Stopped(exit) => exit,
@@ -68,19 +71,20 @@ impl Pod {
             },
         };
         let deleted = Deleted { pid, exit };
+        self.tell_ended(&id, &mut container, exit);
         let running = self.machine().ok();
         let machine = self.take_last_machine();
+        let limits = self.drain_limits();
+        let others = self.settings.config.patience().of(OTHERS);
         self.begin_work();
         let mut under_way = self.under_way.subscribe();
         self.later(async move {
             let Container {
                 init, execs, kind, ..
             } = container;
-            for process in execs.into_values().map(|exec| exec.process).chain([init]) {
-                if let Some(mut stdio) = process.stdio {
-                    stdio.drain(SLOW_READER).await;
-                }
-            }
+            let processes = execs.into_values().map(|exec| exec.process).chain([init]);
+            let streams = processes.filter_map(|process| process.stdio);
+            join_all(streams.map(async |mut stdio| stdio.drain(limits).await)).await;
             if let Kind::Guest(mut files) = kind {
                 // The guest lets go of them before they are unmounted here.
                 let unused = files.as_mut().map(ContainerFiles::give_up);
@@ -95,11 +99,37 @@ impl Pod {
             }
             if let Some(machine) = machine {
                 // This one is left then.
-                let _ = timeout(OTHERS, under_way.wait_for(|count| *count <= 1)).await;
+                let _ = timeout(others, under_way.wait_for(|count| *count <= 1)).await;
                 machine.end().await;
             }
             move |pod: &mut Pod| pod.container_deleted(&id, deleted, reply)
         });
+    }
+
+    /// What has not ended by itself does now, for those who wait for it.
+    fn tell_ended(&self, id: &str, container: &mut Container, exit: Exit) {
+        for (exec, added) in &mut container.execs {
+            match added.process.state() {
+                State::Stopped(_) => {}
+                // It was never run, and containerd has heard nothing of it.
+                State::Created | State::Creating => added.process.finish_exit(exit),
+                State::Starting | State::Running => {
+                    added.process.finish_exit(exit);
+                    self.send_exit(exec, id, exit);
+                }
+            }
+        }
+        if !matches!(container.init.state(), State::Stopped(_)) {
+            container.init.finish_exit(exit);
+            self.send_exit(id, id, exit);
+        }
+    }
+
+    fn drain_limits(&self) -> Limits {
+        Limits {
+            slow_reader: SLOW_READER,
+            stalled: self.settings.config.patience().of(STALLED),
+        }
     }
 
     /// The machine, when no container is left to use it.
@@ -158,11 +188,12 @@ impl Pod {
             }
         };
         let removed = container.execs.remove(&exec);
+        let limits = self.drain_limits();
         let running = self.machine().ok();
         let id = id.to_owned();
         tokio::spawn(async move {
             if let Some(mut stdio) = removed.and_then(|exec| exec.process.stdio) {
-                stdio.drain(SLOW_READER).await;
+                stdio.drain(limits).await;
             }
             // One that never ran is unknown to the guest.
             if let (Some(_), Some((_, agent))) = (exit, running) {
@@ -187,7 +218,7 @@ impl Pod {
 
 /// The guest's part of a deletion may fail: it has no say in whether things are
 /// gone.
-fn report(outcome: Result<(), AgentError>) {
+pub(super) fn report(outcome: Result<(), AgentError>) {
     if let Err(error) = outcome {
         tracing::warn!(%error, "deletion in the guest");
     }
