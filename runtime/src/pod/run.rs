@@ -210,11 +210,16 @@ impl Pod {
             return;
         }
         let killed = match self.process(&id, &exec) {
-            Ok(process) if signal == SIGKILL => Some(Killed {
-                id: id.clone(),
-                exec: exec.clone(),
-                end: process.watch(),
-            }),
+            // One that was added is in the guest only once it runs.
+            Ok(process)
+                if signal == SIGKILL && (exec.is_empty() || process.state() != State::Created) =>
+            {
+                Some(Killed {
+                    id: id.clone(),
+                    exec: exec.clone(),
+                    end: process.watch(),
+                })
+            }
             _ => None,
         };
         let pod = self.handle.clone();

@@ -43,6 +43,7 @@ pub struct Limits {
 #[derive(Debug)]
 pub struct Wait {
     limits: Limits,
+    began: Instant,
     moved: u64,
     /// When it moved last.
     since: Instant,
@@ -126,6 +127,7 @@ impl Wait {
         let now = Instant::now();
         Self {
             limits,
+            began: now,
             moved: outputs.moved(),
             since: now,
             looked: now,
@@ -141,6 +143,10 @@ impl Wait {
         let moved = outputs.moved();
         if moved != self.moved {
             (self.moved, self.since) = (moved, now);
+        }
+        if now - self.began >= self.limits.slow_reader + self.limits.stalled {
+            // Somebody writes without end to somebody who reads.
+            return true;
         }
         let still = now - self.since;
         if outputs.all().any(Progress::is_blocked) {
@@ -224,6 +230,18 @@ mod tests {
         // What is missing is still waited for.
         progress.pass_on(2);
         assert_eq!(over_after(&mut outputs, || {}).await, LIMITS.stalled);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn does_not_wait_for_two_that_go_on_for_ever() {
+        let (mut outputs, progress) = outputs(0);
+        progress.take(1);
+        let slow = || {
+            progress.take(1);
+            progress.pass_on(1);
+        };
+        let longest = LIMITS.slow_reader + LIMITS.stalled;
+        assert_eq!(over_after(&mut outputs, slow).await, longest);
     }
 
     #[tokio::test(start_paused = true)]
