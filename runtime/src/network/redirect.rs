@@ -37,7 +37,8 @@ pub(super) async fn join(handle: &Handle, link: &FoundLink, tap: &Tap) -> Result
 async fn redirect(handle: &Handle, from: u32, to: u32) -> Result<(), NetworkError> {
     let from = from.cast_signed();
     // Another tool may have put an ingress qdisc there already (a CNI plugin
-    // that limits bandwidth does); its filters then run before ours.
+    // that limits bandwidth does). Ours then run before its: a filter without a
+    // priority gets the one before the last that was added so (tc-filter).
     match handle.qdisc().add(from).ingress().execute().await {
         Err(rtnetlink::Error::NetlinkError(error)) if error.raw_code() == -libc::EEXIST => {}
         result => result.map_err(netlink("add an ingress qdisc"))?,
