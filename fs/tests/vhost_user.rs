@@ -344,6 +344,15 @@ fn the_tree_cannot_be_left() {
     assert!(guest.hang_up().success());
 }
 
+/// Set when dropped, by a panic too.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Someone on the host swaps a directory for a link that leads out of the tree,
 /// over and over, while the guest reaches through it.
 #[test]
@@ -368,6 +377,7 @@ fn races_do_not_lead_out() {
                 rustix::fs::renameat_with(here, &dir, here, &link, exchange).unwrap();
             }
         });
+        let _stop = Stop(&stop);
         let end = Instant::now() + Duration::from_secs(20);
         while (read < 100 || refused < 100) && Instant::now() < end {
             let node = lookup(&mut guest, rootfs, b"dir").unwrap().nodeid;
@@ -389,7 +399,6 @@ fn races_do_not_lead_out() {
                 }
             }
         }
-        stop.store(true, Ordering::Relaxed);
     });
     assert!(read >= 100 && refused >= 100, "{read} {refused}");
     assert!(guest.hang_up().success());

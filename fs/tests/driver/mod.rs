@@ -215,10 +215,11 @@ impl Guest {
         let before: u16 = self.get(queue.used + 2);
         let slot = u64::from(queue.next % QUEUE_SIZE);
         self.put(queue.available + 4 + 2 * slot, head);
+        // used_event: tell of the very next one. Before the request is there: a
+        // server that still looks at the queue needs no kick.
+        self.put(queue.available + 4 + 2 * u64::from(QUEUE_SIZE), before);
         let next = queue.next.wrapping_add(1);
         self.put(queue.available + 2, next);
-        // used_event: tell of the very next one.
-        self.put(queue.available + 4 + 2 * u64::from(QUEUE_SIZE), before);
         queue.kick.write(1).unwrap();
         self.queues[index].next = next;
         let queue = &self.queues[index];
