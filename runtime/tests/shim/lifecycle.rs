@@ -36,6 +36,7 @@ pub const CASES: &[Case] = &[
     ("end_of_what_was_never_run", never_run),
     ("end_that_the_agent_does_not_tell", untold),
     ("end_despite_a_guest_that_ignores_kills", deaf),
+    ("end_despite_a_vmm_that_takes_no_requests", deaf_vmm),
 ];
 
 async fn running(node: &Node, id: &str, command: &[&str]) -> (Bundle, Shim) {
@@ -444,6 +445,36 @@ fn deaf() {
         let exits = node.events.exits();
         assert_eq!(exits, [("x".to_owned(), 137), ("k".to_owned(), 137)]);
         finish(&node, &shim, "k").await;
+    });
+}
+
+fn deaf_vmm() {
+    block_on(async {
+        let node = Node::new().await;
+        node.configure("kernel_parameters = 'fake.deaf'\n");
+        let (bundle, shim) = running(&node, "v", &["sleep"]).await;
+        // More requests than its socket holds.
+        let stdout = bundle.fifo("out");
+        let names: Vec<_> = (0..320).map(|number| format!("x{number}")).collect();
+        for name in &names {
+            let mut exec = added("v", name, &["echo", "x"]);
+            exec.stdout.clone_from(&stdout);
+            shim.task.exec(soon(), &exec).await.unwrap();
+        }
+        let starts = futures::future::join_all(names.iter().map(|name| shim.run("v", name)));
+        let end = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            kill(&shim, "v", "", 9).await.unwrap();
+            shim.wait("v", "").await.unwrap();
+            let began = Instant::now();
+            shim.delete("v", "").await.unwrap();
+            assert!(began.elapsed() < Duration::from_secs(3));
+        };
+        let (starts, ()) = tokio::join!(starts, end);
+        assert!(starts.iter().all(Result::is_err));
+        shim.shut_down("v").await;
+        shim.assert_gone().await;
+        node.assert_clean();
     });
 }
 

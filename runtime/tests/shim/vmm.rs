@@ -22,6 +22,9 @@ pub type Ports = Arc<Mutex<HashMap<u32, UnixStream>>>;
 /// Kernel parameter that makes this VMM fail as if the guest had panicked.
 const PANIC: &str = "fake.panic";
 
+/// Kernel parameter that makes this VMM take no requests.
+const DEAF: &str = "fake.deaf";
+
 /// Lives as long as its control socket, like the real one.
 pub fn run() {
     let (text, descriptors) = receive().expect("no specification");
@@ -47,6 +50,9 @@ pub fn run() {
         tell(&Message::Exited(ExitReason::Shutdown));
         std::process::exit(0);
     });
+    while spec.boot.command_line.contains(DEAF) {
+        std::thread::park();
+    }
     while let Some((text, descriptors)) = receive() {
         match serde_json::from_slice(&text).unwrap() {
             Request::AddHostPorts(host_ports) => keep(&ports, host_ports, descriptors),
