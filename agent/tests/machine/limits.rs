@@ -42,6 +42,21 @@ agent_test! {
 }
 
 agent_test! {
+    async fn a_container_that_outlives_a_want_of_memory_is_told_of(agent: Agent) {
+        if !has_controllers(&agent) {
+            return;
+        }
+        let mut spec = agent.spec(&["/bin/sh", "-c", "tail /dev/zero; echo alive; read line"]);
+        spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20, "swap": 16 << 20}});
+        let mut streams = agent.run("a", &spec).await;
+        streams.read_until("alive").await;
+        let event = within("the event", agent.client.next_event(context(), &Empty::new())).await.unwrap();
+        assert!(matches!(event.kind, Some(event::Kind::Oom(_))), "{event:?}");
+        agent.delete("a").await;
+    }
+}
+
+agent_test! {
     async fn too_little_memory_to_start_is_a_clear_error(agent: Agent) {
         if !has_controllers(&agent) {
             return;
