@@ -465,7 +465,11 @@ fn volumes(bench: &Bench) -> Result<()> {
 
 fn statistics(bench: &Bench) -> Result<()> {
     let cri = bench.cri()?;
-    let pod = Pod::run(bench, &cri, |_| {})?;
+    // The kubelet makes a cgroup for the pod; containerd takes its figures there.
+    let parent = PodCgroup::make(&bench.id())?;
+    let pod = Pod::run(bench, &cri, |config| {
+        config.linux.get_or_insert_default().cgroup_parent = parent.name.clone();
+    })?;
     let container = pod.start(&cri, &["sh", "-c", "probe eat 24 & while :; do :; done"])?;
     let cpu = |stats: &crate::cri::api::ContainerStats| {
         stats
@@ -496,6 +500,32 @@ fn statistics(bench: &Bench) -> Result<()> {
     );
     ensure!(of_pod.containers.len() == 1, "{of_pod:?}");
     pod.remove(&cri)
+}
+
+/// A cgroup as the kubelet makes it, with the controllers that count.
+struct PodCgroup {
+    name: String,
+    path: PathBuf,
+}
+
+impl PodCgroup {
+    fn make(name: &str) -> Result<Self> {
+        let root = PathBuf::from("/sys/fs/cgroup");
+        fs::write(root.join("cgroup.subtree_control"), "+cpu +memory +pids")?;
+        let path = root.join(name);
+        fs::create_dir(&path)?;
+        Ok(Self {
+            name: format!("/{name}"),
+            path,
+        })
+    }
+}
+
+impl Drop for PodCgroup {
+    fn drop(&mut self) {
+        // What is still in it is found by the check for leftovers.
+        let _ = fs::remove_dir(&self.path);
+    }
 }
 
 /// A container that can't start leaves the pod as it was.
