@@ -184,6 +184,25 @@ agent_test! {
 }
 
 agent_test! {
+    async fn each_of_many_processes_has_its_own_exit(agent: Agent) {
+        let mut streams = agent.run("a", &agent.spec(&["/bin/sh", "-c", "echo ready; exec sleep 1000"])).await;
+        streams.read_until("ready").await;
+        let agent = &agent;
+        let execs = (0..40).map(async |code: u32| {
+            // With orphans, whose exits nobody waits for.
+            let line = format!("(exit 99 &); exit {code}");
+            let process = json!({"user": {"uid": 0, "gid": 0}, "args": ["sh", "-c", line], "env": ["PATH=/bin"], "cwd": "/"});
+            let id = format!("e{code}");
+            agent.exec("a", &id, &process).await.unwrap();
+            assert_eq!(agent.wait("a", &id).await.exit_code, code);
+        });
+        futures::future::join_all(execs).await;
+        agent.delete("a").await;
+        assert_eq!(agent.children(), Vec::<i32>::new());
+    }
+}
+
+agent_test! {
     async fn an_exec_of_a_missing_program_fails_at_once(agent: Agent) {
         let mut streams = agent.run("a", &agent.spec(&["/bin/sh", "-c", "echo ready; exec sleep 1000"])).await;
         streams.read_until("ready").await;
