@@ -3,8 +3,9 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::Message;
@@ -12,12 +13,12 @@ use protobuf::MessageField;
 
 use crate::cgroup;
 use crate::clock;
-use crate::config::{Config, ConfigError};
+use crate::config::Config;
 use crate::flags::Flags;
 use crate::id::{Id, IdError};
 use crate::process::Process;
 use crate::socket::{DEFAULT_DIR, ShimSocket};
-use crate::start::PID_FILE;
+use crate::start::{ADDRESS_FILE, PID_FILE};
 use crate::state_dir::StateDir;
 
 /// As if killed by `SIGKILL`: nobody was there to see.
@@ -26,15 +27,16 @@ const EXIT_CODE: u32 = 137;
 /// How long a process may take to end.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long a shim may go on that has no pod any more: it may be telling
+/// containerd its last events. containerd waits five seconds for us.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// Names that cannot be cleaned up after.
 #[derive(Debug, thiserror::Error)]
 pub enum CleanupError {
     /// A name that cannot be.
     #[error(transparent)]
     Id(#[from] IdError),
-    /// The node's configuration.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
     /// The answer could not be written.
     #[error("writing the answer")]
     Write(#[from] io::Error),
@@ -48,11 +50,26 @@ pub enum CleanupError {
 pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
     let namespace = Id::new("namespace", &flags.namespace)?;
     let pod = Id::new("id", &flags.id)?;
-    let config = Config::load()?;
+    let config = Config::load().unwrap_or_else(|error| {
+        // Most likely the pod is from a time when it was right.
+        eprintln!(
+            "containerd-shim-husk-v2: {}; cleaning up by the defaults",
+            crate::error::chain(&error)
+        );
+        Config::default()
+    });
     let state_dir = StateDir::new(&config.state_dir, &namespace, &pod);
     let state = state_dir.read().unwrap_or_default();
     let pid = state.vmm.map_or(0, |vmm| vmm.pid);
-    let shim = state.shim.or_else(|| forgotten_shim(flags));
+    let bundle = flags
+        .bundle
+        .clone()
+        .or_else(|| std::env::current_dir().ok());
+    let bundle = bundle.unwrap_or_default();
+    let shim = match state.shim {
+        None => forgotten_shim(flags, &bundle).filter(|shim| !ends(*shim, LAST_WORDS)),
+        shim => shim,
+    };
     // It may be alive and only deaf.
     let processes = [shim, state.vmm, state.file_server];
     Process::kill_all(processes.into_iter().flatten(), PATIENCE);
@@ -61,7 +78,7 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
     }
     state_dir.remove();
     let socket = ShimSocket::new(
-        Path::new(DEFAULT_DIR),
+        &socket_dir(&bundle),
         &flags.address,
         &flags.namespace,
         &flags.id,
@@ -79,12 +96,31 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
     Ok(io::stdout().write_all(&text)?)
 }
 
+/// Where the shim's socket is: newer containerds say where at its start. The file
+/// of a container names the socket of its pod, which is in the same place.
+fn socket_dir(bundle: &Path) -> PathBuf {
+    let address = fs::read_to_string(bundle.join(ADDRESS_FILE)).unwrap_or_default();
+    let path = address.trim().strip_prefix("unix://").map(Path::new);
+    let dir = path
+        .filter(|path| path.is_absolute())
+        .and_then(Path::parent);
+    dir.unwrap_or(Path::new(DEFAULT_DIR)).to_owned()
+}
+
+/// The process ends by itself in time.
+fn ends(process: Process, patience: Duration) -> bool {
+    let began = Instant::now();
+    while Process::find(process.pid) == Some(process) {
+        if began.elapsed() >= patience {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    true
+}
+
 /// A shim that serves this bundle, though it has no pod any more.
-fn forgotten_shim(flags: &Flags) -> Option<Process> {
-    let bundle = match &flags.bundle {
-        Some(bundle) => bundle.clone(),
-        None => std::env::current_dir().ok()?,
-    };
+fn forgotten_shim(flags: &Flags, bundle: &Path) -> Option<Process> {
     let pid = fs::read_to_string(bundle.join(PID_FILE)).ok()?;
     let process = Process::find(pid.trim().parse().ok()?)?;
     // The number may be another's by now.

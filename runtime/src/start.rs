@@ -26,7 +26,7 @@ const DEBUG_LEVEL: i32 = -4;
 
 /// File in the bundle with the shim's address, where containerd looks after a
 /// restart.
-const ADDRESS_FILE: &str = "address";
+pub const ADDRESS_FILE: &str = "address";
 
 /// File in the bundle with the shim's process id.
 pub const PID_FILE: &str = "shim.pid";

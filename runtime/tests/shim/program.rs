@@ -16,6 +16,11 @@ pub const CASES: &[Case] = &[
     ("program_refuses_a_wrong_configuration", configuration),
     ("program_needs_the_pod_of_a_container", no_pod),
     ("program_deletes_what_was_never_there", delete_nothing),
+    (
+        "program_deletes_whatever_the_configuration",
+        delete_misconfigured,
+    ),
+    ("program_deletes_a_socket_where_it_was_made", delete_socket),
 ];
 
 fn version_and_info() {
@@ -113,5 +118,42 @@ fn delete_nothing() {
         let response = DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
         assert_eq!(response.exit_status, 137);
         assert!(response.exited_at.seconds > 1_600_000_000);
+    });
+}
+
+fn delete_misconfigured() {
+    block_on(async {
+        let node = Node::new().await;
+        node.configure("kernal = '/k'\n");
+        let arguments = ["-id", "p", "-bundle", "/nowhere", "delete"];
+        let output = node.shim(&arguments, &node.path(""), b"");
+        assert!(output.status.success());
+        assert!(!output.stdout.is_empty());
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert!(errors.contains("kernal"), "{errors}");
+    });
+}
+
+fn delete_socket() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("gone", &["sleep"]);
+        let params = BootstrapParams {
+            instance_id: "gone".into(),
+            namespace: "test".into(),
+            containerd_ttrpc_address: node.events.path().display().to_string(),
+            socket_dir: Some(node.path("s").display().to_string()),
+            ..BootstrapParams::default()
+        };
+        let input = params.write_to_bytes().unwrap();
+        let output = node.shim(&["-id", "gone", "start"], &bundle.dir, &input);
+        assert!(output.status.success());
+        let sockets = || std::fs::read_dir(node.path("s")).unwrap().count();
+        assert_eq!(sockets(), 1);
+        let dir = bundle.dir.display().to_string();
+        let arguments = ["-id", "gone", "-bundle", &dir, "delete"];
+        assert!(node.shim(&arguments, &bundle.dir, b"").status.success());
+        assert_eq!(sockets(), 0);
+        node.assert_clean();
     });
 }
