@@ -87,6 +87,7 @@ pub struct Devices {
 struct Plugged {
     id: DeviceId,
     slot: usize,
+    function: Arc<Mutex<VirtioPci>>,
 }
 
 /// When a device comes.
@@ -172,10 +173,11 @@ impl Devices {
             return Err(PlugError::Exists(id.to_owned()));
         }
         let device = make(spec, descriptors)?;
-        let (_function, slot) = self.put_on_bus(id, device, when)?;
+        let (function, slot) = self.put_on_bus(id, device, when)?;
         self.plugged.push(Plugged {
             id: id.to_owned(),
             slot,
+            function,
         });
         Ok(())
     }
@@ -190,6 +192,12 @@ impl Devices {
         let index = index.ok_or_else(|| PlugError::Unknown(id.to_owned()))?;
         let plugged = self.plugged.swap_remove(index);
         self.bus.unplug(plugged.slot);
+        // A vCPU that found it before may still hold it.
+        let mut function = plugged
+            .function
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        function.retire();
         Ok(())
     }
 

@@ -95,7 +95,16 @@ impl Routes {
         if *slot == Gsi::Routed(message) {
             return Ok(());
         }
-        *slot = Gsi::Routed(message);
+        let before = std::mem::replace(slot, Gsi::Routed(message));
+        let set = self.set_routes(&gsis);
+        // A route that KVM refused is tried again when it is asked for again.
+        if let (Err(_), Some(slot)) = (&set, gsis.get_mut(gsi as usize)) {
+            *slot = before;
+        }
+        set
+    }
+
+    fn set_routes(&self, gsis: &[Gsi]) -> io::Result<()> {
         let entries: Vec<_> = gsis
             .iter()
             .enumerate()

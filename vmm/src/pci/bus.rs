@@ -3,7 +3,8 @@
 //!
 //! Two locks, taken in this order: `config` is held for a whole configuration
 //! access and for plugging; `map` only to look up or change who answers where.
-//! Registers are accessed with neither held.
+//! Registers are accessed with neither held where they lie in memory space, and
+//! with `config` held through a window in configuration space.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};

@@ -99,6 +99,8 @@ enum Working {
     Active(WorkerId),
     /// Lost with the event loop.
     Lost,
+    /// Gone: the function is off the bus.
+    Retired,
 }
 
 impl VirtioPci {
@@ -177,7 +179,16 @@ impl VirtioPci {
                 Ok(())
             }
             Working::Active(id) => self.event_loop.control(id, message),
-            Working::Lost => Err(LoopGone),
+            Working::Lost | Working::Retired => Err(LoopGone),
+        }
+    }
+
+    /// Stops the device for good. A vCPU may be about to write a register though
+    /// the function is off the bus; that does nothing any more.
+    pub fn retire(&mut self) {
+        if let Working::Active(id) = std::mem::replace(&mut self.working, Working::Retired) {
+            // With a loop that is gone, so is what worked there.
+            let _ = self.event_loop.remove(id);
         }
     }
 
@@ -322,7 +333,7 @@ impl PciFunction for VirtioPci {
     }
 
     fn write_bar(&mut self, bar: u8, offset: u64, data: &[u8]) {
-        if bar != BAR || offset >= BAR_BYTES {
+        if bar != BAR || offset >= BAR_BYTES || matches!(self.working, Working::Retired) {
             return;
         }
         let at = (offset % PAGE) as usize;

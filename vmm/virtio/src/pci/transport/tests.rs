@@ -498,3 +498,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_retired_device_does_not_start_again() {
+    let echo = Echo::default();
+    let told = Arc::clone(&echo.told);
+    let mut driver = Driver::new(echo);
+    let _queues = driver.start(0);
+    driver.function.retire();
+    // Not reset, and not given another working half.
+    for status in [0, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK] {
+        driver.set_status(status);
+    }
+    assert!(driver.function.control(Box::new(1_u32)).is_err());
+    assert!(told.lock().unwrap().is_empty());
+}
