@@ -2,36 +2,31 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::topics;
 use containerd_shim_protos::types::mount::Mount;
-use husk_protocol::agent::CreateContainerRequest;
 use husk_protocol::limit;
 use protobuf::MessageField;
-use tokio::time::timeout;
 
-use super::delete::report;
 use super::{MachineState, Pod, PodHandle, Reply};
-use crate::agent_client::{Agent, AgentError};
 use crate::bundle::{Bundle, PodSpec, Role};
 use crate::cgroup::PodCgroup;
 use crate::clock;
 use crate::container::{Container, Kind, Process, State as ProcessState};
-use crate::container_files::{ContainerFiles, FilesRequest, GuestFiles};
+use crate::container_files::FilesRequest;
 use crate::error::Error;
 use crate::id::Id;
-use crate::machine::{Machine, MachineParts, MachineRequest};
+use crate::machine::{Machine, MachineRequest};
 use crate::process::Process as HostProcess;
 use crate::rootfs::RootfsPlan;
 use crate::shared_tree::SharedTree;
 use crate::state_dir::State;
-use crate::stdio::{OnFirstOutput, Stdio, StdioPaths};
-use crate::vm_process::{Vm, VmError};
+use crate::stdio::{OnFirstOutput, StdioPaths};
 
-/// How long a machine whose agent has gone may take to say why.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+mod prepare;
+
+use prepare::{Files, Prepared, Streams, boot_sandbox, boot_single, create_member};
 
 /// What containerd asks for.
 pub struct CreateRequest {
@@ -53,18 +48,6 @@ pub struct SandboxRequest {
     pub bundle: PathBuf,
     /// What its machine is made from.
     pub pod: PodSpec,
-}
-
-/// A container that the guest has prepared.
-struct Prepared {
-    files: ContainerFiles,
-    stdio: Stdio,
-}
-
-/// The streams of a container that is about to be made.
-struct Streams {
-    paths: StdioPaths,
-    on_first_output: OnFirstOutput,
 }
 
 impl Pod {
@@ -411,117 +394,9 @@ enum Plan {
     Member(Files),
 }
 
-/// A container's files and streams.
-struct Files {
-    files: FilesRequest,
-    streams: Streams,
-}
-
 /// Whom to tell.
 struct Created {
     id: String,
     rootfs: Vec<Mount>,
     reply: Reply<u32>,
-}
-
-async fn boot_sandbox(request: MachineRequest) -> Result<(Machine, State), Error> {
-    MachineParts::prepare(request).await?.boot(Vec::new()).await
-}
-
-async fn boot_single(
-    request: MachineRequest,
-    files: Box<dyn FnOnce(SharedTree) -> Files + Send>,
-) -> Result<(Machine, State, Prepared), Error> {
-    let parts = MachineParts::prepare(request).await?;
-    let Files { files, streams } = files(parts.tree().clone());
-    let id = files.id.clone();
-    let (files, mut guest) = match files.prepare().await {
-        Ok(prepared) => prepared,
-        Err(error) => {
-            parts.end().await;
-            return Err(error);
-        }
-    };
-    let disks = guest.disk.take().into_iter().collect();
-    let (machine, state) = match parts.boot(disks).await {
-        Ok(booted) => booted,
-        Err(error) => {
-            files.detach(None).await;
-            return Err(error);
-        }
-    };
-    match create_in_guest(machine.vm(), machine.agent(), &id, guest, streams).await {
-        Ok(stdio) => Ok((machine, state, Prepared { files, stdio })),
-        Err(error) => {
-            machine.end().await;
-            files.detach(None).await;
-            Err(error)
-        }
-    }
-}
-
-async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<Prepared, Error> {
-    let Files { files, streams } = files;
-    let id = files.id.clone();
-    let (files, mut guest) = files.prepare().await?;
-    let outcome = match guest.disk.take() {
-        Some(disk) => plug(&vm, &agent, disk).await,
-        None => Ok(()),
-    };
-    let outcome = match outcome {
-        Ok(()) => create_in_guest(&vm, &agent, &id, guest, streams).await,
-        Err(error) => Err(error),
-    };
-    match outcome {
-        Ok(stdio) => Ok(Prepared { files, stdio }),
-        Err(error) => {
-            files.detach(Some((&vm, &agent))).await;
-            Err(error)
-        }
-    }
-}
-
-async fn plug(vm: &Vm, agent: &Agent, disk: crate::vm_plan::Disk) -> Result<(), Error> {
-    vm.add_disk(disk).await?;
-    Ok(agent.rescan_devices().await?)
-}
-
-async fn create_in_guest(
-    vm: &Vm,
-    agent: &Agent,
-    id: &Id,
-    guest: GuestFiles,
-    streams: Streams,
-) -> Result<Stdio, Error> {
-    let terminal = streams.paths.terminal;
-    let (stdio, guest_streams) = Stdio::open(&streams.paths, streams.on_first_output)?;
-    let ports = guest_streams.port_numbers();
-    vm.add_host_ports(guest_streams.host_ports).await?;
-    let request = CreateContainerRequest {
-        container_id: id.as_str().to_owned(),
-        oci_spec: guest.oci_spec,
-        storages: guest.storages,
-        streams: Some(guest_streams.ports).into(),
-        terminal,
-        ..CreateContainerRequest::default()
-    };
-    match agent.create_container(&request).await {
-        Ok(()) => Ok(stdio),
-        // The machine's own word says more than the lost connection.
-        Err(AgentError::Gone) => {
-            let last_words = agent.patience().of(LAST_WORDS);
-            match timeout(last_words, vm.ended()).await {
-                Ok(end) => Err(VmError::Ended(end).into()),
-                Err(_) => Err(AgentError::Gone.into()),
-            }
-        }
-        Err(error) => {
-            vm.remove_host_ports(ports).await;
-            if matches!(error, AgentError::Deadline { .. }) {
-                // It may be there all the same, or come to be.
-                report(agent.delete_container(id.as_str(), Vec::new()).await);
-            }
-            Err(error.into())
-        }
-    }
 }

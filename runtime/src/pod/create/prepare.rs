@@ -1,0 +1,146 @@
+//! What takes time when a container is made: the machine boots, its files are
+//! mounted, the guest prepares it.
+
+use std::time::Duration;
+
+use husk_protocol::agent::CreateContainerRequest;
+use tokio::time::timeout;
+
+use crate::agent_client::{Agent, AgentError};
+use crate::container_files::{ContainerFiles, FilesRequest, GuestFiles};
+use crate::error::Error;
+use crate::id::Id;
+use crate::machine::{Machine, MachineParts, MachineRequest};
+use crate::shared_tree::SharedTree;
+use crate::state_dir::State;
+use crate::stdio::{OnFirstOutput, Stdio, StdioPaths};
+use crate::vm_plan::Disk;
+use crate::vm_process::{Vm, VmError};
+
+/// How long a machine whose agent has gone may take to say why.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// A container that the guest has prepared.
+pub(super) struct Prepared {
+    pub(super) files: ContainerFiles,
+    pub(super) stdio: Stdio,
+}
+
+/// The streams of a container that is about to be made.
+pub(super) struct Streams {
+    pub(super) paths: StdioPaths,
+    pub(super) on_first_output: OnFirstOutput,
+}
+
+/// A container's files and streams.
+pub(super) struct Files {
+    pub(super) files: FilesRequest,
+    pub(super) streams: Streams,
+}
+
+/// Boots the machine of a pod.
+pub(super) async fn boot_sandbox(request: MachineRequest) -> Result<(Machine, State), Error> {
+    MachineParts::prepare(request).await?.boot(Vec::new()).await
+}
+
+/// Boots a machine for one container, which the guest then prepares.
+pub(super) async fn boot_single(
+    request: MachineRequest,
+    files: Box<dyn FnOnce(SharedTree) -> Files + Send>,
+) -> Result<(Machine, State, Prepared), Error> {
+    let parts = MachineParts::prepare(request).await?;
+    let Files { files, streams } = files(parts.tree().clone());
+    let id = files.id.clone();
+    let (files, mut guest) = match files.prepare().await {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            parts.end().await;
+            return Err(error);
+        }
+    };
+    let disks = guest.disk.take().into_iter().collect();
+    let (machine, state) = match parts.boot(disks).await {
+        Ok(booted) => booted,
+        Err(error) => {
+            files.detach(None).await;
+            return Err(error);
+        }
+    };
+    match create_in_guest(machine.vm(), machine.agent(), &id, guest, streams).await {
+        Ok(stdio) => Ok((machine, state, Prepared { files, stdio })),
+        Err(error) => {
+            machine.end().await;
+            files.detach(None).await;
+            Err(error)
+        }
+    }
+}
+
+/// Has the guest of a running machine prepare a container.
+pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<Prepared, Error> {
+    let Files { files, streams } = files;
+    let id = files.id.clone();
+    let (mut files, mut guest) = files.prepare().await?;
+    let outcome = match guest.disk.take() {
+        Some(disk) => plug(&vm, &agent, disk).await,
+        None => Ok(()),
+    };
+    let outcome = match outcome {
+        Ok(()) => create_in_guest(&vm, &agent, &id, guest, streams).await,
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Ok(stdio) => Ok(Prepared { files, stdio }),
+        Err(error) => {
+            // It may be there all the same, when only the answer was late, and it
+            // has seen the files that are about to go.
+            let unused = files.give_up();
+            if let Err(error) = agent.delete_container(id.as_str(), unused).await {
+                tracing::debug!(%error, "deletion in the guest");
+            }
+            files.detach(Some((&vm, &agent))).await;
+            Err(error)
+        }
+    }
+}
+
+async fn plug(vm: &Vm, agent: &Agent, disk: Disk) -> Result<(), Error> {
+    vm.add_disk(disk).await?;
+    Ok(agent.rescan_devices().await?)
+}
+
+async fn create_in_guest(
+    vm: &Vm,
+    agent: &Agent,
+    id: &Id,
+    guest: GuestFiles,
+    streams: Streams,
+) -> Result<Stdio, Error> {
+    let terminal = streams.paths.terminal;
+    let (stdio, guest_streams) = Stdio::open(&streams.paths, streams.on_first_output)?;
+    let ports = guest_streams.port_numbers();
+    vm.add_host_ports(guest_streams.host_ports).await?;
+    let request = CreateContainerRequest {
+        container_id: id.as_str().to_owned(),
+        oci_spec: guest.oci_spec,
+        storages: guest.storages,
+        streams: Some(guest_streams.ports).into(),
+        terminal,
+        ..CreateContainerRequest::default()
+    };
+    match agent.create_container(&request).await {
+        Ok(()) => Ok(stdio),
+        // The machine's own word says more than the lost connection.
+        Err(AgentError::Gone) => {
+            let last_words = agent.patience().of(LAST_WORDS);
+            match timeout(last_words, vm.ended()).await {
+                Ok(end) => Err(VmError::Ended(end).into()),
+                Err(_) => Err(AgentError::Gone.into()),
+            }
+        }
+        Err(error) => {
+            vm.remove_host_ports(ports).await;
+            Err(error.into())
+        }
+    }
+}
