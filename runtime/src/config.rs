@@ -80,13 +80,14 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// The file is not what it should be.
-    #[error("configuration {path}")]
+    #[error("configuration {path}, line {line}: {message}")]
     Parse {
         /// The file.
         path: PathBuf,
-        /// Where and why.
-        #[source]
-        source: toml::de::Error,
+        /// Counted from 1.
+        line: usize,
+        /// What is wrong there, and what would be right.
+        message: String,
     },
 }
 
@@ -121,9 +122,18 @@ impl Config {
             path: path.to_owned(),
             source,
         })?;
-        toml::from_str(&text).map_err(|source| ConfigError::Parse {
+        Self::parse(path, &text)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        // toml's own text has several lines; containerd's errors have one.
+        toml::from_str(text).map_err(|error| ConfigError::Parse {
             path: path.to_owned(),
-            source,
+            line: error
+                .span()
+                .and_then(|span| text.get(..span.start))
+                .map_or(1, |before| before.matches('\n').count() + 1),
+            message: error.message().to_owned(),
         })
     }
 }
@@ -153,8 +163,21 @@ mod tests {
     }
 
     #[test]
-    fn refuses_unknown_keys() {
-        let error = toml::from_str::<Config>("kernal = '/k'").unwrap_err();
-        assert!(error.to_string().contains("kernal"), "{error}");
+    fn names_what_is_wrong_in_one_line() {
+        let path = Path::new("/etc/husk/config.toml");
+        let cases = [
+            (
+                "vmm = '/v'\nkernal = '/k'",
+                "line 2: unknown field `kernal`",
+            ),
+            ("first_uid = 'x'", "line 1: invalid type: string"),
+            ("kernel = ", "line 1: "),
+        ];
+        for (text, expected) in cases {
+            let error = Config::parse(path, text).unwrap_err().to_string();
+            let expected = format!("configuration {}, {expected}", path.display());
+            assert!(error.starts_with(&expected), "{error}");
+            assert!(!error.contains('\n'), "{error}");
+        }
     }
 }
