@@ -4,7 +4,6 @@
 //! the process, and then tells everybody why.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -30,9 +29,11 @@ use crate::vm_plan::{Descriptors, Disk};
 
 mod console;
 mod control;
+mod end;
 
 use console::Console;
 use control::ControlSocket;
+pub use end::{VmEnd, VmError};
 
 /// Longest time for the VMM to answer a request.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
@@ -61,81 +62,6 @@ pub struct Vm {
     end: watch::Receiver<Option<VmEnd>>,
     /// Somebody here wants it to end.
     dismissed: Arc<AtomicBool>,
-}
-
-/// How a machine ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct VmEnd {
-    /// As the VMM said; none: it said nothing.
-    pub reason: Option<ExitReason>,
-    /// The last of what the guest's console showed.
-    pub console: String,
-}
-
-/// A VMM that does not do what it should.
-#[derive(Debug, thiserror::Error)]
-pub enum VmError {
-    /// The program did not start.
-    #[error("VMM {path}")]
-    Spawn {
-        /// The program.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A file that a machine is made of.
-    #[error("{what} {path}")]
-    Open {
-        /// What it is for.
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Why it could not be opened.
-        #[source]
-        source: io::Error,
-    },
-    /// Something between us and the VMM.
-    #[error("{what}")]
-    Io {
-        /// What was done.
-        what: &'static str,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
-    /// No answer in time.
-    #[error("the VMM did not {what} within {seconds} s")]
-    Deadline {
-        /// What was asked.
-        what: &'static str,
-        /// How long it had.
-        seconds: u64,
-    },
-    /// The guest did not boot in time.
-    #[error(
-        "the guest was not ready after {seconds} s (boot_timeout_seconds); its console's last \
-         lines: {}",
-        console::last_lines(console)
-    )]
-    NotReady {
-        /// How long it had.
-        seconds: u64,
-        /// The last of what its console showed.
-        console: String,
-    },
-    /// It answered that it could not.
-    #[error("the VMM could not {what}")]
-    Refused {
-        /// What was asked.
-        what: &'static str,
-        /// Why not.
-        #[source]
-        source: Failure,
-    },
-    /// The machine has ended.
-    #[error("the machine has ended: {0}")]
-    Ended(VmEnd),
 }
 
 struct Call {
@@ -488,23 +414,5 @@ async fn until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => sleep_until(deadline).await,
         None => std::future::pending().await,
-    }
-}
-
-impl fmt::Display for VmEnd {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.reason {
-            Some(ExitReason::Shutdown) => f.write_str("the guest powered itself off")?,
-            Some(ExitReason::Reset) => f.write_str("the guest reset itself")?,
-            Some(ExitReason::Panic) => f.write_str("the guest's kernel panicked")?,
-            Some(ExitReason::Killed) => f.write_str("the shim ended it")?,
-            Some(ExitReason::Failed(failure)) => write!(f, "{failure}")?,
-            None => f.write_str("the VMM ended without a word")?,
-        }
-        let tail = console::last_lines(&self.console);
-        match (&self.reason, tail.is_empty()) {
-            (Some(ExitReason::Shutdown | ExitReason::Killed), _) | (_, true) => Ok(()),
-            _ => write!(f, "; its console's last lines: {tail}"),
-        }
     }
 }

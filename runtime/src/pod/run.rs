@@ -267,6 +267,7 @@ impl Pod {
 
     /// Lets a process see the end of its input.
     pub fn close_input(&mut self, id: &str, exec: &str, reply: Reply<()>) {
+        tracing::debug!(id, exec, "end of input");
         let outcome = self.process_mut(id, exec);
         reply.send(outcome.map(Process::close_input));
     }
