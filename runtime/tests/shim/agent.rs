@@ -139,7 +139,7 @@ fn act(
             }
         }
         ["exit", code] => return Some(code.parse().unwrap()),
-        ["sleep" | "deaf"] => {
+        ["sleep" | "deaf"] | ["leaves", ..] => {
             // Until a signal ends it; its streams stay open.
             std::mem::forget((stdin, stdout, stderr));
             return None;
@@ -147,6 +147,17 @@ fn act(
         _ => return Some(127),
     }
     Some(0)
+}
+
+/// Something is mounted for a path of the guest; this process has the shim's
+/// mounts.
+fn is_mounted(guest: &str) -> bool {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let path = guest.strip_prefix("/run/husk").unwrap();
+    mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .any(|target| target.ends_with(path))
 }
 
 fn status(code: Code, message: &str) -> Error {
@@ -269,7 +280,21 @@ impl Agent for Guest {
         Ok(Empty::default())
     }
 
-    async fn delete_container(&self, _: &TtrpcContext, _: DeleteContainerRequest) -> Result<Empty> {
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteContainerRequest,
+    ) -> Result<Empty> {
+        let processes = self.processes.lock().unwrap();
+        let init = processes.get(&(request.container_id, String::new()));
+        let leaves = init.and_then(|init| init.arguments.strip_prefix(&["leaves".to_owned()][..]));
+        if let Some(paths) = leaves
+            && (paths != request.unused_paths || !paths.iter().all(|path| is_mounted(path)))
+        {
+            // Nobody would see a panic.
+            eprintln!("not to be left: {:?}", request.unused_paths);
+            std::process::exit(1);
+        }
         Ok(Empty::default())
     }
 

@@ -24,6 +24,7 @@ pub const CASES: &[Case] = &[
     ("pod_restarts_its_only_container", restart),
     ("pod_takes_its_containers_with_it", killed_at_once),
     ("pod_stays_until_its_last_deletion", deleted_at_once),
+    ("pod_shares_a_volume_until_its_last_user", shared_volume),
     ("pod_of_the_sandbox_api", sandbox_api),
 ];
 
@@ -122,6 +123,39 @@ fn restart() {
         }
         kill(&shim, "p2").await;
         remove(&node, &shim, "p2").await;
+    });
+}
+
+fn shared_volume() {
+    block_on(async {
+        let node = Node::new().await;
+        let shim = up(&node, "p6").await;
+        let volume = node.path("volume");
+        std::fs::create_dir(&volume).unwrap();
+        let shared = "/run/husk/shared/.volumes/0";
+        let user = |id: &str, volumes: &[&str]| {
+            let root = format!("/run/husk/shared/{id}/rootfs");
+            let command = [&["leaves", &root], volumes].concat();
+            member(&node, id, "p6", &command).with(|spec| {
+                spec["mounts"] = json!([{
+                    "destination": "/v", "type": "bind",
+                    "source": volume, "options": ["rbind", "rw"],
+                }]);
+            })
+        };
+        add(&node, &shim, &user("a", &[])).await;
+        add(&node, &shim, &user("b", &[shared])).await;
+        for id in ["a", "b"] {
+            kill(&shim, id).await;
+            shim.delete(id, "").await.unwrap();
+        }
+        // The guest was satisfied.
+        add(&node, &shim, &member(&node, "c", "p6", &["sleep"])).await;
+        for id in ["c", "p6"] {
+            kill(&shim, id).await;
+        }
+        shim.delete("c", "").await.unwrap();
+        remove(&node, &shim, "p6").await;
     });
 }
 

@@ -81,7 +81,8 @@ pub trait VirtioDevice: Send {
 }
 
 /// The working half of an active device. All its methods run on one event
-/// loop's thread and must not block.
+/// loop's thread and must not block; taking queues back from another process
+/// (vhost) may wait a few seconds for it.
 pub trait Worker: Any + Send {
     /// Descriptors to wait for, besides the queues' notifications. Asked once,
     /// when the loop takes the worker, and again after each event or control
