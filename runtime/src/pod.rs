@@ -43,6 +43,9 @@ const MACHINE_GONE: u32 = 137;
 /// Least time between two events of a guest, so that it cannot flood containerd.
 const EVENT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Pause after an event that the agent would not tell.
+const NO_EVENT_PAUSE: Duration = Duration::from_secs(1);
+
 /// How long a machine may go on without its agent or its file server.
 const WITHOUT_PART: Duration = Duration::from_secs(1);
 
@@ -393,6 +396,7 @@ impl Pod {
 
 /// Passes on what the agent tells, and ends a machine that lost its agent.
 async fn follow_agent(agent: Agent, vm: Vm, pod: PodHandle) {
+    let mut warned = false;
     loop {
         match agent.next_event().await {
             Ok(event) => {
@@ -401,8 +405,11 @@ async fn follow_agent(agent: Agent, vm: Vm, pod: PodHandle) {
             }
             Err(crate::agent_client::AgentError::Gone) => break,
             Err(error) => {
-                tracing::warn!(%error, "the agent tells no events");
-                return;
+                if !std::mem::replace(&mut warned, true) {
+                    tracing::warn!(%error, "the agent tells no events");
+                }
+                // Asked on: how else would its end be seen?
+                sleep(NO_EVENT_PAUSE).await;
             }
         }
     }
