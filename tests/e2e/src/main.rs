@@ -17,6 +17,7 @@ const USAGE: &str = "\
 usage: husk-e2e [--runtime husk,runc] [--filter TEXT]... [--skip TEXT]... [--list]
   --filter TEXT    only cases whose name contains a TEXT
   --skip TEXT      no cases whose name contains a TEXT
+  --share K/N      of those, every Nth from the Kth on
   --socket PATH    containerd's socket (/run/containerd/containerd.sock)
   --root DIR       containerd's root (/var/lib/containerd)
   --state DIR      containerd's state (/run/containerd)
@@ -32,6 +33,7 @@ struct Options {
     runtimes: Vec<Runtime>,
     filters: Vec<String>,
     skips: Vec<String>,
+    share: (usize, usize),
     list: bool,
     one: Option<String>,
     probe: PathBuf,
@@ -46,6 +48,7 @@ impl Options {
             runtimes: vec![Runtime::Husk, Runtime::Runc],
             filters: Vec::new(),
             skips: Vec::new(),
+            share: (1, 1),
             list: false,
             one: None,
             probe: beside,
@@ -70,6 +73,13 @@ impl Options {
                 }
                 "--filter" => options.filters.push(value),
                 "--skip" => options.skips.push(value),
+                "--share" => {
+                    let share = value.split_once('/').and_then(|(k, n)| {
+                        let (k, n) = (k.parse().ok()?, n.parse().ok()?);
+                        (1..=n).contains(&k).then_some((k, n))
+                    });
+                    options.share = share.with_context(|| format!("no share {value}\n{USAGE}"))?;
+                }
                 "--one" => options.one = Some(value),
                 "--socket" => options.node.socket = value.into(),
                 "--root" => options.node.root = value.into(),
@@ -91,7 +101,9 @@ impl Options {
             (self.filters.is_empty() || self.filters.iter().any(|text| case.name.contains(text)))
                 && !self.skips.iter().any(|text| case.name.contains(text))
         };
-        case::all().into_iter().filter(matches).collect()
+        let (first, of) = self.share;
+        let chosen = case::all().into_iter().filter(matches);
+        chosen.skip(first - 1).step_by(of).collect()
     }
 }
 
