@@ -15,7 +15,7 @@ use husk_e2e::{clean, cri, host, image, runner};
 
 const USAGE: &str = "\
 usage: husk-e2e [--runtime husk,runc] [--filter TEXT]... [--skip TEXT]... [--list]
-  --filter TEXT    only cases whose name contains a TEXT
+  --filter TEXT    only cases whose name is or contains a TEXT
   --skip TEXT      no cases whose name contains a TEXT
   --share K/N      of those, every Nth from the Kth on
   --socket PATH    containerd's socket (/run/containerd/containerd.sock)
@@ -97,8 +97,13 @@ impl Options {
     }
 
     fn chosen(&self) -> Vec<&'static Case> {
+        // A whole name means that case alone.
+        let is_name = |text: &String| case::all().iter().any(|case| case.name == text);
+        let fits = |case: &Case, text: &String| {
+            case.name == text || (!is_name(text) && case.name.contains(text))
+        };
         let matches = |case: &&Case| {
-            (self.filters.is_empty() || self.filters.iter().any(|text| case.name.contains(text)))
+            (self.filters.is_empty() || self.filters.iter().any(|text| fits(case, text)))
                 && !self.skips.iter().any(|text| case.name.contains(text))
         };
         let (first, of) = self.share;
