@@ -60,14 +60,13 @@ impl Pod {
     }
 
     /// A container's processes as far as they are known here, by their names; the
-    /// first has none. The guest is not asked: whoever asks takes an empty list
-    /// for a container that is gone, and a number for one of the node's.
+    /// first has none, and counts until the container is deleted: a containerd
+    /// that starts again takes an empty list for a task that never was, and would
+    /// lose its exit code. The guest is not asked, whose numbers would be taken
+    /// for the node's.
     pub fn processes(&mut self, id: &str, reply: Reply<(u32, Vec<String>)>) {
         let pid = self.pid();
         reply.send(self.container(id).map(|container| {
-            if matches!(container.init.state(), State::Stopped(_)) {
-                return (pid, Vec::new());
-            }
             let running = container.execs.iter().filter(|(_, exec)| {
                 matches!(exec.process.state(), State::Starting | State::Running)
             });

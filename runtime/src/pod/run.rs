@@ -153,6 +153,7 @@ impl Pod {
 
     fn started(&mut self, id: &str, exec: &str, outcome: Result<(), Error>, reply: Reply<u32>) {
         let pid = self.pid();
+        let is_sandbox = matches!(self.container(id).map(|c| &c.kind), Ok(Kind::Sandbox));
         let Ok(process) = self.process_mut(id, exec) else {
             reply.send(Err(Error::ShuttingDown));
             return;
@@ -166,7 +167,9 @@ impl Pod {
                     ..TaskStart::default()
                 };
                 self.events.send(topics::TASK_START_EVENT_TOPIC, &event);
-                self.note(|state| &mut state.timeline.container_started_ns);
+                if !is_sandbox {
+                    self.note(|state| &mut state.timeline.container_started_ns);
+                }
             } else {
                 let event = TaskExecStarted {
                     container_id: id.to_owned(),
