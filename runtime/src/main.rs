@@ -3,6 +3,7 @@
 
 use std::env;
 use std::error::Error;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use flags::Invocation;
@@ -50,7 +51,11 @@ fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("containerd-shim-husk-v2: {}", error::chain(&*error));
+            eprint!("containerd-shim-husk-v2: {}", error::chain(&*error));
+            // containerd puts the text into the middle of its own error.
+            if io::stderr().is_terminal() {
+                eprintln!();
+            }
             ExitCode::FAILURE
         }
     }
