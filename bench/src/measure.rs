@@ -79,7 +79,9 @@ impl Setup {
         let mut all = Vec::new();
         let processes = footprint::of_pod(id)?;
         for process in processes.iter().filter(|process| is_ours(process)) {
-            all.push(kib(OWN_MEMORY, &process.name, process.own_kib));
+            // Both shims' names are cut to the same by the kernel.
+            let of = format!("{}, {}", runtime.name(), process.name);
+            all.push(kib(OWN_MEMORY, &of, process.own_kib));
         }
         if runtime == Runtime::Husk {
             // The file server maps it too: what each shares adds up.
