@@ -83,6 +83,17 @@ pub struct Written {
     pub stderr: u64,
 }
 
+impl Exit {
+    /// Told this moment, by the node's own clock: a guest's may be off, by
+    /// accident or not.
+    pub fn now(code: u32) -> Self {
+        Self {
+            code,
+            at_ns: clock::wall_ns(),
+        }
+    }
+}
+
 impl From<Exit> for End {
     /// Nobody told more.
     fn from(exit: Exit) -> Self {
@@ -113,17 +124,17 @@ impl Agent {
         self.patience
     }
 
-    fn context(&self, usual: Duration) -> Context {
-        with_duration(self.patience.of(usual) + MARGIN)
-    }
-
-    async fn answer<T>(
+    /// Has `ask` ask, which on a quick node takes `usual` at most.
+    async fn answer<T, F>(
         &self,
         call: &'static str,
         usual: Duration,
-        answer: impl Future<Output = ttrpc::Result<T>>,
-    ) -> Result<T, AgentError> {
-        within(call, self.patience.of(usual), answer).await
+        ask: impl FnOnce(Context) -> F,
+    ) -> Result<T, AgentError>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        within(call, self.patience.of(usual), ask).await
     }
 
     /// Sets the sandbox up; may be asked before the guest has booted, so the
@@ -136,10 +147,8 @@ impl Agent {
         request: &CreateSandboxRequest,
         deadline: Duration,
     ) -> Result<CreateSandboxResponse, AgentError> {
-        let call = self
-            .client
-            .create_sandbox(with_duration(deadline + MARGIN), request);
-        let mut response = within("CreateSandbox", deadline, call).await?;
+        let ask = |context| self.client.create_sandbox(context, request);
+        let mut response = within("CreateSandbox", deadline, ask).await?;
         response.agent_version = clean(&response.agent_version);
         response.kernel_release = clean(&response.kernel_release);
         Ok(response)
@@ -154,12 +163,8 @@ impl Agent {
         request: &CreateContainerRequest,
     ) -> Result<(), AgentError> {
         check_size("CreateContainer", request)?;
-        self.answer(
-            "CreateContainer",
-            SLOW,
-            self.client.create_container(self.context(SLOW), request),
-        )
-        .await?;
+        let ask = |context| self.client.create_container(context, request);
+        self.answer("CreateContainer", SLOW, ask).await?;
         Ok(())
     }
 
@@ -168,13 +173,9 @@ impl Agent {
     /// # Errors
     /// As the agent says.
     pub async fn start_container(&self, container: &str) -> Result<(), AgentError> {
-        self.answer(
-            "StartContainer",
-            SLOW,
-            self.client
-                .start_container(self.context(SLOW), &of(container)),
-        )
-        .await?;
+        let request = of(container);
+        let ask = |context| self.client.start_container(context, &request);
+        self.answer("StartContainer", SLOW, ask).await?;
         Ok(())
     }
 
@@ -184,8 +185,8 @@ impl Agent {
     /// As the agent says.
     pub async fn exec(&self, request: &ExecRequest) -> Result<(), AgentError> {
         check_size("Exec", request)?;
-        self.answer("Exec", SLOW, self.client.exec(self.context(SLOW), request))
-            .await?;
+        let ask = |context| self.client.exec(context, request);
+        self.answer("Exec", SLOW, ask).await?;
         Ok(())
     }
 
@@ -200,11 +201,7 @@ impl Agent {
             .await
             .map_err(|error| AgentError::new("Wait", error))?;
         Ok(End {
-            exit: Exit {
-                code: response.exit_code,
-                // The node's own clock: a guest's may be off, by accident or not.
-                at_ns: clock::wall_ns(),
-            },
+            exit: Exit::now(response.exit_code),
             oom_killed: response.oom_killed,
             written: Written {
                 stdout: response.stdout_bytes,
@@ -231,12 +228,8 @@ impl Agent {
             all,
             ..SignalRequest::default()
         };
-        self.answer(
-            "Signal",
-            QUICK,
-            self.client.signal(self.context(QUICK), &request),
-        )
-        .await?;
+        let ask = |context| self.client.signal(context, &request);
+        self.answer("Signal", QUICK, ask).await?;
         Ok(())
     }
 
@@ -258,12 +251,8 @@ impl Agent {
             height,
             ..ResizePtyRequest::default()
         };
-        self.answer(
-            "ResizePty",
-            QUICK,
-            self.client.resize_pty(self.context(QUICK), &request),
-        )
-        .await?;
+        let ask = |context| self.client.resize_pty(context, &request);
+        self.answer("ResizePty", QUICK, ask).await?;
         Ok(())
     }
 
@@ -273,8 +262,8 @@ impl Agent {
     /// As the agent says.
     pub async fn stats(&self, container: &str) -> Result<Vec<u8>, AgentError> {
         let request = of(container);
-        let call = self.client.stats(self.context(QUICK), &request);
-        let response = self.answer("Stats", QUICK, call).await?;
+        let ask = |context| self.client.stats(context, &request);
+        let response = self.answer("Stats", QUICK, ask).await?;
         let metrics = metrics::checked(&response.cgroup_v2_metrics);
         metrics.map_err(|source| AgentError::Garbled {
             call: "Stats",
@@ -297,12 +286,8 @@ impl Agent {
             ..UpdateResourcesRequest::default()
         };
         check_size("UpdateResources", &request)?;
-        self.answer(
-            "UpdateResources",
-            QUICK,
-            self.client.update_resources(self.context(QUICK), &request),
-        )
-        .await?;
+        let ask = |context| self.client.update_resources(context, &request);
+        self.answer("UpdateResources", QUICK, ask).await?;
         Ok(())
     }
 
@@ -311,12 +296,9 @@ impl Agent {
     /// # Errors
     /// As the agent says.
     pub async fn pause(&self, container: &str) -> Result<(), AgentError> {
-        self.answer(
-            "Pause",
-            QUICK,
-            self.client.pause(self.context(QUICK), &of(container)),
-        )
-        .await?;
+        let request = of(container);
+        let ask = |context| self.client.pause(context, &request);
+        self.answer("Pause", QUICK, ask).await?;
         Ok(())
     }
 
@@ -325,12 +307,9 @@ impl Agent {
     /// # Errors
     /// As the agent says.
     pub async fn resume(&self, container: &str) -> Result<(), AgentError> {
-        self.answer(
-            "Resume",
-            QUICK,
-            self.client.resume(self.context(QUICK), &of(container)),
-        )
-        .await?;
+        let request = of(container);
+        let ask = |context| self.client.resume(context, &request);
+        self.answer("Resume", QUICK, ask).await?;
         Ok(())
     }
 
@@ -349,12 +328,8 @@ impl Agent {
             unused_paths,
             ..DeleteContainerRequest::default()
         };
-        self.answer(
-            "DeleteContainer",
-            ENDING,
-            self.client.delete_container(self.context(ENDING), &request),
-        )
-        .await?;
+        let ask = |context| self.client.delete_container(context, &request);
+        self.answer("DeleteContainer", ENDING, ask).await?;
         Ok(())
     }
 
@@ -363,13 +338,9 @@ impl Agent {
     /// # Errors
     /// As the agent says.
     pub async fn delete_process(&self, container: &str, exec: &str) -> Result<(), AgentError> {
-        self.answer(
-            "DeleteProcess",
-            QUICK,
-            self.client
-                .delete_process(self.context(QUICK), &process(container, exec)),
-        )
-        .await?;
+        let request = process(container, exec);
+        let ask = |context| self.client.delete_process(context, &request);
+        self.answer("DeleteProcess", QUICK, ask).await?;
         Ok(())
     }
 
@@ -395,12 +366,8 @@ impl Agent {
             host_port,
             ..agent::DialRequest::default()
         };
-        self.answer(
-            "Dial",
-            QUICK,
-            self.client.dial(self.context(QUICK), &request),
-        )
-        .await?;
+        let ask = |context| self.client.dial(context, &request);
+        self.answer("Dial", QUICK, ask).await?;
         Ok(())
     }
 
@@ -409,13 +376,9 @@ impl Agent {
     /// # Errors
     /// As the agent says.
     pub async fn rescan_devices(&self) -> Result<(), AgentError> {
-        self.answer(
-            "RescanDevices",
-            QUICK,
-            self.client
-                .rescan_devices(self.context(QUICK), &Empty::default()),
-        )
-        .await?;
+        let request = Empty::default();
+        let ask = |context| self.client.rescan_devices(context, &request);
+        self.answer("RescanDevices", QUICK, ask).await?;
         Ok(())
     }
 
@@ -426,12 +389,8 @@ impl Agent {
     pub async fn remove_disk(&self, serial: &str) -> Result<(), AgentError> {
         let mut request = agent::RemoveDeviceRequest::default();
         request.set_block_serial(serial.to_owned());
-        self.answer(
-            "RemoveDevice",
-            QUICK,
-            self.client.remove_device(self.context(QUICK), &request),
-        )
-        .await?;
+        let ask = |context| self.client.remove_device(context, &request);
+        self.answer("RemoveDevice", QUICK, ask).await?;
         Ok(())
     }
 
@@ -448,12 +407,15 @@ impl Agent {
     }
 }
 
-async fn within<T>(
+async fn within<T, F>(
     call: &'static str,
     limit: Duration,
-    answer: impl Future<Output = ttrpc::Result<T>>,
-) -> Result<T, AgentError> {
-    match timeout(limit, answer).await {
+    ask: impl FnOnce(Context) -> F,
+) -> Result<T, AgentError>
+where
+    F: Future<Output = ttrpc::Result<T>>,
+{
+    match timeout(limit, ask(with_duration(limit + MARGIN))).await {
         Ok(answer) => answer.map_err(|error| AgentError::new(call, error)),
         Err(_) => Err(AgentError::Deadline {
             call,

@@ -259,20 +259,24 @@ impl Machine {
                 );
                 Ok(())
             }
-            // The machine's own word says more than the lost connection.
-            Err(AgentError::Gone) => {
-                let last_words = self.agent.patience().of(LAST_WORDS);
-                match timeout(last_words, self.vm.ended()).await {
-                    Ok(end) => Err(VmError::Ended(end).into()),
-                    Err(_) => Err(AgentError::Gone.into()),
-                }
-            }
             Err(AgentError::Deadline { seconds, .. }) => {
                 let VmEnd { console, .. } = self.vm.kill().await;
                 Err(VmError::NotReady { seconds, console }.into())
             }
-            Err(error) => Err(error.into()),
+            Err(error) => Err(explained(&self.vm, &self.agent, error).await),
         }
+    }
+}
+
+/// Why an agent failed: that its machine has ended, and how, says more than a
+/// lost connection.
+pub async fn explained(vm: &Vm, agent: &Agent, error: AgentError) -> Error {
+    if !matches!(error, AgentError::Gone) {
+        return error.into();
+    }
+    match timeout(agent.patience().of(LAST_WORDS), vm.ended()).await {
+        Ok(end) => VmError::Ended(end).into(),
+        Err(_) => error.into(),
     }
 }
 

@@ -37,8 +37,11 @@ mod run;
 pub use create::{CreateRequest, SandboxRequest};
 pub use run::ExecRequest;
 
-/// Exit code of a process whose machine went away.
-const MACHINE_GONE: u32 = 137;
+/// `SIGKILL` of signal(7).
+const SIGKILL: u32 = 9;
+
+/// Exit code of a process whose machine went away, as if that had killed it.
+const MACHINE_GONE: u32 = 128 + SIGKILL;
 
 /// Least time between two events of a guest, so that it cannot flood containerd.
 const EVENT_PAUSE: Duration = Duration::from_millis(100);

@@ -8,15 +8,13 @@ use futures::future::join_all;
 use protobuf::MessageField;
 use tokio::time::timeout;
 
-use super::exit::STALLED;
-use super::{MachineState, Pod, Reply, no_process, not_found};
+use super::{MACHINE_GONE, MachineState, Pod, Reply, no_process, not_found};
 use crate::agent_client::{AgentError, Exit};
 use crate::clock;
 use crate::container::{Container, Kind, State};
 use crate::container_files::ContainerFiles;
 use crate::error::Error;
 use crate::machine::Machine;
-use crate::stdio::Limits;
 
 /// How long a deletion waits for somebody to go on reading the output.
 const SLOW_READER: Duration = Duration::from_secs(10);
@@ -65,16 +63,13 @@ impl Pod {
         let exit = match container.init.state() {
             State::Stopped(exit) => exit,
             // It was never run: deleting it is what ends it.
-            _ => Exit {
-                code: 137,
-                at_ns: clock::wall_ns(),
-            },
+            _ => Exit::now(MACHINE_GONE),
         };
         let deleted = Deleted { pid, exit };
         self.tell_ended(&id, &mut container, exit);
         let running = self.machine().ok();
         let machine = self.take_last_machine();
-        let limits = self.drain_limits();
+        let limits = self.drain_limits(SLOW_READER);
         let others = self.settings.config.patience().of(OTHERS);
         self.begin_work();
         let mut under_way = self.under_way.subscribe();
@@ -122,13 +117,6 @@ impl Pod {
         if !matches!(container.init.state(), State::Stopped(_)) {
             container.init.finish_exit(exit);
             self.send_exit(id, id, exit);
-        }
-    }
-
-    fn drain_limits(&self) -> Limits {
-        Limits {
-            slow_reader: SLOW_READER,
-            stalled: self.settings.config.patience().of(STALLED),
         }
     }
 
@@ -188,7 +176,7 @@ impl Pod {
             }
         };
         let removed = container.execs.remove(&exec);
-        let limits = self.drain_limits();
+        let limits = self.drain_limits(SLOW_READER);
         let running = self.machine().ok();
         let id = id.to_owned();
         tokio::spawn(async move {
@@ -199,10 +187,7 @@ impl Pod {
             if let (Some(_), Some((_, agent))) = (exit, running) {
                 report(agent.delete_process(&id, &exec).await);
             }
-            let exit = exit.unwrap_or(Exit {
-                code: 0,
-                at_ns: clock::wall_ns(),
-            });
+            let exit = exit.unwrap_or_else(|| Exit::now(0));
             reply.send(Ok(Deleted { pid, exit }));
         });
     }

@@ -24,7 +24,7 @@ const OTHERS: Duration = Duration::from_secs(2);
 const SLOW_READER: Duration = Duration::from_millis(500);
 
 /// How long a guest may take to send what it says a process has written.
-pub(super) const STALLED: Duration = Duration::from_secs(10);
+const STALLED: Duration = Duration::from_secs(10);
 
 /// Exit code of a process of whose end nobody can tell.
 const UNKNOWN: u32 = 255;
@@ -61,7 +61,7 @@ impl Pod {
     /// A process has ended: once its output is taken, everybody is told. The
     /// container's first comes after the others.
     pub(super) fn process_exited(&mut self, id: &str, exec: &str, end: End) {
-        let patience = self.settings.config.patience();
+        let limits = self.drain_limits(SLOW_READER);
         let Ok(process) = self.process_mut(id, exec) else {
             return;
         };
@@ -85,13 +85,18 @@ impl Pod {
             }));
             // They may live on where the PID namespace is another's.
             let _ = timeout(OTHERS, others).await;
-            let limits = Limits {
-                slow_reader: SLOW_READER,
-                stalled: patience.of(STALLED),
-            };
             let stdio = drain(stdio, end.written, limits).await;
             move |pod: &mut Pod| pod.tell_exit(&id, &exec, end.exit, stdio)
         });
+    }
+
+    /// How long a process's output may take that waits `slow_reader` for its
+    /// reader.
+    pub(super) fn drain_limits(&self, slow_reader: Duration) -> Limits {
+        Limits {
+            slow_reader,
+            stalled: self.settings.config.patience().of(STALLED),
+        }
     }
 
     /// Processes that end with a container's first: those that were added and,
@@ -160,11 +165,7 @@ impl Pod {
 
 /// The end of a process of which the guest does not tell.
 pub(super) fn ended_now(code: u32) -> End {
-    let exit = Exit {
-        code,
-        at_ns: clock::wall_ns(),
-    };
-    exit.into()
+    Exit::now(code).into()
 }
 
 async fn drain(stdio: Option<Stdio>, written: Written, limits: Limits) -> Option<Stdio> {

@@ -13,21 +13,19 @@ use tokio::time::timeout;
 
 use super::delete::report;
 use super::exit::ended_now;
-use super::{MACHINE_GONE, Pod, PodHandle, Reply};
+use super::{MACHINE_GONE, Pod, PodHandle, Reply, SIGKILL};
 use crate::agent_client::{Agent, AgentError, Exit};
 use crate::config::Patience;
 use crate::container::{Exec, Kind, Process, State};
 use crate::error::Error;
 use crate::id::Id;
+use crate::machine::explained;
 use crate::stdio::{Stdio, StdioPaths};
 use crate::vm_process::Vm;
 
 /// How long a machine may take to power itself off before it is ended: what was
 /// written goes to its disks.
 const POWER_OFF: Duration = Duration::from_secs(10);
-
-/// `SIGKILL` of signal(7).
-const SIGKILL: u32 = 9;
 
 /// Signals that end a sandbox, as they would end its pause process: `SIGINT`,
 /// `SIGKILL`, `SIGTERM`.
@@ -117,8 +115,7 @@ impl Pod {
         }
         let is_sandbox = matches!(self.container(&id).map(|c| &c.kind), Ok(Kind::Sandbox));
         if is_sandbox {
-            self.started(&id, &exec, Ok(()), reply);
-            return;
+            return self.started(&id, &exec, Ok(()), reply);
         }
         let (vm, agent) = match self.machine() {
             Ok(machine) => machine,
@@ -126,8 +123,16 @@ impl Pod {
         };
         if exec.is_empty() {
             self.later(async move {
-                let outcome = agent.start_container(&id).await.map_err(Error::from);
-                move |pod: &mut Pod| pod.started(&id, &exec, outcome, reply)
+                let outcome = match agent.start_container(&id).await {
+                    Ok(()) => Ok(()),
+                    Err(error) => Err(explained(&vm, &agent, error).await),
+                };
+                move |pod: &mut Pod| {
+                    if outcome.is_ok() {
+                        pod.note(|state| &mut state.timeline.container_started_ns);
+                    }
+                    pod.started(&id, &exec, outcome, reply);
+                }
             });
             return;
         }
@@ -153,7 +158,6 @@ impl Pod {
 
     fn started(&mut self, id: &str, exec: &str, outcome: Result<(), Error>, reply: Reply<u32>) {
         let pid = self.pid();
-        let is_sandbox = matches!(self.container(id).map(|c| &c.kind), Ok(Kind::Sandbox));
         let Ok(process) = self.process_mut(id, exec) else {
             reply.send(Err(Error::ShuttingDown));
             return;
@@ -167,9 +171,6 @@ impl Pod {
                     ..TaskStart::default()
                 };
                 self.events.send(topics::TASK_START_EVENT_TOPIC, &event);
-                if !is_sandbox {
-                    self.note(|state| &mut state.timeline.container_started_ns);
-                }
             } else {
                 let event = TaskExecStarted {
                     container_id: id.to_owned(),
@@ -228,19 +229,15 @@ impl Pod {
         let pod = self.handle.clone();
         tokio::spawn(async move {
             let outcome = agent.signal(&id, &exec, signal, all).await;
-            match (outcome, killed) {
-                (outcome, Some(killed)) => {
-                    let lost =
-                        matches!(outcome, Err(AgentError::Deadline { .. } | AgentError::Gone));
-                    reply.send(if lost {
-                        Ok(())
-                    } else {
-                        outcome.map_err(Error::from)
-                    });
-                    killed.see_to_it(&vm, &pod, agent.patience()).await;
-                }
-                (outcome, None) => reply.send(outcome.map_err(Error::from)),
-            }
+            let Some(killed) = killed else {
+                return reply.send(outcome.map_err(Error::from));
+            };
+            // The end is seen to, so that nobody has to ask again.
+            reply.send(match outcome {
+                Err(AgentError::Deadline { .. } | AgentError::Gone) => Ok(()),
+                outcome => outcome.map_err(Error::from),
+            });
+            killed.see_to_it(&vm, &pod, agent.patience()).await;
         });
     }
 
@@ -424,7 +421,7 @@ async fn start_exec(
                 };
                 report(gone);
             }
-            Err(error.into())
+            Err(explained(vm, agent, error).await)
         }
     }
 }

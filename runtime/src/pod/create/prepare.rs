@@ -1,24 +1,18 @@
 //! What takes time when a container is made: the machine boots, its files are
 //! mounted, the guest prepares it.
 
-use std::time::Duration;
-
 use husk_protocol::agent::CreateContainerRequest;
-use tokio::time::timeout;
 
-use crate::agent_client::{Agent, AgentError};
+use crate::agent_client::Agent;
 use crate::container_files::{ContainerFiles, FilesRequest, GuestFiles};
 use crate::error::Error;
 use crate::id::Id;
-use crate::machine::{Machine, MachineParts, MachineRequest};
+use crate::machine::{Machine, MachineParts, MachineRequest, explained};
 use crate::shared_tree::SharedTree;
 use crate::state_dir::State;
 use crate::stdio::{OnFirstOutput, Stdio, StdioPaths};
 use crate::vm_plan::Disk;
-use crate::vm_process::{Vm, VmError};
-
-/// How long a machine whose agent has gone may take to say why.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+use crate::vm_process::Vm;
 
 /// A container that the guest has prepared.
 pub(super) struct Prepared {
@@ -130,17 +124,9 @@ async fn create_in_guest(
     };
     match agent.create_container(&request).await {
         Ok(()) => Ok(stdio),
-        // The machine's own word says more than the lost connection.
-        Err(AgentError::Gone) => {
-            let last_words = agent.patience().of(LAST_WORDS);
-            match timeout(last_words, vm.ended()).await {
-                Ok(end) => Err(VmError::Ended(end).into()),
-                Err(_) => Err(AgentError::Gone.into()),
-            }
-        }
         Err(error) => {
             vm.remove_host_ports(ports).await;
-            Err(error.into())
+            Err(explained(vm, agent, error).await)
         }
     }
 }
