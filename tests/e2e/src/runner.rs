@@ -48,10 +48,13 @@ pub fn run_all(cases: &[&'static Case], runtimes: &[Runtime], node: &Node) -> Re
         for &runtime in runtimes.iter().filter(|runtime| case.is_for(**runtime)) {
             let ran = run_one(case, node, runtime)?;
             println!("{}", line(&ran));
-            if let Verdict::Failed(why) = &ran.verdict {
-                for text in process::tail(why, 6000).lines() {
-                    println!("        | {text}");
-                }
+            let told = match &ran.verdict {
+                Verdict::Passed(remarks) => remarks,
+                Verdict::Failed(why) => why,
+                Verdict::Skipped(_) => "",
+            };
+            for text in process::tail(told, 6000).lines() {
+                println!("        | {text}");
             }
             all.push(ran);
         }
@@ -81,7 +84,7 @@ fn run_one(case: &'static Case, node: &Node, runtime: Runtime) -> Result<Ran> {
     let took = begun.elapsed();
     let mut verdict = match finished {
         Ok(finished) => match finished.code() {
-            0 => Verdict::Passed,
+            0 => Verdict::Passed(finished.out()),
             SKIPPED => Verdict::Skipped(finished.out().trim().to_owned()),
             _ => Verdict::Failed(format!("{}{}", finished.out(), finished.err())),
         },
@@ -111,7 +114,7 @@ fn run_one(case: &'static Case, node: &Node, runtime: Runtime) -> Result<Ran> {
 
 fn line(ran: &Ran) -> String {
     let verdict = match &ran.verdict {
-        Verdict::Passed => "ok".to_owned(),
+        Verdict::Passed(_) => "ok".to_owned(),
         Verdict::Failed(_) => "FAILED".to_owned(),
         Verdict::Skipped(reason) => format!("skipped: {reason}"),
     };
@@ -136,7 +139,7 @@ pub fn report(all: &[Ran]) -> bool {
                     || "-".to_owned(),
                     |ran| {
                         let word = match ran.verdict {
-                            Verdict::Passed => "ok",
+                            Verdict::Passed(_) => "ok",
                             Verdict::Failed(_) => "FAILED",
                             Verdict::Skipped(_) => "skipped",
                         };
@@ -155,7 +158,7 @@ pub fn report(all: &[Ran]) -> bool {
     let failed = count(|verdict| matches!(verdict, Verdict::Failed(_)));
     println!(
         "\n{} passed, {failed} failed, {} skipped",
-        count(|verdict| matches!(verdict, Verdict::Passed)),
+        count(|verdict| matches!(verdict, Verdict::Passed(_))),
         count(|verdict| matches!(verdict, Verdict::Skipped(_))),
     );
     failed == 0

@@ -88,6 +88,7 @@ fn await_truth(bench: &Bench, id: &str, since: Instant) -> Result<()> {
     loop {
         let state = bench.ctr.state(id)?;
         if !matches!(state, Some("RUNNING" | "PAUSED" | "CREATED")) {
+            println!("containerd knew after {} ms", since.elapsed().as_millis());
             return Ok(());
         }
         ensure!(

@@ -23,8 +23,8 @@ use crate::node::{Node, Runtime};
 
 /// How a case ended.
 pub enum Verdict {
-    /// It saw what it must.
-    Passed,
+    /// It saw what it must; with what it printed.
+    Passed(String),
     /// It did not; with what it saw.
     Failed(String),
     /// It can't run here; with the reason.
