@@ -90,6 +90,9 @@ impl Receiver {
             Err(error) => {
                 return Ok(match error.kind() {
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Received::Nothing,
+                    // The kernel dropped a frame for which virtio's header has no
+                    // words (`tun_put_user`), such as some that a NIC merged.
+                    io::ErrorKind::InvalidInput => Received::Frame,
                     _ => Received::Gone,
                 });
             }

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -220,6 +220,37 @@ fn every_choice_of_offloads_is_accepted() {
     }
     done.send(()).unwrap();
     thread.join().unwrap();
+}
+
+#[test]
+fn a_frame_that_the_tap_drops_does_not_end_reception() {
+    if !may_make_taps() {
+        return;
+    }
+    let (tap, go, thread) = namespace("10.9.0.1/24", || {
+        let socket = UdpSocket::bind("10.9.0.1:0").unwrap();
+        socket.set_broadcast(true).unwrap();
+        socket.connect("10.9.0.255:9").unwrap();
+        socket
+    });
+    go.send(()).unwrap();
+    // It stays in the namespace.
+    let socket = thread.join().unwrap();
+    let handle = tap.try_clone().unwrap();
+    let mut side = Side::new(tap, EVENT_IDX);
+    side.driver.give(100, 2048);
+    // A header that no buffer holds fails as one that cannot be made does.
+    for (header_bytes, arrives) in [(1 << 20, false), (HEADER_BYTES as libc::c_int, true)] {
+        let address = &raw const header_bytes;
+        // SAFETY: TUNSETVNETHDRSZ reads an int from the address, which is that of one.
+        let result = unsafe { libc::ioctl(handle.as_raw_fd(), 0x4004_54d8, address) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        socket.send(b"husk").unwrap();
+        let Driver { rx, tx, .. } = &side.driver;
+        test_driver::run(&mut *side.worker, &[&rx.notify, &tx.notify], 1000).unwrap();
+        let mut frames = std::iter::from_fn(|| side.driver.receive());
+        assert_eq!(frames.any(|(frame, _)| frame.ends_with(b"husk")), arrives);
+    }
 }
 
 #[test]
