@@ -1,11 +1,13 @@
 //! Mounts that the shim makes, in its own mount namespace.
 
+use std::ffi::CString;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{
     MountAttrFlags, MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
 };
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::mount_copy::{CopyOptions, FORBIDDEN, MountCopy, ReadOnly};
 
@@ -88,14 +90,67 @@ pub fn attach(kind: &str, source: &Path, target: &Path, options: &[String]) -> i
         copy.forbid_writing(options.read_only)?;
         return copy.attach(target);
     }
-    let data = options.data.join(",");
-    if data.len() > OPTIONS {
-        return Err(io::Error::from(io::ErrorKind::ArgumentListTooLong));
-    }
-    let data = std::ffi::CString::new(data)?;
     let mut flags = options.flags | FORBIDDEN;
     flags.set(MountFlags::RDONLY, options.read_only != ReadOnly::No);
-    Ok(mount(source, target, kind, flags, data.as_c_str())?)
+    let data = options.data.join(",");
+    if data.len() <= OPTIONS {
+        let data = CString::new(data)?;
+        return Ok(mount(source, target, kind, flags, data.as_c_str())?);
+    }
+    let Some((base, data)) =
+        compact_layers(&options.data).filter(|(_, data)| data.len() <= OPTIONS)
+    else {
+        return Err(io::Error::from(io::ErrorKind::ArgumentListTooLong));
+    };
+    let data = CString::new(data)?;
+    in_directory(&base, || {
+        Ok(mount(source, target, kind, flags, data.as_c_str())?)
+    })
+}
+
+/// An overlay's options with its layers relative to the directory that they have
+/// in common, which comes first: an image of some 50 layers fills a page with
+/// full paths. None when there is nothing to gain.
+fn compact_layers(options: &[String]) -> Option<(PathBuf, String)> {
+    let layers = options
+        .iter()
+        .find_map(|option| option.strip_prefix("lowerdir="))?;
+    let paths: Vec<&Path> = layers.split(':').map(Path::new).collect();
+    // Escaped colons, or layers that hold data alone: nothing that snapshotters make.
+    if layers.contains('\\') || paths.iter().any(|path| !path.is_absolute()) {
+        return None;
+    }
+    let (first, others) = paths.split_first()?;
+    let base = first.ancestors().skip(1).find(|base| {
+        others
+            .iter()
+            .all(|path| path.starts_with(base) && path != base)
+    })?;
+    let relative: Vec<_> = paths
+        .iter()
+        .map(|path| path.strip_prefix(base).ok()?.to_str())
+        .collect::<Option<_>>()?;
+    let lower = format!("lowerdir={}", relative.join(":"));
+    let options: Vec<&str> = options
+        .iter()
+        .map(|option| match option.starts_with("lowerdir=") {
+            true => lower.as_str(),
+            false => option.as_str(),
+        })
+        .collect();
+    Some((base.to_owned(), options.join(",")))
+}
+
+/// Does `work` in a thread whose working directory is `base`.
+fn in_directory(base: &Path, work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
+    let thread = || {
+        // SAFETY: nothing else runs in this thread.
+        unsafe { unshare_unsafe(UnshareFlags::FS) }?;
+        rustix::process::chdir(base)?;
+        work()
+    };
+    let joined = std::thread::scope(|scope| scope.spawn(thread).join());
+    joined.unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
 }
 
 impl Options {
@@ -166,7 +221,6 @@ impl Options {
 /// without the right to.
 #[cfg(test)]
 pub fn own_namespace() -> bool {
-    use rustix::thread::{UnshareFlags, unshare_unsafe};
     if !rustix::process::geteuid().is_root() {
         println!("SKIPPED: not root");
         return false;
@@ -181,6 +235,70 @@ pub fn own_namespace() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Containers' images have as many as 127 layers.
+    #[test]
+    fn mounts_more_layers_than_a_page_of_paths_holds() {
+        if !own_namespace() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let _tmpfs = HostMount::new("tmpfs", "t".as_ref(), dir.path(), &[]).unwrap();
+        let snapshots = dir
+            .path()
+            .join("io.containerd.snapshotter.v1.overlayfs/snapshots");
+        let layers: Vec<PathBuf> = (0..127)
+            .map(|n| snapshots.join(n.to_string()).join("fs"))
+            .collect();
+        for (n, layer) in layers.iter().enumerate() {
+            std::fs::create_dir_all(layer).unwrap();
+            std::fs::write(layer.join(format!("from-{n}")), "").unwrap();
+        }
+        let [upper, work, target] = ["upper", "work", "target"].map(|name| {
+            let path = snapshots.join(name);
+            std::fs::create_dir(&path).unwrap();
+            path
+        });
+        let lower: Vec<_> = layers.iter().map(|p| p.display().to_string()).collect();
+        let options = [
+            "index=off".to_owned(),
+            format!("workdir={}", work.display()),
+            format!("upperdir={}", upper.display()),
+            format!("lowerdir={}", lower.join(":")),
+        ];
+        let here = std::env::current_dir().unwrap();
+        let overlay = HostMount::new("overlay", "overlay".as_ref(), &target, &options).unwrap();
+        assert_eq!(std::fs::read_dir(&target).unwrap().count(), 127);
+        std::fs::write(target.join("new"), "").unwrap();
+        assert!(upper.join("new").exists());
+        assert_eq!(std::env::current_dir().unwrap(), here);
+        drop(overlay);
+
+        let one = [format!("lowerdir=/{}:/b", "a".repeat(OPTIONS))];
+        let error = attach("overlay", "overlay".as_ref(), &target, &one).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ArgumentListTooLong);
+    }
+
+    #[test]
+    fn layers_are_named_from_what_they_have_in_common() {
+        let compact = |options: &[&str]| {
+            let options: Vec<_> = options.iter().map(|o| (*o).to_owned()).collect();
+            compact_layers(&options)
+        };
+        let expected = ("/s".into(), "lowerdir=2/fs:10/fs,ro".to_owned());
+        let layers = "lowerdir=/s/2/fs:/s/10/fs";
+        assert_eq!(compact(&[layers, "ro"]), Some(expected));
+        let expected = ("/s".into(), "lowerdir=2:2/fs".to_owned());
+        assert_eq!(compact(&["lowerdir=/s/2:/s/2/fs"]), Some(expected));
+        for layers in [
+            "lowerdir=/a/b\\:c:/a/d",
+            "lowerdir=/a::/b",
+            "lowerdir=a:b",
+            "upperdir=/a",
+        ] {
+            assert_eq!(compact(&[layers]), None, "{layers}");
+        }
+    }
 
     fn parse(text: &str) -> Options {
         let options: Vec<String> = text.split(',').map(str::to_owned).collect();
