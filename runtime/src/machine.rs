@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use husk_protocol::agent::{CreateSandboxRequest, Network, Storage, VirtioFsStorage};
 use husk_protocol::path;
+use nix::unistd::{SysconfVar, sysconf};
 use tokio::time::timeout;
 
 use crate::agent_client::{Agent, AgentError};
@@ -329,7 +330,10 @@ fn open(what: &'static str, path: &Path, write: bool) -> Result<OwnedFd, VmError
 fn host_facts() -> HostFacts {
     let info = rustix::system::sysinfo();
     let bytes = info.totalram.saturating_mul(u64::from(info.mem_unit));
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    // Not what this process may use: it is in the pod's cgroup, whose quota is to
+    // be spent by as many vCPUs as the pod asked for.
+    let cpus = sysconf(SysconfVar::_NPROCESSORS_ONLN);
+    let cpus = cpus.ok().flatten().unwrap_or(1);
     HostFacts {
         memory_mib: u32::try_from(bytes >> 20).unwrap_or(u32::MAX),
         cpus: u8::try_from(cpus).unwrap_or(u8::MAX),
