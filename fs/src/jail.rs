@@ -59,6 +59,7 @@ pub fn enter(source: &Path) -> Result<Resources, JailError> {
             OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
         ),
     )?;
+    forbid_core_dumps()?;
     let namespaces = UnshareFlags::NEWNS
         | UnshareFlags::NEWNET
         | UnshareFlags::NEWIPC
@@ -117,22 +118,37 @@ pub fn enter(source: &Path) -> Result<Resources, JailError> {
     })
 }
 
-/// Sets the number of descriptors, forbids core dumps (they would hold guest
-/// memory), and returns how many references to hold.
+/// Forbids core dumps, which would hold the guest's memory. Needs /proc.
+///
+/// Being undumpable is no help: the kernel takes that back whenever the process
+/// changes the user it acts for, and asks fs.suid_dumpable instead. What is here
+/// stays.
+fn forbid_core_dumps() -> Result<(), JailError> {
+    // Not 0, which a core_pattern that is a program ignores, while 1 is for it
+    // to leave the process alone and too little for a file (fs/coredump.c).
+    step(
+        "forbid core dumps",
+        rustix::process::setrlimit(Resource::Core, exactly(1)),
+    )?;
+    // A core_pattern that is a socket asks for no limit; what it gets holds no
+    // mapping of any kind (core(5)).
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let filtered = rustix::fs::open(c"/proc/self/coredump_filter", flags, Mode::empty())
+        .and_then(|filter| rustix::io::write(filter, b"0"));
+    match filtered {
+        // A kernel without core dumps.
+        Err(Errno::NOENT) => Ok(()),
+        result => step("keep memory out of core dumps", result.map(drop)),
+    }
+}
+
+/// Sets the number of descriptors, and returns how many references to hold.
 fn limit_descriptors() -> Result<usize, JailError> {
     let inherited = rustix::process::getrlimit(Resource::Nofile).maximum;
     let files = inherited.unwrap_or(u64::MAX).min(DESCRIPTORS);
     step(
         "limit open files",
         rustix::process::setrlimit(Resource::Nofile, exactly(files)),
-    )?;
-    // Not 0, which a core_pattern that is a program ignores, while 1 is for it
-    // to leave the process alone and too little for a file (fs/coredump.c).
-    // Being undumpable is no help: the kernel takes that back whenever the
-    // process changes the user it acts for, and asks fs.suid_dumpable instead.
-    step(
-        "forbid core dumps",
-        rustix::process::setrlimit(Resource::Core, exactly(1)),
     )?;
     // The rest is for the guest's open files.
     Ok(usize::try_from((files / 2).min(REFERENCES)).unwrap_or(usize::MAX))
@@ -165,7 +181,7 @@ pub fn lock() -> Result<(), JailError> {
         "forbid new privileges",
         rustix::thread::set_no_new_privs(true),
     )?;
-    // Until it first acts for another user than root, see `limit_descriptors`.
+    // Until it first acts for another user than root, see `forbid_core_dumps`.
     step(
         "forbid tracing",
         rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable),

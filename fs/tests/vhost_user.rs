@@ -436,6 +436,9 @@ fn the_process_keeps_little() {
         values.take(2).map(str::to_owned).collect::<Vec<_>>()
     };
     assert_eq!(limit("Max core file size"), ["1", "1"]);
+    // Nor does a socket get memory in one.
+    let dumped = fs::read_to_string(proc.join("coredump_filter")).unwrap();
+    assert_eq!(dumped.trim(), "00000000");
     let files = limit("Max open files");
     assert!(files[0].parse::<u64>().unwrap() <= 1 << 18);
     assert_eq!(files[0], files[1]);
