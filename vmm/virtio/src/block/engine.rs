@@ -268,6 +268,12 @@ unsafe fn perform(file: &File, call: &Call) -> i32 {
 
 #[cfg(test)]
 impl Ring {
+    /// The kernel takes nothing of it until it is enabled.
+    pub(super) fn disabled() -> Self {
+        let mut builder = IoUring::builder();
+        Self(builder.setup_r_disabled().build(QUEUE_SIZE.into()).unwrap())
+    }
+
     /// Neither other operations nor registrations are possible.
     pub(super) fn assert_restricted(mut self) {
         let entry = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/".as_ptr()).build();

@@ -1,11 +1,15 @@
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use proptest::prelude::*;
 use tempfile::tempfile;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::*;
+use crate::test_driver;
 use crate::testing::{Buffer, Driver, DriverQueue};
+use crate::{DeviceError, Event};
 
 const READ: u32 = 0;
 const WRITE: u32 = 1;
@@ -522,6 +526,41 @@ fn the_ring_does_nothing_else() {
         panic!("this machine has no io_uring");
     };
     ring.assert_restricted();
+}
+
+#[test]
+fn a_reset_does_not_wait_for_a_ring_that_refuses() {
+    let file = tempfile().unwrap();
+    file.set_len(BYTES as u64).unwrap();
+    let engine = Engine::Uring(Box::new(engine::Ring::disabled()));
+    let mut block = Block::new(file.try_clone().unwrap(), false, "x", engine).unwrap();
+    let memory = test_driver::memory(0x10_0000);
+    let mut queue = test_driver::DriverQueue::new(&memory, 0x1000, QUEUE_SIZE, 0);
+    let interrupt = test_driver::TestInterrupt::new(1);
+    let mut worker = test_driver::activate(&mut block, &memory, &[&queue], 0, &interrupt);
+    let guest = memory.memory();
+    guest.write_obj(WRITE, GuestAddress(0x8000)).unwrap();
+    let data = (0x9000, 512, false);
+    guest.write_obj(7_u64, GuestAddress(0x9000)).unwrap();
+    queue.add(&[(0x8000, HEADER as u32, false), data, (0xa000, 1, true)]);
+    assert!(matches!(
+        worker.process(Event::Queue(0)),
+        Err(DeviceError::Host { .. })
+    ));
+    // As the loop does before it gives the worker back.
+    worker.quiesce();
+    // From here on the kernel would take the request.
+    let ring = worker.sources()[0].fd.as_raw_fd();
+    const IORING_REGISTER_ENABLE_RINGS: libc::c_long = 12;
+    // SAFETY: the call reads no memory.
+    let enabled = unsafe {
+        let call = libc::SYS_io_uring_register;
+        libc::syscall(call, ring, IORING_REGISTER_ENABLE_RINGS, 0, 0)
+    };
+    assert_eq!(enabled, 0);
+    block.reset(worker);
+    assert!(block.engine.is_none());
+    assert_eq!(file.metadata().unwrap().blocks(), 0);
 }
 
 fn any_request() -> impl Strategy<Value = (u32, u64, Vec<(u64, u32, bool)>)> {

@@ -46,10 +46,13 @@ impl BlockWorker {
         }
     }
 
-    /// Takes the engine back; nothing is in flight then.
+    /// Takes the engine back, unless the kernel refused to finish what is in
+    /// flight. The loop has waited for that: who takes the worker apart may not.
     pub(super) fn into_engine(mut self) -> Option<Engine> {
-        self.quiesce();
-        self.engine.take()
+        match self.in_flight() {
+            true => None,
+            false => self.engine.take(),
+        }
     }
 
     /// Takes requests, and ends those that are done, until neither is left.
@@ -156,8 +159,8 @@ impl BlockWorker {
         let Some(engine) = &mut self.engine else {
             return Ok(());
         };
-        // SAFETY: the slot keeps call and chain until the result is there. Drop
-        // waits for it, or never gives them back.
+        // SAFETY: the slot keeps call and chain until the result is there, for
+        // ever if need be (Drop).
         let result = unsafe { engine.begin(&self.disk.file, &slot.call, token.into()) };
         match result {
             Ok(None) => Ok(()),
@@ -262,7 +265,6 @@ impl Worker for BlockWorker {
 
 impl Drop for BlockWorker {
     fn drop(&mut self) {
-        self.quiesce();
         if self.in_flight() {
             // What the kernel may still write to must stay for ever.
             std::mem::forget(std::mem::take(&mut self.slots));
