@@ -175,7 +175,7 @@ impl Process {
     pub fn begin_exit(&mut self, end: End) -> bool {
         match self.state {
             State::Starting => {
-                self.early = Some(end);
+                self.early.get_or_insert(end);
                 false
             }
             State::Created | State::Running if !self.ending => {

@@ -35,6 +35,7 @@ mod query;
 mod run;
 
 pub use create::{CreateRequest, SandboxRequest};
+use delete::Deleted;
 pub use run::ExecRequest;
 
 /// `SIGKILL` of signal(7).
@@ -99,6 +100,10 @@ pub struct Pod {
     containers: BTreeMap<String, Container>,
     /// Creations and deletions that are under way.
     under_way: watch::Sender<usize>,
+    /// What waits for the start of a process, any one.
+    after_start: Vec<Step>,
+    /// Those who wait for a container's deletion.
+    deleting: BTreeMap<String, Vec<Reply<Deleted>>>,
     /// Containers get the pod's own files about names.
     pod_binds: bool,
     /// Code with which the sandbox ends, once it was asked to.
@@ -178,6 +183,8 @@ impl Pod {
             cgroup: None,
             containers: BTreeMap::new(),
             under_way: watch::Sender::new(0),
+            after_start: Vec::new(),
+            deleting: BTreeMap::new(),
             pod_binds: false,
             sandbox_exit: None,
             next_disk: 0,
@@ -204,8 +211,9 @@ impl Pod {
                 None => break,
             }
         }
+        self.over = true;
         // Whatever is still there goes with the pod.
-        self.containers.clear();
+        let containers = std::mem::take(&mut self.containers);
         let deadline = Instant::now() + UNDER_WAY;
         while *self.under_way.borrow() > 0 {
             match timeout_at(deadline, steps.recv()).await {
@@ -216,6 +224,11 @@ impl Pod {
         match std::mem::replace(&mut self.machine, MachineState::None) {
             MachineState::Running(machine) | MachineState::Ended(machine, _) => machine.end().await,
             MachineState::None | MachineState::Booting => {}
+        }
+        // A file system may take its time to be unmounted.
+        let unmounted = tokio::task::spawn_blocking(move || drop(containers));
+        if timeout(UNDER_WAY, unmounted).await.is_err() {
+            tracing::warn!("the pod's file systems are still being unmounted");
         }
         self.release();
     }

@@ -207,6 +207,7 @@ impl Vm {
             return Ok(());
         }
         let mut descriptors = Descriptors::default();
+        let numbers = ports.iter().map(|(port, _)| *port).collect();
         let ports = ports
             .into_iter()
             .map(|(port, stream)| HostPort {
@@ -214,8 +215,13 @@ impl Vm {
                 stream: descriptors.push(stream),
             })
             .collect();
-        self.request("open ports", Request::AddHostPorts(ports), descriptors.0)
-            .await
+        let added = self.request("open ports", Request::AddHostPorts(ports), descriptors.0);
+        let added = added.await;
+        if matches!(added, Err(VmError::Deadline { .. })) {
+            // It may still do so.
+            self.remove_host_ports(numbers).await;
+        }
+        added
     }
 
     /// Closes ports that the guest will not dial any more.
@@ -347,7 +353,10 @@ impl Owner {
                     }
                     Ok(Some(Message::Reply(answer))) => match self.unanswered.pop_front() {
                         Some(reply) => drop(reply.send(answer.map_err(cleaned))),
-                        None => tracing::warn!("the VMM answered what was not asked"),
+                        None => {
+                            tracing::error!("the VMM answers what was not asked; it is ended");
+                            return None;
+                        }
                     },
                     Ok(Some(Message::Exited(ExitReason::Failed(failure)))) => {
                         return Some(ExitReason::Failed(cleaned(failure)));
@@ -371,7 +380,10 @@ impl Owner {
                         };
                         match sent {
                             Ok(Ok(())) => self.unanswered.push_back(reply),
-                            Ok(Err(error)) => tracing::warn!(%error, "VMM's control socket"),
+                            Ok(Err(error)) => {
+                                tracing::warn!(%error, "VMM's control socket");
+                                return None;
+                            }
                             Err(_) => {
                                 tracing::error!("the VMM takes no requests; it is ended");
                                 return None;

@@ -95,6 +95,12 @@ impl Pod {
             return Ok(());
         }
         let fail = |reply, error| Err(Box::new((reply, error)));
+        if self.over {
+            return fail(reply, Error::ShuttingDown);
+        }
+        if self.deleting.contains_key(id) {
+            return fail(reply, still_being_deleted(&request.id));
+        }
         if self.containers.len() >= limit::CONTAINERS {
             return fail(reply, Error::TooMany("containers"));
         }
@@ -157,11 +163,7 @@ impl Pod {
 
     fn check_first(&self, id: &Id) -> Result<(), Error> {
         if *self.under_way.borrow() > 0 && self.containers.is_empty() {
-            return Err(Error::State {
-                action: "create",
-                id: id.as_str().to_owned(),
-                state: "still being deleted",
-            });
+            return Err(still_being_deleted(id));
         }
         if !matches!(self.machine, MachineState::None) || *id != self.settings.id {
             return Err(Error::Argument(
@@ -332,8 +334,9 @@ impl Pod {
         // The others may have gone meanwhile.
         if let Some(machine) = self.take_last_machine() {
             self.begin_work();
+            let end = self.end_last(machine);
             self.later(async move {
-                machine.end().await;
+                end.await;
                 |pod: &mut Pod| pod.work_ended()
             });
         }
@@ -381,6 +384,14 @@ impl Pod {
         if self.containers.get(&id).is_some_and(|c| c.unwanted) {
             self.delete(id, String::new(), Reply::to_nobody());
         }
+    }
+}
+
+fn still_being_deleted(id: &Id) -> Error {
+    Error::State {
+        action: "create",
+        id: id.as_str().to_owned(),
+        state: "still being deleted",
     }
 }
 

@@ -35,13 +35,18 @@ pub struct Deleted {
 impl Pod {
     /// Forgets a container that has ended, or with `exec` a process of it.
     pub fn delete(&mut self, id: String, exec: String, reply: Reply<Deleted>) {
-        let outcome = if exec.is_empty() {
-            self.begin_delete(&id)
-        } else {
+        if !exec.is_empty() {
             return self.delete_exec(&id, exec, reply);
-        };
-        match outcome {
-            Ok(container) => self.delete_container(id, container, reply),
+        }
+        // Who did not wait for the answer asks again: it is the same deletion.
+        if let Some(waiting) = self.deleting.get_mut(&id) {
+            return waiting.push(reply);
+        }
+        match self.begin_delete(&id) {
+            Ok(container) => {
+                self.deleting.insert(id.clone(), vec![reply]);
+                self.delete_container(id, container);
+            }
             Err(error) => reply.send(Err(error)),
         }
     }
@@ -58,7 +63,7 @@ impl Pod {
         self.containers.remove(id).ok_or_else(|| not_found(id))
     }
 
-    fn delete_container(&mut self, id: String, mut container: Container, reply: Reply<Deleted>) {
+    fn delete_container(&mut self, id: String, mut container: Container) {
         let pid = self.pid();
         let exit = match container.init.state() {
             State::Stopped(exit) => exit,
@@ -68,11 +73,10 @@ impl Pod {
         let deleted = Deleted { pid, exit };
         self.tell_ended(&id, &mut container, exit);
         let running = self.machine().ok();
-        let machine = self.take_last_machine();
         let limits = self.drain_limits(SLOW_READER);
-        let others = self.settings.config.patience().of(OTHERS);
         self.begin_work();
-        let mut under_way = self.under_way.subscribe();
+        let machine = self.take_last_machine();
+        let machine_end = machine.map(|machine| self.end_last(machine));
         self.later(async move {
             let Container {
                 init, execs, kind, ..
@@ -92,13 +96,21 @@ impl Pod {
                     files.detach(running).await;
                 }
             }
-            if let Some(machine) = machine {
-                // This one is left then.
-                let _ = timeout(others, under_way.wait_for(|count| *count <= 1)).await;
-                machine.end().await;
+            if let Some(end) = machine_end {
+                end.await;
             }
-            move |pod: &mut Pod| pod.container_deleted(&id, deleted, reply)
+            move |pod: &mut Pod| pod.container_deleted(&id, deleted)
         });
+    }
+
+    /// Ends the machine once whoever does so is the last to have work under way.
+    pub(super) fn end_last(&self, machine: Machine) -> impl Future<Output = ()> + Send + use<> {
+        let others = self.settings.config.patience().of(OTHERS);
+        let mut under_way = self.under_way.subscribe();
+        async move {
+            let _ = timeout(others, under_way.wait_for(|count| *count <= 1)).await;
+            machine.end().await;
+        }
     }
 
     /// What has not ended by itself does now, for those who wait for it.
@@ -143,7 +155,7 @@ impl Pod {
         }
     }
 
-    fn container_deleted(&mut self, id: &str, deleted: Deleted, reply: Reply<Deleted>) {
+    fn container_deleted(&mut self, id: &str, deleted: Deleted) {
         self.work_ended();
         let event = TaskDelete {
             container_id: id.to_owned(),
@@ -153,7 +165,9 @@ impl Pod {
             ..TaskDelete::default()
         };
         self.events.send(topics::TASK_DELETE_EVENT_TOPIC, &event);
-        reply.send(Ok(deleted));
+        for reply in self.deleting.remove(id).unwrap_or_default() {
+            reply.send(Ok(deleted));
+        }
     }
 
     fn delete_exec(&mut self, id: &str, exec: String, reply: Reply<Deleted>) {

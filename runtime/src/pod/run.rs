@@ -158,11 +158,17 @@ impl Pod {
 
     fn started(&mut self, id: &str, exec: &str, outcome: Result<(), Error>, reply: Reply<u32>) {
         let pid = self.pid();
-        let Ok(process) = self.process_mut(id, exec) else {
-            reply.send(Err(Error::ShuttingDown));
-            return;
+        // They are answered by what is true now.
+        for step in std::mem::take(&mut self.after_start) {
+            self.handle.send(step);
+        }
+        let process = match self.process_mut(id, exec) {
+            Ok(process) => process,
+            Err(error) => return reply.send(Err(error)),
         };
         let early = process.finish_start(outcome.is_ok());
+        // Nobody has heard of an added one that did not start.
+        let early = early.filter(|_| outcome.is_ok() || exec.is_empty());
         if outcome.is_ok() {
             if exec.is_empty() {
                 let event = TaskStart {
@@ -190,13 +196,24 @@ impl Pod {
 
     /// Sends a signal.
     pub fn kill(&mut self, id: String, exec: String, signal: u32, all: bool, reply: Reply<()>) {
+        // An added process is never the whole container.
+        let all = all && exec.is_empty();
         let name = if exec.is_empty() { &id } else { &exec };
-        let alive = self
-            .process(&id, &exec)
-            .and_then(|process| process.check_alive("signal", name));
-        if let Err(error) = alive {
-            reply.send(Err(error));
-            return;
+        let state = self.process(&id, &exec).and_then(|process| {
+            process.check_alive("signal", name)?;
+            match process.state() {
+                // One that was added is in the guest only once it runs.
+                State::Created if !exec.is_empty() => Err(process.refuse("signal", name)),
+                state => Ok(state),
+            }
+        });
+        match state {
+            Ok(State::Starting) if !exec.is_empty() => {
+                let again = move |pod: &mut Pod| pod.kill(id, exec, signal, all, reply);
+                return self.after_start.push(Box::new(again));
+            }
+            Ok(_) => {}
+            Err(error) => return reply.send(Err(error)),
         }
         let (vm, agent) = match self.machine() {
             Ok(machine) => machine,
@@ -214,16 +231,11 @@ impl Pod {
             return;
         }
         let killed = match self.process(&id, &exec) {
-            // One that was added is in the guest only once it runs.
-            Ok(process)
-                if signal == SIGKILL && (exec.is_empty() || process.state() != State::Created) =>
-            {
-                Some(Killed {
-                    id: id.clone(),
-                    exec: exec.clone(),
-                    end: process.watch(),
-                })
-            }
+            Ok(process) if signal == SIGKILL => Some(Killed {
+                id: id.clone(),
+                exec: exec.clone(),
+                end: process.watch(),
+            }),
             _ => None,
         };
         let pod = self.handle.clone();

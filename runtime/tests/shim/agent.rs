@@ -139,7 +139,7 @@ fn act(
             }
         }
         ["exit", code] => return Some(code.parse().unwrap()),
-        ["sleep" | "deaf"] | ["leaves", ..] => {
+        ["sleep" | "deaf" | "slow-to-go"] | ["leaves", ..] => {
             // Until a signal ends it; its streams stay open.
             std::mem::forget((stdin, stdout, stderr));
             return None;
@@ -285,8 +285,17 @@ impl Agent for Guest {
         _: &TtrpcContext,
         request: DeleteContainerRequest,
     ) -> Result<Empty> {
+        let key = (request.container_id, String::new());
+        let is_slow = {
+            let processes = self.processes.lock().unwrap();
+            let init = processes.get(&key);
+            init.is_some_and(|init| init.arguments[0] == "slow-to-go")
+        };
+        if is_slow {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
         let processes = self.processes.lock().unwrap();
-        let init = processes.get(&(request.container_id, String::new()));
+        let init = processes.get(&key);
         let leaves = init.and_then(|init| init.arguments.strip_prefix(&["leaves".to_owned()][..]));
         if let Some(paths) = leaves
             && (paths != request.unused_paths || !paths.iter().all(|path| is_mounted(path)))

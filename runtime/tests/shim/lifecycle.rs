@@ -2,14 +2,12 @@
 
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ExecProcessRequest, KillRequest,
     PauseRequest, PidsRequest, ResumeRequest, StateRequest, StatsRequest, Status,
 };
-use containerd_shim_protos::protobuf::Message;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
@@ -30,16 +28,9 @@ pub const CASES: &[Case] = &[
     ("life_leaves_no_ports_behind", failed_execs),
     ("life_outlives_containerd", containerd_restarts),
     ("life_without_events", no_events),
-    ("end_of_the_machine_is_told", machine_dies),
-    ("end_of_the_shim_is_cleaned_up", shim_dies),
-    ("end_of_what_nobody_waits_for", given_up),
-    ("end_of_what_was_never_run", never_run),
-    ("end_that_the_agent_does_not_tell", untold),
-    ("end_despite_a_guest_that_ignores_kills", deaf),
-    ("end_despite_a_vmm_that_takes_no_requests", deaf_vmm),
 ];
 
-async fn running(node: &Node, id: &str, command: &[&str]) -> (Bundle, Shim) {
+pub async fn running(node: &Node, id: &str, command: &[&str]) -> (Bundle, Shim) {
     let bundle = node.bundle(id, command);
     let shim = node.start(&bundle).await;
     shim.create(&bundle.request()).await.unwrap();
@@ -47,14 +38,14 @@ async fn running(node: &Node, id: &str, command: &[&str]) -> (Bundle, Shim) {
     (bundle, shim)
 }
 
-async fn finish(node: &Node, shim: &Shim, id: &str) {
+pub async fn finish(node: &Node, shim: &Shim, id: &str) {
     shim.delete(id, "").await.unwrap();
     shim.shut_down(id).await;
     shim.assert_gone().await;
     node.assert_clean();
 }
 
-async fn kill(shim: &Shim, id: &str, exec: &str, signal: u32) -> ttrpc::Result<()> {
+pub async fn kill(shim: &Shim, id: &str, exec: &str, signal: u32) -> ttrpc::Result<()> {
     let request = KillRequest {
         id: id.to_owned(),
         exec_id: exec.to_owned(),
@@ -64,7 +55,7 @@ async fn kill(shim: &Shim, id: &str, exec: &str, signal: u32) -> ttrpc::Result<(
     shim.task.kill(soon(), &request).await.map(drop)
 }
 
-async fn status(shim: &Shim, id: &str) -> Status {
+pub async fn status(shim: &Shim, id: &str) -> Status {
     let request = StateRequest {
         id: id.to_owned(),
         ..StateRequest::default()
@@ -321,7 +312,7 @@ fn out_of_memory() {
     });
 }
 
-fn added(container: &str, exec: &str, command: &[&str]) -> ExecProcessRequest {
+pub fn added(container: &str, exec: &str, command: &[&str]) -> ExecProcessRequest {
     ExecProcessRequest {
         id: container.to_owned(),
         exec_id: exec.to_owned(),
@@ -393,91 +384,6 @@ fn failed_execs() {
     });
 }
 
-fn never_run() {
-    block_on(async {
-        let node = Node::new().await;
-        let bundle = node.bundle("u", &["sleep"]);
-        let shim = node.start(&bundle).await;
-        shim.create(&bundle.request()).await.unwrap();
-        let delete = async {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            shim.delete("u", "").await.unwrap()
-        };
-        let (end, deleted) = tokio::join!(shim.wait("u", ""), delete);
-        assert_eq!((end.unwrap().exit_status, deleted.exit_status), (137, 137));
-        node.events.wait_for("/tasks/delete", 1).await;
-        let topics = node.events.topics();
-        assert_eq!(topics[1..], ["/tasks/exit", "/tasks/delete"]);
-        shim.shut_down("u").await;
-        shim.assert_gone().await;
-        node.assert_clean();
-    });
-}
-
-fn untold() {
-    block_on(async {
-        let node = Node::new().await;
-        let (_, shim) = running(&node, "w", &["enigma"]).await;
-        assert_eq!(shim.wait("w", "").await.unwrap().exit_status, 255);
-        node.events.wait_for("/tasks/exit", 1).await;
-        finish(&node, &shim, "w").await;
-    });
-}
-
-fn deaf() {
-    block_on(async {
-        let node = Node::new().await;
-        let (_, shim) = running(&node, "k", &["deaf"]).await;
-        let exec = added("k", "x", &["deaf"]);
-        shim.task.exec(soon(), &exec).await.unwrap();
-        shim.run("k", "x").await.unwrap();
-        // One that was added is given up alone.
-        kill(&shim, "k", "x", 9).await.unwrap();
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        kill(&shim, "k", "", 9).await.unwrap();
-        node.events
-            .wait_until("/tasks/exit", 1, Duration::from_secs(30))
-            .await;
-        assert_eq!(status(&shim, "k").await, Status::RUNNING);
-        node.events
-            .wait_until("/tasks/exit", 2, Duration::from_secs(30))
-            .await;
-        let exits = node.events.exits();
-        assert_eq!(exits, [("x".to_owned(), 137), ("k".to_owned(), 137)]);
-        finish(&node, &shim, "k").await;
-    });
-}
-
-fn deaf_vmm() {
-    block_on(async {
-        let node = Node::new().await;
-        node.configure("kernel_parameters = 'fake.deaf'\n");
-        let (bundle, shim) = running(&node, "v", &["sleep"]).await;
-        // More requests than its socket holds.
-        let stdout = bundle.fifo("out");
-        let names: Vec<_> = (0..320).map(|number| format!("x{number}")).collect();
-        for name in &names {
-            let mut exec = added("v", name, &["echo", "x"]);
-            exec.stdout.clone_from(&stdout);
-            shim.task.exec(soon(), &exec).await.unwrap();
-        }
-        let starts = futures::future::join_all(names.iter().map(|name| shim.run("v", name)));
-        let end = async {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            kill(&shim, "v", "", 9).await.unwrap();
-            shim.wait("v", "").await.unwrap();
-            let began = Instant::now();
-            shim.delete("v", "").await.unwrap();
-            assert!(began.elapsed() < Duration::from_secs(3));
-        };
-        let (starts, ()) = tokio::join!(starts, end);
-        assert!(starts.iter().all(Result::is_err));
-        shim.shut_down("v").await;
-        shim.assert_gone().await;
-        node.assert_clean();
-    });
-}
-
 fn containerd_restarts() {
     block_on(async {
         let mut node = Node::new().await;
@@ -526,72 +432,5 @@ fn no_events() {
         shim.run("n", "").await.unwrap();
         assert_eq!(shim.wait("n", "").await.unwrap().exit_status, 0);
         finish(&node, &shim, "n").await;
-    });
-}
-
-fn machine_dies() {
-    block_on(async {
-        let node = Node::new().await;
-        let (_, shim) = running(&node, "d", &["sleep"]).await;
-        let request = StateRequest {
-            id: "d".into(),
-            ..StateRequest::default()
-        };
-        let state = shim.task.state(soon(), &request).await.unwrap();
-        let began = Instant::now();
-        let pid = rustix::process::Pid::from_raw(i32::try_from(state.pid).unwrap()).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-        assert_eq!(shim.wait("d", "").await.unwrap().exit_status, 137);
-        assert!(began.elapsed() < Duration::from_secs(2));
-        node.events.wait_for("/tasks/exit", 1).await;
-        assert_eq!(node.events.exits(), [("d".to_owned(), 137)]);
-        finish(&node, &shim, "d").await;
-    });
-}
-
-fn shim_dies() {
-    block_on(async {
-        let node = Node::new().await;
-        let (bundle, shim) = running(&node, "z", &["sleep"]).await;
-        let state = std::fs::read(node.state_dir().join("test/z/state.json")).unwrap();
-        let state: serde_json::Value = serde_json::from_slice(&state).unwrap();
-        let pid = |name: &str| i32::try_from(state[name]["pid"].as_i64().unwrap()).unwrap();
-        let others = [pid("vmm"), pid("file_server")];
-        assert!(others.into_iter().all(is_alive));
-        let raw = rustix::process::Pid::from_raw(shim.pid).unwrap();
-        rustix::process::kill_process(raw, rustix::process::Signal::KILL).unwrap();
-        let dir = bundle.dir.display().to_string();
-        let output = node.shim(&["-id", "z", "-bundle", &dir, "delete"], &bundle.dir, b"");
-        assert!(output.status.success());
-        let response = DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
-        assert_eq!(response.exit_status, 137);
-        assert_eq!(i32::try_from(response.pid).unwrap(), others[0]);
-        shim.assert_gone().await;
-        assert!(!others.into_iter().any(is_alive));
-        node.assert_clean();
-    });
-}
-
-fn given_up() {
-    block_on(async {
-        let node = Node::new().await;
-        let bundle = node.bundle("g", &["slow"]);
-        let shim = node.start(&bundle).await;
-        let hasty = ttrpc::context::with_duration(Duration::from_millis(200));
-        assert!(shim.task.create(hasty, &bundle.request()).await.is_err());
-        // What containerd does then, and it may come too early.
-        assert_eq!(
-            refusal(shim.delete("g", "").await).0,
-            Code::FAILED_PRECONDITION
-        );
-        shim.shut_down("g").await;
-        node.events.wait_for("/tasks/delete", 1).await;
-        assert!(is_alive(shim.pid));
-        // Its state is gone, and still it is found.
-        let dir = bundle.dir.display().to_string();
-        let output = node.shim(&["-id", "g", "-bundle", &dir, "delete"], &bundle.dir, b"");
-        assert!(output.status.success());
-        shim.assert_gone().await;
-        node.assert_clean();
     });
 }

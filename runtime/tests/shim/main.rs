@@ -8,6 +8,7 @@
 mod agent;
 mod case;
 mod containerd;
+mod ends;
 mod errors;
 mod lifecycle;
 mod program;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         program::CASES,
         errors::CASES,
         lifecycle::CASES,
+        ends::CASES,
         sandbox::CASES,
     ]
     .concat();
