@@ -70,8 +70,8 @@ pub struct End {
     pub exit: Exit,
     /// Memory ran out in its container before.
     pub oom_killed: bool,
-    /// How much it wrote.
-    pub written: Written,
+    /// How much it wrote; none: nobody told.
+    pub written: Option<Written>,
 }
 
 /// Bytes of output, by the guest's account.
@@ -100,7 +100,7 @@ impl From<Exit> for End {
         Self {
             exit,
             oom_killed: false,
-            written: Written::default(),
+            written: None,
         }
     }
 }
@@ -203,10 +203,10 @@ impl Agent {
         Ok(End {
             exit: Exit::now(response.exit_code),
             oom_killed: response.oom_killed,
-            written: Written {
+            written: Some(Written {
                 stdout: response.stdout_bytes,
                 stderr: response.stderr_bytes,
-            },
+            }),
         })
     }
 

@@ -164,7 +164,8 @@ impl Stdio {
             });
         }
         let mut copies = JoinSet::new();
-        let mut outputs = Outputs::default();
+        // The end of a terminal's output may still be on its way through it.
+        let mut outputs = Outputs::new(!paths.terminal);
         let mut on_first_output = Some(on_first_output);
         if !paths.stdout.is_empty() {
             let sink = Sink::open("stdout", &paths.stdout)?;
@@ -410,6 +411,7 @@ mod tests {
         Limits {
             slow_reader: Duration::from_secs(seconds),
             stalled: Duration::from_secs(60),
+            others: Duration::from_secs(60),
         }
     }
 

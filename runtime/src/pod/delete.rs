@@ -19,6 +19,10 @@ use crate::machine::Machine;
 /// How long a deletion waits for somebody to go on reading the output.
 const SLOW_READER: Duration = Duration::from_secs(10);
 
+/// How long it waits for output of children that have outlived the process, as
+/// long as with runc.
+const CHILDREN: Duration = Duration::from_secs(2);
+
 /// How long the machine waits for deletions other than the last: the guest may
 /// still write what was written to their disks.
 const OTHERS: Duration = Duration::from_secs(45);
@@ -73,7 +77,7 @@ impl Pod {
         let deleted = Deleted { pid, exit };
         self.tell_ended(&id, &mut container, exit);
         let running = self.machine().ok();
-        let limits = self.drain_limits(SLOW_READER);
+        let limits = self.drain_limits(SLOW_READER, CHILDREN);
         self.begin_work();
         let machine = self.take_last_machine();
         let machine_end = machine.map(|machine| self.end_last(machine));
@@ -190,7 +194,7 @@ impl Pod {
             }
         };
         let removed = container.execs.remove(&exec);
-        let limits = self.drain_limits(SLOW_READER);
+        let limits = self.drain_limits(SLOW_READER, CHILDREN);
         let running = self.machine().ok();
         let id = id.to_owned();
         tokio::spawn(async move {

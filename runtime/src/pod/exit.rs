@@ -61,7 +61,7 @@ impl Pod {
     /// A process has ended: once its output is taken, everybody is told. The
     /// container's first comes after the others.
     pub(super) fn process_exited(&mut self, id: &str, exec: &str, end: End) {
-        let limits = self.drain_limits(SLOW_READER);
+        let limits = self.drain_limits(SLOW_READER, Duration::ZERO);
         let Ok(process) = self.process_mut(id, exec) else {
             return;
         };
@@ -91,10 +91,11 @@ impl Pod {
     }
 
     /// How long a process's output may take that waits `slow_reader` for its
-    /// reader.
-    pub(super) fn drain_limits(&self, slow_reader: Duration) -> Limits {
+    /// reader, and for that of its children as long as `others`.
+    pub(super) fn drain_limits(&self, slow_reader: Duration, others: Duration) -> Limits {
         Limits {
             slow_reader,
+            others,
             stalled: self.settings.config.patience().of(STALLED),
         }
     }
@@ -168,9 +169,11 @@ pub(super) fn ended_now(code: u32) -> End {
     Exit::now(code).into()
 }
 
-async fn drain(stdio: Option<Stdio>, written: Written, limits: Limits) -> Option<Stdio> {
+async fn drain(stdio: Option<Stdio>, written: Option<Written>, limits: Limits) -> Option<Stdio> {
     let mut stdio = stdio?;
-    stdio.expect(written);
+    if let Some(written) = written {
+        stdio.expect(written);
+    }
     stdio.drain(limits).await;
     Some(stdio)
 }

@@ -25,8 +25,10 @@ pub struct Progress {
 pub struct Outputs {
     pub stdout: Option<Arc<Progress>>,
     pub stderr: Option<Arc<Progress>>,
-    /// So much is to come.
-    written: Written,
+    /// So much is to come; none: nobody told.
+    written: Option<Written>,
+    /// That is exact.
+    is_counted: bool,
 }
 
 /// How long the end of output may take.
@@ -37,6 +39,9 @@ pub struct Limits {
     /// Until the guest has sent what it says it has, the time apart for which
     /// nobody reads.
     pub stalled: Duration,
+    /// Until others have written what they want, when all is there that the
+    /// process wrote.
+    pub others: Duration,
 }
 
 /// Decides when waiting has an end.
@@ -50,6 +55,8 @@ pub struct Wait {
     looked: Instant,
     /// How long the guest could have sent something.
     guest_had: Duration,
+    /// When all was there that the process wrote.
+    complete: Option<Instant>,
 }
 
 impl Progress {
@@ -86,17 +93,29 @@ impl Progress {
     fn misses(&self, written: u64) -> bool {
         self.moved().0 < written && !self.has_ended()
     }
+
+    fn is_complete(&self, written: u64) -> bool {
+        self.moved().1 >= written || self.has_ended()
+    }
 }
 
 impl Outputs {
+    /// None yet; with `is_counted` what is told of them is exact.
+    pub fn new(is_counted: bool) -> Self {
+        Self {
+            is_counted,
+            ..Self::default()
+        }
+    }
+
     /// The process has ended and wrote so much.
     pub fn expect(&mut self, written: Written) {
-        self.written = written;
+        self.written = Some(written);
     }
 
     /// Nothing is waited for any more that is only said to be there.
     fn forget(&mut self) {
-        self.written = Written::default();
+        self.written = None;
     }
 
     fn all(&self) -> impl Iterator<Item = &Progress> {
@@ -113,11 +132,23 @@ impl Outputs {
         sums.fold(0, u64::wrapping_add)
     }
 
+    /// Each output and how much was written to it, if that was told.
+    fn told(&self) -> Option<impl Iterator<Item = (&Progress, u64)>> {
+        let Written { stdout, stderr } = self.written?;
+        let outputs = [(&self.stdout, stdout), (&self.stderr, stderr)];
+        let there = outputs.into_iter();
+        Some(there.filter_map(|(progress, written)| Some((progress.as_deref()?, written))))
+    }
+
     fn misses(&self) -> bool {
-        let misses = |progress: &Option<Arc<Progress>>, written| {
-            progress.as_ref().is_some_and(|p| p.misses(written))
-        };
-        misses(&self.stdout, self.written.stdout) || misses(&self.stderr, self.written.stderr)
+        self.told()
+            .is_some_and(|mut told| told.any(|(progress, written)| progress.misses(written)))
+    }
+
+    /// All is passed on that the process wrote.
+    fn is_complete(&self) -> bool {
+        let told = self.told().filter(|_| self.is_counted);
+        told.is_some_and(|mut told| told.all(|(progress, written)| progress.is_complete(written)))
     }
 }
 
@@ -132,6 +163,7 @@ impl Wait {
             since: now,
             looked: now,
             guest_had: Duration::ZERO,
+            complete: None,
         }
     }
 
@@ -147,6 +179,12 @@ impl Wait {
         if now - self.began >= self.limits.slow_reader + self.limits.stalled {
             // Somebody writes without end to somebody who reads.
             return true;
+        }
+        if outputs.is_complete() {
+            let complete = *self.complete.get_or_insert(now);
+            if now - complete >= self.limits.others {
+                return true;
+            }
         }
         let still = now - self.since;
         if outputs.all().any(Progress::is_blocked) {
@@ -170,14 +208,13 @@ mod tests {
     const LIMITS: Limits = Limits {
         slow_reader: Duration::from_secs(2),
         stalled: Duration::from_secs(10),
+        others: Duration::from_secs(3),
     };
 
     fn outputs(written: u64) -> (Outputs, Arc<Progress>) {
         let progress = Arc::new(Progress::default());
-        let mut outputs = Outputs {
-            stdout: Some(Arc::clone(&progress)),
-            ..Outputs::default()
-        };
+        let mut outputs = Outputs::new(true);
+        outputs.stdout = Some(Arc::clone(&progress));
         outputs.expect(Written {
             stdout: written,
             // Of a stream that is not there.
@@ -234,7 +271,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn does_not_wait_for_two_that_go_on_for_ever() {
-        let (mut outputs, progress) = outputs(0);
+        let (mut outputs, progress) = outputs(u64::MAX);
         progress.take(1);
         let slow = || {
             progress.take(1);
@@ -242,6 +279,23 @@ mod tests {
         };
         let longest = LIMITS.slow_reader + LIMITS.stalled;
         assert_eq!(over_after(&mut outputs, slow).await, longest);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn does_not_wait_for_children_that_go_on_writing() {
+        let (mut outputs, progress) = outputs(4);
+        let children = || {
+            progress.take(1);
+            progress.pass_on(1);
+        };
+        let fourth = Duration::from_millis(4 * 50);
+        assert_eq!(
+            over_after(&mut outputs, children).await,
+            fourth + LIMITS.others
+        );
+        // Of a terminal nobody knows whose output it was.
+        outputs.is_counted = false;
+        assert_eq!(over_after(&mut outputs, children).await, LIMITS.stalled);
     }
 
     #[tokio::test(start_paused = true)]
