@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use husk_virtio::block::{Block, DiskError, Engine};
 use husk_virtio::console::Console;
 use husk_virtio::event_loop::{LoopGone, LoopHandle};
-use husk_virtio::fs::{BackEndError, Fs};
+use husk_virtio::fs::{self, BackEndError, Fs};
 use husk_virtio::net::Net;
 use husk_virtio::pci::{Reporter, VirtioPci};
 use husk_virtio::rng::Rng;
@@ -172,7 +172,7 @@ impl Devices {
         if self.plugged.iter().any(|plugged| plugged.id == id) {
             return Err(PlugError::Exists(id.to_owned()));
         }
-        let device = make(spec, descriptors)?;
+        let device = make(spec, descriptors, when)?;
         let (function, slot) = self.put_on_bus(id, device, when)?;
         self.plugged.push(Plugged {
             id: id.to_owned(),
@@ -285,6 +285,7 @@ fn take_ports(
 fn make(
     spec: &DeviceSpec,
     descriptors: &mut Descriptors,
+    when: When,
 ) -> Result<Box<dyn VirtioDevice>, PlugError> {
     let failed = |source| PlugError::Host {
         name: spec.id().to_owned(),
@@ -303,10 +304,15 @@ fn make(
             let tap = descriptors.take(net.tap).map_err(failed)?;
             Ok(Box::new(Net::new(tap, net.mac.0, net.mtu).map_err(failed)?))
         }
-        DeviceSpec::Fs(fs) => {
-            let socket = descriptors.take(fs.socket).map_err(failed)?;
-            let device = Fs::new(socket, &fs.tag).map_err(|source| PlugError::FileServer {
-                id: fs.id.clone(),
+        DeviceSpec::Fs(spec) => {
+            let socket = descriptors.take(spec.socket).map_err(failed)?;
+            let patience = match when {
+                When::AtBoot => fs::START_PATIENCE,
+                When::Later => fs::PATIENCE,
+            };
+            let device = Fs::new(socket, &spec.tag, patience);
+            let device = device.map_err(|source| PlugError::FileServer {
+                id: spec.id.clone(),
                 source,
             })?;
             Ok(Box::new(device))

@@ -2,8 +2,11 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 
-use husk_vmm_spec::{BlockSpec, Descriptor, DeviceSpec, ExitReason, Message, Reply, Request};
+use husk_vmm_spec::{
+    BlockSpec, Descriptor, DeviceSpec, ExitReason, FsSpec, Message, Reply, Request,
+};
 
 use crate::harness::{TestMachine, skip};
 
@@ -101,6 +104,31 @@ fn a_removed_disk_lets_its_file_go() {
         DONE
     );
     assert!(rustix::fs::flock(&again, lock).is_ok());
+}
+
+#[test]
+fn a_silent_file_server_does_not_hold_up_a_running_machine() {
+    if skip() {
+        return;
+    }
+    let machine = TestMachine::run("1: jmp 1b");
+    let (socket, _silent) = UnixStream::pair().unwrap();
+    let spec = FsSpec {
+        id: "files".into(),
+        socket: Descriptor(0),
+        tag: "files".into(),
+    };
+    let request = Request::AddDevice(DeviceSpec::Fs(spec));
+    match machine.request(&request, &[socket.into()]) {
+        Message::Reply(Err(failure)) => {
+            assert!(failure.message.contains("does not answer"), "{failure}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(
+        machine.request(&Request::Kill, &[]),
+        Message::Exited(ExitReason::Killed)
+    );
 }
 
 #[test]

@@ -27,12 +27,7 @@ use super::message::{
 use crate::queue::FEATURES;
 
 /// Longest wait for the server to finish what it was told.
-const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 5 });
-
-/// Longest wait for its first answer, which comes when it has started. Nothing
-/// else runs by then, and the shim ends a machine that does not start in the
-/// time it may take, so this only has to end.
-const FIRST_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 600 });
+pub const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 5 });
 
 /// What is wrong with the file server.
 #[derive(Debug, thiserror::Error)]
@@ -97,8 +92,12 @@ impl BackEnd {
 
     /// Asks for what the server can do and sets what is not the driver's affair;
     /// returns the virtio features that it offers.
-    pub(super) fn negotiate(&mut self, queues: usize) -> Result<u64, BackEndError> {
-        self.exchange(FIRST_PATIENCE, |back_end, deadline| {
+    pub(super) fn negotiate(
+        &mut self,
+        queues: usize,
+        patience: Duration,
+    ) -> Result<u64, BackEndError> {
+        self.exchange(patience, |back_end, deadline| {
             back_end.post(Request::SetOwner, false, &[], &[], deadline)?;
             let features = back_end.ask(Request::GetFeatures, &[], deadline)?;
             if features & 1 << VIRTIO_F_VERSION_1 == 0 {

@@ -10,10 +10,11 @@ mod worker;
 
 use std::any::Any;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use crate::{ActivateError, Activation, DeviceType, VirtioDevice, Worker, queue};
 use back_end::BackEnd;
-pub use back_end::BackEndError;
+pub use back_end::{BackEndError, PATIENCE};
 use worker::FsWorker;
 
 /// High priority (FORGET and its like), and one for requests.
@@ -21,6 +22,11 @@ const QUEUE_SIZES: [u16; 2] = [128, 128];
 
 /// Bytes of the tag (virtio 1.2, 5.11.4).
 const TAG_BYTES: usize = 36;
+
+/// Longest wait for the first answer of a server that is started together with
+/// the machine. Nothing else runs by then, and the shim ends a machine that does
+/// not start in the time it may take, so this only has to end.
+pub const START_PATIENCE: Duration = Duration::from_secs(600);
 
 /// A shared file system at rest.
 #[derive(Debug)]
@@ -34,13 +40,14 @@ pub struct Fs {
 impl Fs {
     /// A file system that the server at the other end of `socket`, a connected
     /// unix stream socket, serves. The guest mounts it by `tag`, of which the
-    /// first 36 bytes count. Waits for the server's answer, though not for long.
+    /// first 36 bytes count. Waits for the server's first answer: [`PATIENCE`]
+    /// where a machine runs meanwhile, [`START_PATIENCE`] before.
     ///
     /// # Errors
     /// The server does not answer, or it cannot do what is needed of it.
-    pub fn new(socket: OwnedFd, tag: &str) -> Result<Self, BackEndError> {
+    pub fn new(socket: OwnedFd, tag: &str, patience: Duration) -> Result<Self, BackEndError> {
         let mut back_end = BackEnd::new(socket);
-        let features = back_end.negotiate(QUEUE_SIZES.len())?;
+        let features = back_end.negotiate(QUEUE_SIZES.len(), patience)?;
         let mut space = [0; TAG_BYTES];
         for (to, from) in space.iter_mut().zip(tag.bytes()) {
             *to = from;

@@ -121,7 +121,7 @@ fn pair() -> (OwnedFd, UnixStream) {
 fn tells_its_tag() {
     let (socket, theirs) = pair();
     let (_server, _thread) = server::start(theirs, server::FEATURES);
-    let device = Fs::new(socket, "husk").unwrap();
+    let device = Fs::new(socket, "husk", PATIENCE).unwrap();
     assert_eq!(device.offered_features(), queue::FEATURES);
     let mut config = [0xff; 42];
     device.read_config(0, &mut config);
@@ -133,13 +133,13 @@ fn tells_its_tag() {
 fn offers_what_the_server_does() {
     let (socket, theirs) = pair();
     let (_server, _thread) = server::start(theirs, VERSION_1 | 1 << 30 | 1 << 28 | 1 << 5);
-    let device = Fs::new(socket, "husk").unwrap();
+    let device = Fs::new(socket, "husk", PATIENCE).unwrap();
     assert_eq!(device.offered_features(), 1 << 28);
 
     for (offered, lacking) in [(1 << 30, "VERSION_1"), (VERSION_1, "protocol")] {
         let (socket, theirs) = pair();
         let (_server, _thread) = server::start(theirs, offered);
-        let error = Fs::new(socket, "husk").unwrap_err().to_string();
+        let error = Fs::new(socket, "husk", PATIENCE).unwrap_err().to_string();
         assert!(error.contains(lacking), "{error}");
     }
 }
@@ -148,7 +148,7 @@ fn offers_what_the_server_does() {
 fn requests_are_served_through_resets_and_pauses() {
     let (socket, theirs) = pair();
     let (server, thread) = server::start(theirs, server::FEATURES);
-    let mut device = Fs::new(socket, "husk").unwrap();
+    let mut device = Fs::new(socket, "husk", PATIENCE).unwrap();
     for features in [VERSION_1, VERSION_1 | EVENT_IDX] {
         let mut guest = Guest::new(memory(), features);
         // Before the server knows of the queue.
@@ -190,7 +190,7 @@ fn requests_are_served_through_resets_and_pauses() {
 fn the_event_loop_pauses_the_server() {
     let (socket, theirs) = pair();
     let (server, _thread) = server::start(theirs, server::FEATURES);
-    let mut device = Fs::new(socket, "husk").unwrap();
+    let mut device = Fs::new(socket, "husk", PATIENCE).unwrap();
     let mut guest = Guest::new(memory(), VERSION_1);
     let worker = guest.activate(&mut device, VERSION_1).unwrap();
     let event_loop = EventLoop::start("fs", || Ok(())).unwrap();
@@ -212,7 +212,7 @@ fn the_server_dies() {
     let (socket, theirs) = pair();
     let killer = theirs.try_clone().unwrap();
     let (_server, thread) = server::start(theirs, server::FEATURES);
-    let mut device = Fs::new(socket, "husk").unwrap();
+    let mut device = Fs::new(socket, "husk", PATIENCE).unwrap();
     let guest = Guest::new(memory(), VERSION_1);
     let mut worker = guest.activate(&mut device, VERSION_1).unwrap();
     killer.shutdown(std::net::Shutdown::Both).unwrap();
@@ -237,12 +237,15 @@ fn a_silent_server_is_given_up() {
     // From the start; and after it has begun.
     let (socket, _theirs) = pair();
     let before = Instant::now();
-    assert!(matches!(Fs::new(socket, "husk"), Err(BackEndError::Silent)));
+    assert!(matches!(
+        Fs::new(socket, "husk", PATIENCE),
+        Err(BackEndError::Silent)
+    ));
     assert!(before.elapsed() < Duration::from_secs(10));
 
     let (socket, theirs) = pair();
     let (server, thread) = server::start(theirs, server::FEATURES);
-    let mut device = Fs::new(socket, "husk").unwrap();
+    let mut device = Fs::new(socket, "husk", PATIENCE).unwrap();
     let guest = Guest::new(memory(), VERSION_1);
     let mut worker = guest.activate(&mut device, VERSION_1).unwrap();
     let busy = server.lock().unwrap();
@@ -262,7 +265,7 @@ fn a_silent_server_is_given_up() {
 fn what_the_server_refuses_is_told() {
     let (socket, theirs) = pair();
     let (server, _thread) = server::start(theirs, server::FEATURES);
-    let mut device = Fs::new(socket, "husk").unwrap();
+    let mut device = Fs::new(socket, "husk", PATIENCE).unwrap();
     // Too small for the queues that the driver will set up.
     for ring in &mut server.lock().unwrap().rings {
         ring.queue = virtio_queue::QueueT::new(64).unwrap();
@@ -282,7 +285,7 @@ fn what_the_server_refuses_is_told() {
 fn memory_without_a_file_cannot_be_shared() {
     let (socket, theirs) = pair();
     let (_server, _thread) = server::start(theirs, server::FEATURES);
-    let mut device = Fs::new(socket, "husk").unwrap();
+    let mut device = Fs::new(socket, "husk", PATIENCE).unwrap();
     let private = GuestMemory::new(
         GuestMemoryMmap::from_ranges(&[
             (GuestAddress(0), MEMORY_BYTES),
@@ -329,7 +332,7 @@ proptest! {
             let _ = theirs.shutdown(std::net::Shutdown::Write);
             let _ = theirs.read_to_end(&mut Vec::new());
         });
-        if let Ok(mut device) = Fs::new(socket, "husk") {
+        if let Ok(mut device) = Fs::new(socket, "husk", PATIENCE) {
             prop_assert!(good >= 3);
             let guest = Guest::new(memory(), VERSION_1);
             prop_assert!(guest.activate(&mut device, VERSION_1).is_err());
