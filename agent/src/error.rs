@@ -80,6 +80,8 @@ pub enum Error {
     },
     #[error("process already finished")]
     Finished,
+    #[error("process {exec_id:?} of container {id:?} is still being made")]
+    NotMade { id: String, exec_id: String },
     #[error("process {exec_id:?} of container {id:?} has not ended")]
     StillRunning { id: String, exec_id: String },
     #[error("the process has no terminal")]
@@ -113,9 +115,11 @@ impl Error {
                 Code::ALREADY_EXISTS
             }
             Self::BadId { .. } | Self::Invalid { .. } | Self::Json { .. } => Code::INVALID_ARGUMENT,
-            Self::NoSandbox | Self::State { .. } | Self::NoTerminal | Self::StillRunning { .. } => {
-                Code::FAILED_PRECONDITION
-            }
+            Self::NoSandbox
+            | Self::State { .. }
+            | Self::NoTerminal
+            | Self::NotMade { .. }
+            | Self::StillRunning { .. } => Code::FAILED_PRECONDITION,
             Self::TooMany { .. } => Code::RESOURCE_EXHAUSTED,
             Self::Deadline { .. } => Code::DEADLINE_EXCEEDED,
             Self::Storage(StorageError::Deadline { .. }) => Code::DEADLINE_EXCEEDED,

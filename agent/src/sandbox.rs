@@ -12,6 +12,7 @@ use husk_protocol::{limit, path};
 use tokio::sync::OnceCell;
 
 use crate::clock;
+use crate::container::attempt::{Attempt, Underway, attempt};
 use crate::container::{Container, Order, PidSource, Surroundings};
 use crate::error::{Doing, Error, OsError};
 use crate::events::{Event, EventQueue, Events};
@@ -47,7 +48,7 @@ pub struct Sandbox {
 /// What an id stands for.
 #[derive(Debug)]
 enum Slot {
-    Creating,
+    Creating(Underway),
     Ready(Arc<Container>),
     Deleting,
 }
@@ -158,7 +159,7 @@ impl Sandbox {
         if !matches!(*lock(&self.pod), Pod::Created { .. }) {
             return Err(Error::NoSandbox);
         }
-        {
+        let attempt = {
             let mut containers = lock(&self.containers);
             if containers.len() >= limit::CONTAINERS {
                 return Err(Error::TooMany {
@@ -169,9 +170,11 @@ impl Sandbox {
             if containers.contains_key(&id) {
                 return Err(Error::ContainerExists { id });
             }
-            containers.insert(id.clone(), Slot::Creating);
-        }
-        let made = self.create_reserved(request).await;
+            let (attempt, underway) = attempt();
+            containers.insert(id.clone(), Slot::Creating(underway));
+            attempt
+        };
+        let made = self.create_reserved(request, &attempt).await;
         let mut containers = lock(&self.containers);
         match made {
             Ok(container) => {
@@ -187,7 +190,11 @@ impl Sandbox {
         }
     }
 
-    async fn create_reserved(&self, request: CreateContainerRequest) -> Result<Container, Error> {
+    async fn create_reserved(
+        &self,
+        request: CreateContainerRequest,
+        attempt: &Attempt,
+    ) -> Result<Container, Error> {
         let spec: Spec = parse("oci_spec", &request.oci_spec)?;
         let pid_namespace = self.pid_source(&spec).await?;
         let storages = storage::mount_all(request.storages).await?;
@@ -199,7 +206,7 @@ impl Sandbox {
             terminal: request.terminal,
             devices: storages.iter().filter_map(Mounted::device).collect(),
         };
-        match Container::create(order, &self.around).await {
+        match Container::create(order, &self.around, attempt).await {
             Ok(container) => {
                 container.keep_storages(storages);
                 Ok(container)
@@ -245,20 +252,22 @@ impl Sandbox {
         }
     }
 
-    /// Ends a container and what was made for it.
+    /// Ends a container and what was made for it. The creation of one that is
+    /// not ready yet is given up, and nothing is left of it afterwards.
     pub async fn delete_container(&self, id: &str) -> Result<(), Error> {
-        let container = {
-            let mut containers = lock(&self.containers);
-            match containers.get_mut(id) {
-                Some(slot @ Slot::Ready(_)) => match std::mem::replace(slot, Slot::Deleting) {
-                    Slot::Ready(container) => container,
-                    other => {
-                        *slot = other;
-                        return Err(Error::NoContainer { id: id.to_owned() });
-                    }
-                },
-                _ => return Err(Error::NoContainer { id: id.to_owned() }),
-            }
+        let underway = match lock(&self.containers).get(id) {
+            Some(Slot::Creating(underway)) => Some(underway.clone()),
+            _ => None,
+        };
+        if let Some(underway) = &underway {
+            underway.give_up();
+            underway.over().await;
+        }
+        let Some(container) = self.take_to_delete(id) else {
+            return match underway {
+                Some(_) => Ok(()),
+                None => Err(Error::NoContainer { id: id.to_owned() }),
+            };
         };
         match container.end().await {
             Ok(storages) => {
@@ -272,6 +281,17 @@ impl Sandbox {
                 Err(error)
             }
         }
+    }
+
+    fn take_to_delete(&self, id: &str) -> Option<Arc<Container>> {
+        let mut containers = lock(&self.containers);
+        let slot = containers.get_mut(id)?;
+        let Slot::Ready(container) = &*slot else {
+            return None;
+        };
+        let container = Arc::clone(container);
+        *slot = Slot::Deleting;
+        Some(container)
     }
 
     /// The next thing worth telling.

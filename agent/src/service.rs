@@ -141,7 +141,7 @@ impl Agent for Service {
         if request.all {
             container.signal_all(signal)?;
         } else {
-            container.process(&request.exec_id)?.signal(signal)?;
+            container.signal(&request.exec_id, signal)?;
         }
         Ok(Empty::new())
     }
@@ -230,7 +230,7 @@ impl Agent for Service {
         request: ProcessRequest,
     ) -> ttrpc::Result<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
-        container.delete_process(&request.exec_id)?;
+        to_the_end(async move { container.delete_process(&request.exec_id).await }).await?;
         Ok(Empty::new())
     }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use husk_protocol::agent::Streams;
 use husk_protocol::limit;
 
+use super::attempt::{Attempt, Underway, attempt};
 use super::process::Process;
 use super::{Container, Surroundings, end_unconfirmed, launch, terminal_of};
 use crate::error::{Doing, Error};
@@ -37,6 +38,15 @@ impl std::ops::Deref for ProcessRef<'_> {
     }
 }
 
+/// What an exec id stands for.
+#[derive(Debug)]
+pub enum Exec {
+    /// A process that is being made.
+    Making(Underway),
+    /// One that runs or has ended.
+    Made(Arc<Process>),
+}
+
 impl Container {
     /// Runs another process.
     pub async fn exec(
@@ -51,13 +61,19 @@ impl Container {
         if process.capabilities.is_none() {
             process.capabilities.clone_from(&self.process.capabilities);
         }
-        self.reserve_exec(exec_id)?;
-        let made = self.exec_reserved(process, streams, terminal, around).await;
+        let attempt = self.reserve_exec(exec_id)?;
+        let made = self
+            .exec_reserved(process, streams, terminal, around, &attempt)
+            .await;
         let mut execs = lock(&self.execs);
         match made {
             Ok(process) => {
                 let process = Arc::new(process);
-                execs.insert(exec_id.to_owned(), Some(Arc::clone(&process)));
+                execs.insert(exec_id.to_owned(), Exec::Made(Arc::clone(&process)));
+                if attempt.is_given_up() {
+                    // As late as if it had run already.
+                    let _ = process.signal(libc::SIGKILL);
+                }
                 Ok(process)
             }
             Err(error) => {
@@ -67,7 +83,7 @@ impl Container {
         }
     }
 
-    fn reserve_exec(&self, exec_id: &str) -> Result<(), Error> {
+    fn reserve_exec(&self, exec_id: &str) -> Result<Attempt, Error> {
         let mut execs = lock(&self.execs);
         if execs.len() >= limit::EXECS {
             return Err(Error::TooMany {
@@ -77,8 +93,9 @@ impl Container {
         }
         match execs.entry(exec_id.to_owned()) {
             Entry::Vacant(slot) => {
-                slot.insert(None);
-                Ok(())
+                let (attempt, underway) = attempt();
+                slot.insert(Exec::Making(underway));
+                Ok(attempt)
             }
             Entry::Occupied(_) => Err(Error::ProcessExists {
                 id: self.id.clone(),
@@ -93,6 +110,7 @@ impl Container {
         streams: &Streams,
         terminal: bool,
         around: &Surroundings,
+        attempt: &Attempt,
     ) -> Result<Process, Error> {
         let pidfd = self.first.pidfd().try_clone();
         let pidfd = pidfd.doing("open", "the container's process")?;
@@ -112,7 +130,8 @@ impl Container {
         };
         let (stdio, child_streams) = Stdio::connect(&around.dialler, streams, terminal).await?;
         child_streams.hand_over(uid, gid)?;
-        let launched = launch::launch(&around.reaper, &plan, child_streams, &[pidfd]).await?;
+        let launched =
+            launch::launch(&around.reaper, &plan, child_streams, &[pidfd], attempt).await?;
         let terminal = terminal_of(launched.terminal);
         let wired = terminal.and_then(|terminal| {
             let streams = stdio.start(terminal.as_ref())?;
@@ -123,7 +142,8 @@ impl Container {
             let _ = launched.child.pidfd.signal(libc::SIGKILL);
         })?;
         let process = Process::new(launched.child, terminal, streams, || ());
-        if let Err(error) = launch::confirm(launched.channel).await {
+        let confirmed = launch::confirm(launched.channel, launched.deadline);
+        if let Err(error) = attempt.work(confirmed).await {
             end_unconfirmed(&process, &error).await?;
             return Err(error.into());
         }
@@ -136,20 +156,8 @@ impl Container {
             return Ok(ProcessRef::First(&self.first));
         }
         match lock(&self.execs).get(exec_id) {
-            Some(Some(process)) => Ok(ProcessRef::Exec(Arc::clone(process))),
-            _ => Err(self.no_process(exec_id)),
-        }
-    }
-
-    /// Forgets an ended process.
-    pub fn delete_process(&self, exec_id: &str) -> Result<(), Error> {
-        let mut execs = lock(&self.execs);
-        match execs.get(exec_id) {
-            Some(Some(process)) if process.ended().is_some() => {
-                execs.remove(exec_id);
-                Ok(())
-            }
-            Some(_) => Err(Error::StillRunning {
+            Some(Exec::Made(process)) => Ok(ProcessRef::Exec(Arc::clone(process))),
+            Some(Exec::Making(_)) => Err(Error::NotMade {
                 id: self.id.clone(),
                 exec_id: exec_id.to_owned(),
             }),
@@ -157,17 +165,61 @@ impl Container {
         }
     }
 
+    /// Signals one process. What is still being made is given up when it is
+    /// killed.
+    pub fn signal(&self, exec_id: &str, signal: i32) -> Result<(), Error> {
+        if signal == libc::SIGKILL
+            && let Some(Exec::Making(underway)) = lock(&self.execs).get(exec_id)
+        {
+            underway.give_up();
+            return Ok(());
+        }
+        self.process(exec_id)?.signal(signal)
+    }
+
+    /// Forgets an ended process. One that is still being made is given up, and
+    /// nothing is left of it afterwards.
+    pub async fn delete_process(&self, exec_id: &str) -> Result<(), Error> {
+        let underway = {
+            let mut execs = lock(&self.execs);
+            match execs.get(exec_id) {
+                Some(Exec::Making(underway)) => underway.clone(),
+                Some(Exec::Made(process)) if process.ended().is_some() => {
+                    execs.remove(exec_id);
+                    return Ok(());
+                }
+                Some(Exec::Made(_)) => return Err(self.still_running(exec_id)),
+                None => return Err(self.no_process(exec_id)),
+            }
+        };
+        underway.give_up();
+        underway.over().await;
+        match lock(&self.execs).contains_key(exec_id) {
+            true => Err(self.still_running(exec_id)),
+            false => Ok(()),
+        }
+    }
+
     /// All processes, with the ids of those made by exec.
     pub fn processes(&self) -> Result<Vec<(i32, String)>, Error> {
         let mut ids = HashMap::new();
-        for (exec_id, process) in lock(&self.execs).iter() {
+        for (exec_id, exec) in lock(&self.execs).iter() {
             // The number of an ended one may be another's.
-            if let Some(process) = process.as_ref().filter(|process| process.ended().is_none()) {
+            if let Exec::Made(process) = exec
+                && process.ended().is_none()
+            {
                 ids.insert(process.pid(), exec_id.clone());
             }
         }
         let with_id = |pid| (pid, ids.remove(&pid).unwrap_or_default());
         Ok(self.cgroup.processes()?.into_iter().map(with_id).collect())
+    }
+
+    fn still_running(&self, exec_id: &str) -> Error {
+        Error::StillRunning {
+            id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+        }
     }
 
     fn no_process(&self, exec_id: &str) -> Error {

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
+use super::attempt::Attempt;
 use crate::error::{Doing, OsError};
 use crate::init::channel::{AgentChannel, inherit, keep};
 use crate::init::plan::{Failure, Kind, Order, Plan, Report};
@@ -17,8 +19,10 @@ use crate::pidfd::PidFd;
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::ChildStreams;
 
-/// Mounts of hung file systems are the only slow thing a helper meets.
-const DEADLINE: Duration = Duration::from_secs(60);
+/// Mounts of hung file systems are the only slow thing a helper meets. With the
+/// end of what was killed it is below the shim's 60 s: who asks shall hear what
+/// became of it.
+const DEADLINE: Duration = Duration::from_secs(40);
 
 /// How long a killed helper may take to end: one in a request to a file system
 /// that the container itself serves may take for ever.
@@ -36,6 +40,8 @@ pub enum LaunchError {
     OutOfMemory,
     #[error("the process was not made within {seconds} s")]
     Deadline { seconds: u64 },
+    #[error("the process was given up while it was being made")]
+    GivenUp,
     #[error(transparent)]
     Os(#[from] OsError),
 }
@@ -49,6 +55,8 @@ pub struct Launched {
     pub channel: AgentChannel,
     /// The master of its terminal.
     pub terminal: Option<OwnedFd>,
+    /// By when it has to run, if it needs no release.
+    pub deadline: Instant,
 }
 
 /// A process of which its helper has told.
@@ -69,7 +77,9 @@ pub async fn launch(
     plan: &Plan,
     streams: ChildStreams,
     inherited: &[OwnedFd],
+    attempt: &Attempt,
 ) -> Result<Launched, LaunchError> {
+    let deadline = Instant::now() + DEADLINE;
     let (channel, theirs) = AgentChannel::pair().doing("make", "a channel")?;
     for fd in inherited {
         inherit(fd).doing("leave open", fd.as_raw_fd())?;
@@ -83,21 +93,17 @@ pub async fn launch(
     let helper = helper?;
     let mut child = None;
     let dialogue = converse(channel, plan, &helper, reaper, &mut child);
-    let result = match tokio::time::timeout(DEADLINE, dialogue).await {
-        Ok(result) => result,
-        Err(_) => Err(LaunchError::Deadline {
-            seconds: DEADLINE.as_secs(),
-        }),
-    };
+    let result = attempt.work(before(deadline, dialogue)).await;
     match (result, child) {
         (Ok((channel, terminal)), Some(child)) => Ok(Launched {
             child,
             channel,
             terminal,
+            deadline,
         }),
         (Ok(_), None) => Err(LaunchError::Ended),
         (Err(error), child) => {
-            // Both end by themselves on any error of theirs; not on a deadline.
+            // Both end by themselves on any error of theirs; not on one of ours.
             let _ = helper.pidfd.signal(libc::SIGKILL);
             if let Some(child) = child {
                 let _ = child.pidfd.signal(libc::SIGKILL);
@@ -194,17 +200,27 @@ fn write_id_maps(pid: i32, spec: &Spec) -> Result<(), OsError> {
 pub async fn release(mut channel: AgentChannel) -> Result<(), LaunchError> {
     // A process killed meanwhile has closed its end: its exit tells.
     let _ = channel.send(&Order::Continue).await;
-    confirm(channel).await
+    confirm(channel, Instant::now() + DEADLINE).await
 }
 
 /// Waits until a process that needs no release runs its program.
-pub async fn confirm(mut channel: AgentChannel) -> Result<(), LaunchError> {
-    match tokio::time::timeout(DEADLINE, channel.receive::<Report>()).await {
-        Ok(Ok(Some((Report::Failure(failure), _)))) => Err(LaunchError::Reported(failure)),
-        // The end: the channel closes at the execution.
-        Ok(_) => Ok(()),
-        Err(_) => Err(LaunchError::Deadline {
-            seconds: DEADLINE.as_secs(),
-        }),
-    }
+pub async fn confirm(mut channel: AgentChannel, deadline: Instant) -> Result<(), LaunchError> {
+    let executed = async {
+        match channel.receive::<Report>().await {
+            Ok(Some((Report::Failure(failure), _))) => Err(LaunchError::Reported(failure)),
+            // The end: the channel closes at the execution.
+            _ => Ok(()),
+        }
+    };
+    before(deadline, executed).await
+}
+
+async fn before<T>(
+    deadline: Instant,
+    work: impl Future<Output = Result<T, LaunchError>>,
+) -> Result<T, LaunchError> {
+    let done = tokio::time::timeout_at(deadline, work).await;
+    done.unwrap_or(Err(LaunchError::Deadline {
+        seconds: DEADLINE.as_secs(),
+    }))
 }

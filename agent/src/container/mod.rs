@@ -1,5 +1,6 @@
 //! One container: made, started, joined by more processes, ended, removed.
 
+pub mod attempt;
 pub mod cgroup;
 mod device_filter;
 mod exec;
@@ -33,7 +34,9 @@ use crate::reaper::Reaper;
 use crate::socket::Dialler;
 use crate::stdio::{Stdio, Terminal};
 use crate::storage::Mounted;
+use attempt::Attempt;
 use cgroup::Cgroup;
+use exec::Exec;
 use id_map::IdMaps;
 
 /// How long a killed process may take to end.
@@ -89,7 +92,7 @@ pub struct Container {
     cgroup: Arc<Cgroup>,
     first: Process,
     phase: Mutex<Phase>,
-    execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
+    execs: Mutex<HashMap<String, Exec>>,
     storages: Mutex<Vec<Mounted>>,
     /// `CLONE_NEW*` flags for those who join.
     namespaces: CloneFlags,
@@ -121,9 +124,13 @@ enum Phase {
 impl Container {
     /// Makes a container whose storages are mounted. When it fails, nothing
     /// but those is left.
-    pub async fn create(order: Order, around: &Surroundings) -> Result<Self, Error> {
+    pub async fn create(
+        order: Order,
+        around: &Surroundings,
+        attempt: &Attempt,
+    ) -> Result<Self, Error> {
         let cgroup = Arc::new(Cgroup::create(&around.cgroup_root, &order.id)?);
-        let made = Self::create_in(order, around, Arc::clone(&cgroup)).await;
+        let made = Self::create_in(order, around, Arc::clone(&cgroup), attempt).await;
         if made.is_err()
             && let Err(error) = cgroup.remove().await
         {
@@ -136,6 +143,7 @@ impl Container {
         order: Order,
         around: &Surroundings,
         cgroup: Arc<Cgroup>,
+        attempt: &Attempt,
     ) -> Result<Self, Error> {
         let mut spec = order.spec;
         devices::drop_foreign(&mut spec.linux.devices, &order.devices);
@@ -181,7 +189,7 @@ impl Container {
                 pid_namespace,
             })),
         };
-        let launched = launch::launch(&around.reaper, &plan, streams, &inherited).await;
+        let launched = launch::launch(&around.reaper, &plan, streams, &inherited, attempt).await;
         let launched = launched.map_err(|error| match error {
             LaunchError::Ended if cgroup.oom_kills() > 0 => LaunchError::OutOfMemory,
             error => error,
@@ -363,7 +371,7 @@ impl Phase {
 /// A process that says that it can't run its program ends by itself, one that
 /// says nothing doesn't. The caller shall find it ended.
 async fn end_unconfirmed(process: &Process, error: &LaunchError) -> Result<(), Error> {
-    if matches!(error, LaunchError::Deadline { .. }) {
+    if matches!(error, LaunchError::Deadline { .. } | LaunchError::GivenUp) {
         let _ = process.signal(libc::SIGKILL);
     }
     let ended = tokio::time::timeout(END_DEADLINE, process.wait()).await;

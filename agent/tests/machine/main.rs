@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod agent;
+mod given_up;
 mod guest;
 mod isolation;
 mod lifecycle;
