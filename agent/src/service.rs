@@ -138,7 +138,8 @@ impl Agent for Service {
     async fn signal(&self, _: &TtrpcContext, request: SignalRequest) -> ttrpc::Result<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
         let signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
-        if request.all {
+        // Who names one process means no other.
+        if request.all && request.exec_id.is_empty() {
             container.signal_all(signal)?;
         } else {
             container.signal(&request.exec_id, signal)?;

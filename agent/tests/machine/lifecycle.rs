@@ -154,6 +154,19 @@ agent_test! {
 }
 
 agent_test! {
+    async fn a_kill_of_all_that_names_a_process_ends_only_that(agent: Agent) {
+        let mut streams = agent.run("a", &agent.spec(&["/bin/sh", "-c", "read line; exit 3"])).await;
+        let sleep = json!({"user": {"uid": 0, "gid": 0}, "args": ["sleep", "1000"], "env": ["PATH=/bin"], "cwd": "/"});
+        agent.exec("a", "e", &sleep).await.unwrap();
+        agent.signal("a", "e", libc::SIGKILL, true).await.unwrap();
+        assert_eq!(agent.wait("a", "e").await.exit_code, 137);
+        streams.write("\n").await;
+        assert_eq!(agent.wait("a", "").await.exit_code, 3);
+        agent.delete("a").await;
+    }
+}
+
+agent_test! {
     async fn a_real_time_signal_ends_a_process_too(agent: Agent) {
         let mut streams = agent.run("a", &agent.spec(&["/bin/sh", "-c", "echo ready; exec sleep 1000"])).await;
         streams.read_until("ready").await;
