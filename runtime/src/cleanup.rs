@@ -61,6 +61,11 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
     let state_dir = StateDir::new(&config.state_dir, &namespace, &pod);
     let state = state_dir.read().unwrap_or_default();
     let pid = state.vmm.map_or(0, |vmm| vmm.pid);
+    // containerd asks when it closes its connection, which it does when the pod's
+    // own container is deleted. The shim ends by itself after the last one.
+    if state.is_deleted && state.shim.is_some_and(Process::is_alive) {
+        return answer(pid);
+    }
     let bundle = flags
         .bundle
         .clone()
@@ -86,6 +91,10 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
     if !socket.answers() {
         socket.remove();
     }
+    answer(pid)
+}
+
+fn answer(pid: u32) -> Result<(), CleanupError> {
     let response = DeleteResponse {
         pid,
         exit_status: EXIT_CODE,
@@ -110,7 +119,7 @@ fn socket_dir(bundle: &Path) -> PathBuf {
 /// The process ends by itself in time.
 fn ends(process: Process, patience: Duration) -> bool {
     let began = Instant::now();
-    while Process::find(process.pid) == Some(process) {
+    while process.is_alive() {
         if began.elapsed() >= patience {
             return false;
         }

@@ -18,14 +18,23 @@ pub struct Process {
 }
 
 impl Process {
-    /// The process `pid`, if there is one.
+    /// The process `pid`, if there is one that has not ended.
     pub fn find(pid: u32) -> Option<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The name may hold anything; what follows its parenthesis does not.
         let (_, fields) = stat.rsplit_once(')')?;
-        // proc_pid_stat(5): field 22, and field 3 follows the name.
-        let start_ticks = fields.split_ascii_whitespace().nth(22 - 3)?.parse().ok()?;
+        // proc_pid_stat(5): fields 3 and 22; the third follows the name.
+        let mut fields = fields.split_ascii_whitespace();
+        if matches!(fields.next()?, "Z" | "X") {
+            return None;
+        }
+        let start_ticks = fields.nth(22 - 4)?.parse().ok()?;
         Some(Self { pid, start_ticks })
+    }
+
+    /// It has not ended.
+    pub fn is_alive(self) -> bool {
+        Self::find(self.pid) == Some(self)
     }
 
     /// Ends it, if it still is the same, and waits for that.
@@ -67,7 +76,7 @@ impl Process {
         let pid = Pid::from_raw(i32::try_from(self.pid).ok()?)?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
         // Looked at after opening: what is open now cannot be another.
-        (Self::find(self.pid) == Some(self)).then_some(pidfd)
+        self.is_alive().then_some(pidfd)
     }
 }
 
@@ -87,6 +96,8 @@ mod tests {
         later.kill(Duration::from_millis(100));
         assert!(child.try_wait().unwrap().is_none());
         process.kill(Duration::from_secs(5));
+        // Though nobody has waited for it yet.
+        assert!(!process.is_alive());
         assert!(!child.wait().unwrap().success());
         assert_eq!(Process::find(child.id()), None);
     }

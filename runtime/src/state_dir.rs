@@ -35,6 +35,9 @@ pub struct State {
     pub vmm: Option<Process>,
     /// Its file server.
     pub file_server: Option<Process>,
+    /// containerd has been told that the pod's own container is deleted, while
+    /// the shim still serves others.
+    pub is_deleted: bool,
     /// Its cgroup, below the mount point of cgroup v2.
     pub cgroup: Option<PathBuf>,
     /// Its start.

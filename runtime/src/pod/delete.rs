@@ -64,7 +64,12 @@ impl Pod {
                 return Err(container.init.refuse("delete", id));
             }
         }
-        self.containers.remove(id).ok_or_else(|| not_found(id))
+        let removed = self.containers.remove(id).ok_or_else(|| not_found(id))?;
+        if matches!(removed.kind, Kind::Sandbox) && !self.containers.is_empty() {
+            self.state.is_deleted = true;
+            self.write_state();
+        }
+        Ok(removed)
     }
 
     fn delete_container(&mut self, id: String, mut container: Container) {

@@ -24,6 +24,7 @@ pub const CASES: &[Case] = &[
     ("pod_restarts_its_only_container", restart),
     ("pod_takes_its_containers_with_it", killed_at_once),
     ("pod_stays_until_its_last_deletion", deleted_at_once),
+    ("pod_may_be_deleted_before_its_container", deleted_first),
     ("pod_shares_a_volume_until_its_last_user", shared_volume),
     ("pod_of_the_sandbox_api", sandbox_api),
 ];
@@ -171,6 +172,28 @@ fn killed_at_once() {
         assert_eq!(ids, ["c3", "p3"]);
         shim.delete("c3", "").await.unwrap();
         remove(&node, &shim, "p3").await;
+    });
+}
+
+fn deleted_first() {
+    block_on(async {
+        let node = Node::new().await;
+        let shim = up(&node, "p7").await;
+        add(&node, &shim, &member(&node, "c7", "p7", &["sleep"])).await;
+        kill(&shim, "p7").await;
+        assert_eq!(shim.wait("p7", "").await.unwrap().exit_status, 137);
+        shim.delete("p7", "").await.unwrap();
+        // containerd closes its connection, and then does this.
+        let dir = node.path("bundles").join("p7");
+        let bundle = dir.display().to_string();
+        let output = node.shim(&["-id", "p7", "-bundle", &bundle, "delete"], &dir, b"");
+        assert!(output.status.success());
+        assert_eq!(shim.wait("c7", "").await.unwrap().exit_status, 137);
+        shim.delete("c7", "").await.unwrap();
+        node.events.wait_for("/tasks/delete", 2).await;
+        shim.shut_down("c7").await;
+        shim.assert_gone().await;
+        node.assert_clean();
     });
 }
 
