@@ -90,6 +90,11 @@ pub fn attach(kind: &str, source: &Path, target: &Path, options: &[String]) -> i
         copy.forbid_writing(options.read_only)?;
         return copy.attach(target);
     }
+    let is_map = |option: &&String| option.starts_with("uidmap=") || option.starts_with("gidmap=");
+    if let Some(option) = options.data.iter().find(is_map) {
+        let text = format!("{option}: mapped owners (hostUsers: false) are not supported");
+        return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+    }
     let mut flags = options.flags | FORBIDDEN;
     flags.set(MountFlags::RDONLY, options.read_only != ReadOnly::No);
     let data = options.data.join(",");
@@ -191,7 +196,8 @@ impl Options {
             "private" | "rprivate" => self.copy.follows = false,
             // Of no meaning here, or for the guest to see to.
             "defaults" | "loop" | "unbindable" | "runbindable" | "nosuid" | "suid" | "nodev"
-            | "dev" | "noexec" | "exec" => {}
+            | "dev" | "noexec" | "exec" | "async" | "atime" | "diratime" | "norelatime"
+            | "nostrictatime" => {}
             _ => self.data.push(option.to_owned()),
         }
     }

@@ -315,6 +315,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_mounted_below_later_makes_another() {
+        let Some(case) = Case::new() else { return };
+        let below = case.source.path().join("be low");
+        fs::create_dir(&below).unwrap();
+        let before = case.share(ReadOnly::No, false);
+        let _below = HostMount::new("tmpfs", "t".as_ref(), &below, &[]).unwrap();
+        fs::write(below.join("file"), "").unwrap();
+        let after = case.share(ReadOnly::No, false);
+        assert_ne!(before.guest_path(), after.guest_path());
+        assert!(case.on_node(&after).join("be low/file").exists());
+        assert!(!case.on_node(&before).join("be low/file").exists());
+        let again = case.share(ReadOnly::No, false);
+        assert_eq!(after.guest_path(), again.guest_path());
+    }
+
+    #[test]
     fn what_is_the_pods_own_is_one_for_all() {
         let Some(case) = Case::new() else { return };
         let fixed = case.share(ReadOnly::Top, true);
