@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use super::device_filter::{self, DeviceFilter};
@@ -82,7 +82,7 @@ fn enable_controllers(path: &Path) -> Result<(), OsError> {
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
-    filter: Mutex<Option<Arc<DeviceFilter>>>,
+    filter: Mutex<Option<DeviceFilter>>,
 }
 
 impl Cgroup {
@@ -125,10 +125,10 @@ impl Cgroup {
     }
 
     /// Sets which devices may be used: by these rules, and the container's own.
-    pub fn filter_devices(&self, rules: &[DeviceRule], devices: &[u64]) -> Result<(), CgroupError> {
-        let before = lock(&self.filter).clone();
-        let filter = device_filter::apply(&self.path, rules, devices, before.as_deref())?;
-        *lock(&self.filter) = filter.map(Arc::new);
+    pub fn filter_devices(&self, rules: &[DeviceRule], devices: &[u64]) -> Result<(), OsError> {
+        // Held to the end: the next one has to replace this one's.
+        let mut filter = lock(&self.filter);
+        *filter = device_filter::apply(&self.path, rules, devices, filter.as_ref())?;
         Ok(())
     }
 
