@@ -15,6 +15,7 @@ use crate::tasks::api::Process;
 pub struct Ctr {
     node: Node,
     runtime: Runtime,
+    image: &'static str,
 }
 
 impl Ctr {
@@ -23,6 +24,15 @@ impl Ctr {
         Self {
             node: node.clone(),
             runtime,
+            image: crate::image::BASE,
+        }
+    }
+
+    /// The same with another image.
+    pub fn with_image(&self, image: &'static str) -> Self {
+        Self {
+            image,
+            ..self.clone()
         }
     }
 
@@ -51,7 +61,7 @@ impl Ctr {
     pub fn run_command(&self, flags: &[&str], id: &str, command: &[&str]) -> Command {
         let mut args = vec!["run", "--runtime", self.runtime.ctr_name()];
         args.extend(flags);
-        args.extend([crate::image::BASE, id]);
+        args.extend([self.image, id]);
         args.extend(command);
         self.command(&args)
     }

@@ -37,7 +37,7 @@ pub fn install_for(node: &Node, probe: &Path, busybox: &Path) -> Result<()> {
     let cri = Cri::connect(node.socket.clone(), Duration::from_secs(30) * node.slowness)?;
     let pause_name = pause_name(&cri.status()?);
     let base = node.work.join("base.tar");
-    archive(&base, BASE, &base_layer(probe, busybox)?, &["/bin/sh"])?;
+    archive(&base, BASE, &[base_layer(probe, busybox)?], &["/bin/sh"])?;
     import(node, NAMESPACE, &base)?;
     import(node, CRI_NAMESPACE, &base)?;
     let known = ctr(
@@ -52,12 +52,29 @@ pub fn install_for(node: &Node, probe: &Path, busybox: &Path) -> Result<()> {
         archive(
             &pause,
             &pause_name,
-            &pause_layer(probe)?,
+            &[pause_layer(probe)?],
             &["/probe", "pause"],
         )?;
         import(node, CRI_NAMESPACE, &pause)?;
     }
     Ok(())
+}
+
+/// Gives the cases' namespace an image of the probe and `count` layers more, each
+/// with one file in `/layers`.
+pub fn install_layers(node: &Node, name: &str, count: usize) -> Result<()> {
+    let mut layers = vec![pause_layer(&node.work.join("probe"))?];
+    for number in 0..count {
+        let mut layer = Builder::new(Vec::new());
+        let path = format!("layers/{number}");
+        entry(&mut layer, &path, EntryType::Regular, 0o644, &[])?;
+        layers.push(layer.into_inner()?);
+    }
+    let file = node.work.join("layers.tar");
+    archive(&file, name, &layers, &["/probe"])?;
+    let imported = import(node, NAMESPACE, &file);
+    fs::remove_file(&file)?;
+    imported
 }
 
 fn import(node: &Node, namespace: &str, file: &Path) -> Result<()> {
@@ -170,8 +187,9 @@ fn link(tar: &mut Builder<Vec<u8>>, path: &str, target: &str) -> Result<()> {
     Ok(tar.append_link(&mut header, path, target)?)
 }
 
-/// Writes an OCI image layout of one layer as a tar archive.
-fn archive(file: &Path, name: &str, layer: &[u8], entrypoint: &[&str]) -> Result<()> {
+/// Writes an OCI image layout as a tar archive.
+fn archive(file: &Path, name: &str, layers: &[Vec<u8>], entrypoint: &[&str]) -> Result<()> {
+    let diff_ids: Vec<_> = layers.iter().map(|layer| digest(layer)).collect();
     let config = json!({
         "architecture": "amd64",
         "os": "linux",
@@ -180,14 +198,16 @@ fn archive(file: &Path, name: &str, layer: &[u8], entrypoint: &[&str]) -> Result
             "Env": ["PATH=/bin", "FROM_IMAGE=yes"],
             "WorkingDir": "/",
         },
-        "rootfs": { "type": "layers", "diff_ids": [digest(layer)] },
+        "rootfs": { "type": "layers", "diff_ids": diff_ids },
     });
     let config = serde_json::to_vec(&config)?;
+    let of_layer = |layer: &Vec<u8>| descriptor("application/vnd.oci.image.layer.v1.tar", layer);
+    let layer_descriptors: Vec<_> = layers.iter().map(of_layer).collect();
     let manifest = json!({
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": descriptor("application/vnd.oci.image.config.v1+json", &config),
-        "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", layer)],
+        "layers": layer_descriptors,
     });
     let manifest = serde_json::to_vec(&manifest)?;
     let mut in_index = descriptor("application/vnd.oci.image.manifest.v1+json", &manifest);
@@ -204,7 +224,7 @@ fn archive(file: &Path, name: &str, layer: &[u8], entrypoint: &[&str]) -> Result
         br#"{"imageLayoutVersion":"1.0.0"}"#,
     )?;
     entry(&mut tar, "index.json", EntryType::Regular, 0o644, &index)?;
-    for blob in [layer, &config, &manifest] {
+    for blob in layers.iter().chain([&config, &manifest]) {
         let path = format!(
             "blobs/sha256/{}",
             digest(blob).trim_start_matches("sha256:")

@@ -6,8 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::thread;
 
-const USAGE: &str =
-    "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | pattern BYTES | check BYTES";
+const USAGE: &str = "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | pattern BYTES | check BYTES | count DIR";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -20,6 +19,7 @@ fn main() -> ExitCode {
         ["eat", mib] => number(mib).and_then(eat),
         ["pattern", bytes] => number(bytes).and_then(pattern),
         ["check", bytes] => number(bytes).and_then(check),
+        ["count", dir] => count(dir),
         _ => Err(io::Error::other(USAGE)),
     };
     match done {
@@ -33,6 +33,12 @@ fn main() -> ExitCode {
 
 fn number(text: &str) -> io::Result<u64> {
     text.parse().map_err(io::Error::other)
+}
+
+/// Prints how many entries a directory has.
+fn count(dir: &str) -> io::Result<()> {
+    println!("{}", std::fs::read_dir(dir)?.count());
+    Ok(())
 }
 
 /// As PID 1 of a guest: says that it is there, and ends the machine.

@@ -20,6 +20,7 @@ pub const CASES: &[Case] = &[
     case("run/kernel-files", 20, kernel_files),
     case("run/missing-command", 20, missing_command),
     case("run/rm-leaves-nothing", 20, rm_leaves_nothing),
+    case("run/many-layers", 60, many_layers),
 ];
 
 fn output(bench: &Bench) -> Result<()> {
@@ -271,5 +272,21 @@ fn rm_leaves_nothing(bench: &Bench) -> Result<()> {
         let shown = bench.ctr.call(list)?.ok()?.out();
         ensure!(!shown.contains(&id), "{list:?} still shows {id}:\n{shown}");
     }
+    Ok(())
+}
+
+/// Paths of so many layers do not fit into the options of one mount.
+fn many_layers(bench: &Bench) -> Result<()> {
+    const IMAGE: &str = "husk.test/layers:1";
+    const LAYERS: usize = 70;
+    crate::image::install_layers(&bench.node, IMAGE, LAYERS)?;
+    let ctr = bench.ctr.with_image(IMAGE);
+    let done = ctr.run(&[], &bench.id(), &["/probe", "count", "/layers"]);
+    bench
+        .ctr
+        .call(&["images", "remove", "--sync", IMAGE])?
+        .ok()?;
+    let done = done?.ok()?;
+    ensure!(done.out() == format!("{LAYERS}\n"), "{}", done.tail());
     Ok(())
 }
