@@ -4,73 +4,135 @@
 use std::convert::Infallible;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::process::WaitOptions;
+use tokio::task::JoinHandle;
 
-use crate::container::LaunchError;
+use crate::container::cgroup::Cgroup;
+use crate::container::{Child, Helper, LaunchError};
 use crate::error::{Doing, OsError};
 use crate::init::capabilities::Capabilities;
 use crate::init::channel::{AgentChannel, HelperChannel};
 use crate::init::mount_options::MountOptions;
 use crate::init::plan::{Order, Report};
 use crate::init::{self, InitError, mounts, namespaces, rootfs};
+use crate::kernel_file;
+use crate::reaper::Reaper;
 use crate::sandbox::STAGE;
+use crate::stdio::ChildStreams;
 
 /// Whom nothing belongs to.
 const NOBODY: u32 = 65534;
 
+/// Its cgroup: containers' ids don't start with a dot.
+const CGROUP: &str = ".holder";
+
+/// A tracer shall get nothing from it that its own container doesn't give.
+const LIMITS: [(&str, &str); 2] = [("pids.max", "1"), ("memory.max", "16M")];
+
+/// How eagerly the kernel kills it for memory: all containers' processes end
+/// with it. That of a node's pause container.
+const OOM_SCORE: &str = "-998";
+
 /// A held PID namespace.
 #[derive(Debug)]
-pub struct PidNamespace(File);
+pub struct PidNamespace {
+    file: File,
+    /// Ends when nothing is left of the holder.
+    watch: JoinHandle<()>,
+}
 
 impl PidNamespace {
     /// Makes one.
-    pub async fn make() -> Result<Self, LaunchError> {
-        let (mut channel, theirs) = AgentChannel::pair().doing("make", "a channel")?;
-        spawn(theirs)?;
-        let mut namespace = None;
-        loop {
-            let report = channel.receive::<Report>().await;
-            match (report.doing("hear", "the holder")?, namespace.take()) {
-                (Some((Report::Child(pid), _)), _) => {
-                    let file = format!("/proc/{pid}/ns/pid");
-                    namespace = Some(File::open(&file).doing("open", &file)?);
-                    let answered = channel.send(&Order::Continue).await;
-                    answered.doing("tell", "the holder")?;
-                }
-                // It ends with the guest: nobody waits.
-                (Some((Report::Ready, _)), Some(namespace)) => return Ok(Self(namespace)),
-                (Some((Report::Failure(failure), _)), _) => {
-                    return Err(LaunchError::Reported(failure));
-                }
-                _ => return Err(LaunchError::Ended),
+    pub async fn make(cgroup_root: &Path, reaper: &Reaper) -> Result<Self, LaunchError> {
+        let cgroup = Cgroup::create(cgroup_root, CGROUP)?;
+        match make_in(&cgroup, reaper).await {
+            Ok((file, holder)) => Ok(Self {
+                file,
+                watch: tokio::spawn(watch_over(holder, cgroup)),
+            }),
+            Err(error) => {
+                remove(&cgroup).await;
+                Err(error)
             }
         }
     }
 
     /// To join it.
     pub fn file(&self) -> io::Result<File> {
-        self.0.try_clone()
+        self.file.try_clone()
+    }
+
+    /// Whether its holder has ended, and every process in it.
+    pub fn has_ended(&self) -> bool {
+        self.watch.is_finished()
     }
 }
 
-fn spawn(channel: OwnedFd) -> Result<(), OsError> {
-    Command::new("/proc/self/exe")
-        .args(["hold", &channel.as_raw_fd().to_string()])
-        .env_clear()
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .doing("start", "the holder")?;
+async fn make_in(cgroup: &Cgroup, reaper: &Reaper) -> Result<(File, Child), LaunchError> {
+    cgroup.filter_devices(&[], &[])?;
+    let (mut channel, theirs) = AgentChannel::pair().doing("make", "a channel")?;
+    let helper = Helper::spawn("hold", &theirs, ChildStreams::default())?;
+    drop(theirs);
+    let sent = channel.send(&cgroup.procs_file()).await;
+    sent.doing("tell", "the holder")?;
+    let mut holder = None;
+    loop {
+        let report = channel.receive::<Report>().await;
+        match (report.doing("hear", "the holder")?, holder.take()) {
+            (Some((Report::Child(pid), _)), _) => {
+                let file = format!("/proc/{pid}/ns/pid");
+                let namespace = File::open(&file).doing("open", &file)?;
+                holder = Some((namespace, helper.child(pid, reaper)?));
+                // It is made: no other process is.
+                limit(cgroup)?;
+                protect(pid);
+                let answered = channel.send(&Order::Continue).await;
+                answered.doing("tell", "the holder")?;
+            }
+            (Some((Report::Ready, _)), Some(holder)) => return Ok(holder),
+            (Some((Report::Failure(failure), _)), _) => {
+                return Err(LaunchError::Reported(failure));
+            }
+            _ => return Err(LaunchError::Ended),
+        }
+    }
+}
+
+fn limit(cgroup: &Cgroup) -> Result<(), OsError> {
+    for (name, value) in LIMITS {
+        match kernel_file::write(cgroup.path().join(name), value) {
+            // A kernel of somebody else's may lack the controller.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => log::warn!("no {name}"),
+            written => written.doing("set the holder's", name)?,
+        }
+    }
     Ok(())
+}
+
+fn protect(pid: i32) {
+    // On a machine of somebody else's we may lack the right.
+    if let Err(error) = kernel_file::write(format!("/proc/{pid}/oom_score_adj"), OOM_SCORE) {
+        log::warn!("cannot set the holder's oom_score_adj: {error}");
+    }
+}
+
+async fn watch_over(holder: Child, cgroup: Cgroup) {
+    let _ = holder.exit.await;
+    log::error!("the holder of the pod's PID namespace has ended, and all processes in it");
+    remove(&cgroup).await;
+}
+
+async fn remove(cgroup: &Cgroup) {
+    if let Err(error) = cgroup.remove().await {
+        log::error!("{}: {error}", cgroup.path().display());
+    }
 }
 
 /// Makes the namespace, tells of it, and stays.
@@ -84,6 +146,8 @@ pub fn main(fd: RawFd) -> ! {
 }
 
 fn hold(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
+    let procs: PathBuf = channel.receive().doing("read", "the cgroup")?;
+    namespaces::join_cgroup(&[procs])?;
     unshare(CloneFlags::CLONE_NEWPID).doing("make", "a PID namespace")?;
     init::become_child(channel)?;
     leave_files()?;
@@ -97,7 +161,8 @@ fn hold(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
 
 /// Containers that may trace processes reach what this one sees: nothing.
 fn leave_files() -> Result<(), InitError> {
-    unshare(CloneFlags::CLONE_NEWNS).doing("make", "a mount namespace")?;
+    let flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP;
+    unshare(flags).doing("make", "namespaces")?;
     let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", flags).doing("set the propagation of", "/")?;
     let options = MountOptions::parse(["ro", "nosuid", "nodev", "noexec"]);

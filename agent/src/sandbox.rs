@@ -231,17 +231,31 @@ impl Sandbox {
             let file = format!("/proc/{}/ns/pid", self.container(target)?.first_pid());
             return Ok(PidSource::Of(File::open(&file).doing("open", &file)?));
         }
-        let shared = match &*lock(&self.pod) {
-            Pod::Created { shared_pids, .. } => shared_pids.clone(),
-            Pod::Absent | Pod::Creating => None,
-        };
-        let Some(shared) = shared else {
+        let Some(shared) = self.shared_pids() else {
             return Ok(PidSource::Own);
         };
-        let shared = shared.get_or_try_init(PidNamespace::make).await?.file();
+        let make = || PidNamespace::make(&self.around.cgroup_root, &self.around.reaper);
+        let shared = shared.get_or_try_init(make).await?.file();
         Ok(PidSource::Of(
             shared.doing("join", "the pod's PID namespace")?,
         ))
+    }
+
+    /// The pod's PID namespace, if its containers share one. Nothing can join
+    /// one that has ended: whoever comes next has it made anew.
+    fn shared_pids(&self) -> Option<Arc<OnceCell<PidNamespace>>> {
+        let mut pod = lock(&self.pod);
+        let Pod::Created {
+            shared_pids: Some(shared),
+            ..
+        } = &mut *pod
+        else {
+            return None;
+        };
+        if shared.get().is_some_and(PidNamespace::has_ended) {
+            *shared = Arc::default();
+        }
+        Some(Arc::clone(shared))
     }
 
     /// A container by its id.

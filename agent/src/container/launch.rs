@@ -84,7 +84,7 @@ pub async fn launch(
     for fd in inherited {
         inherit(fd).doing("leave open", fd.as_raw_fd())?;
     }
-    let helper = spawn(&theirs, streams);
+    let helper = Helper::spawn("init", &theirs, streams);
     drop(theirs);
     for fd in inherited {
         // Other helpers start while we talk to this one.
@@ -121,30 +121,31 @@ pub async fn launch(
 
 /// The process that makes the child. The reaper collects it.
 #[derive(Debug)]
-struct Helper {
+pub struct Helper {
     pid: i32,
     pidfd: PidFd,
 }
 
-fn spawn(channel: &OwnedFd, streams: ChildStreams) -> Result<Helper, OsError> {
-    let or_null = |fd: Option<OwnedFd>| fd.map_or_else(Stdio::null, Stdio::from);
-    let helper = Command::new("/proc/self/exe")
-        .args(["init", &channel.as_raw_fd().to_string()])
-        .env_clear()
-        .stdin(or_null(streams.stdin))
-        .stdout(or_null(streams.stdout))
-        .stderr(or_null(streams.stderr))
-        .spawn()
-        .doing("start", "the helper")?;
-    let pid = helper.id().cast_signed();
-    // The reaper runs on this thread, so it has not been collected yet.
-    let pidfd = PidFd::open(pid).doing("open", "the helper")?;
-    Ok(Helper { pid, pidfd })
-}
-
 impl Helper {
+    /// Starts a copy of this program in a role, told over a channel.
+    pub fn spawn(role: &str, channel: &OwnedFd, streams: ChildStreams) -> Result<Self, OsError> {
+        let or_null = |fd: Option<OwnedFd>| fd.map_or_else(Stdio::null, Stdio::from);
+        let helper = Command::new("/proc/self/exe")
+            .args([role, &channel.as_raw_fd().to_string()])
+            .env_clear()
+            .stdin(or_null(streams.stdin))
+            .stdout(or_null(streams.stdout))
+            .stderr(or_null(streams.stderr))
+            .spawn()
+            .doing("start", "the helper")?;
+        let pid = helper.id().cast_signed();
+        // The reaper runs on this thread, so it has not been collected yet.
+        let pidfd = PidFd::open(pid).doing("open", "the helper")?;
+        Ok(Self { pid, pidfd })
+    }
+
     /// The child it tells of, to be watched over from now on.
-    fn child(&self, pid: i32, reaper: &Reaper) -> Result<Child, LaunchError> {
+    pub fn child(&self, pid: i32, reaper: &Reaper) -> Result<Child, LaunchError> {
         let pidfd = PidFd::open(pid).map_err(|_| LaunchError::Ended)?;
         let exit = reaper.claim(pid);
         // The child is ours to collect when its parent is gone. Then it may

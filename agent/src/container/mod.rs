@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_protocol::agent::Streams;
-pub use launch::LaunchError;
+pub use launch::{Child, Helper, LaunchError};
 use nix::sched::CloneFlags;
 pub use process::Process;
 use tokio::task::JoinHandle;

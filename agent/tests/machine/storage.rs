@@ -7,7 +7,7 @@ use husk_protocol::agent::{
 use serde_json::{Value, json};
 use ttrpc::Code;
 
-use crate::agent::{Agent, container, context, read_all, skip, status, unable};
+use crate::agent::{Agent, container, context, read_all, skip, status, unable, within};
 use crate::agent_test;
 
 fn at(mount_point: &str, source: storage::Source) -> Storage {
@@ -140,22 +140,24 @@ fn sleeper(agent: &Agent, pid_path: Option<&str>) -> Value {
     spec
 }
 
+async fn agent_with_shared_pids() -> Agent {
+    let agent = Agent::start_with("true").await;
+    let request = CreateSandboxRequest {
+        shared_pid_namespace: true,
+        ..Default::default()
+    };
+    let created = agent.client.create_sandbox(context(), &request).await;
+    created.unwrap();
+    agent
+}
+
 #[tokio::test]
 async fn a_shared_pid_namespace_is_shared_and_collects_orphans() {
     if let Some(reason) = unable() {
         skip("shared PID namespace", &reason);
         return;
     }
-    let agent = Agent::start_with("true").await;
-    let request = CreateSandboxRequest {
-        shared_pid_namespace: true,
-        ..Default::default()
-    };
-    agent
-        .client
-        .create_sandbox(context(), &request)
-        .await
-        .unwrap();
+    let agent = agent_with_shared_pids().await;
     // Nobody holds it before it is wanted.
     assert_eq!(agent.children(), Vec::<i32>::new());
     assert_eq!(agent.shell("echo $$").await, "1\n");
@@ -182,8 +184,52 @@ async fn a_shared_pid_namespace_is_shared_and_collects_orphans() {
     let expected = "/proc/1/fd/:\n\n/proc/1/root/:\nUid:\t65534\t65534\t65534\t65534\nGroups:\t \nCapPrm:\t0000000000000000\nCapBnd:\t0000000000000000\nNoNewPrivs:\t1\n";
     assert_eq!(stdout, expected, "{stderr}");
     assert!(stderr.contains("Read-only file system"), "{stderr}");
+    // Nor to devices, to more processes or to other cgroups: it has its own.
+    let line = "grep ^0: /proc/1/cgroup; cat /proc/1/oom_score_adj; readlink /proc/1/ns/cgroup";
+    let mut spec = agent.spec(&["/bin/sh", "-c", line]);
+    spec["linux"]["namespaces"][0]["path"] = json!("/proc/4242/ns/pid");
+    let caps = json!(["CAP_SYS_PTRACE"]);
+    spec["process"]["capabilities"] =
+        json!({"bounding": caps, "effective": caps, "permitted": caps});
+    let (_, stdout, stderr) = agent.output(&spec).await;
+    let outside = format!("/proc/{}/ns/cgroup", agent.pid());
+    let outside = std::fs::read_link(outside).unwrap();
+    let lines: Vec<&str> = stdout.lines().collect();
+    assert_eq!(lines[0], "0::/../.holder", "{stdout}{stderr}");
+    let may_not = agent.log().contains("holder's oom_score_adj: Permission");
+    assert!(lines[1] == "-998" || may_not, "{stdout}{stderr}");
+    assert!(lines[2].starts_with("cgroup:"), "{stdout}{stderr}");
+    assert_ne!(lines[2], outside.to_str().unwrap());
     agent.delete("a").await;
     assert_eq!(agent.children().len(), 1);
+}
+
+#[tokio::test]
+async fn a_shared_pid_namespace_whose_holder_has_ended_is_made_anew() {
+    if let Some(reason) = unable() {
+        skip("shared PID namespace", &reason);
+        return;
+    }
+    let agent = agent_with_shared_pids().await;
+    let spec = sleeper(&agent, Some("/proc/4242/ns/pid"));
+    agent.run("a", &spec).await.read_until("ready").await;
+    let holder = std::fs::read_to_string(agent.cgroup.join("husk/.holder/cgroup.procs")).unwrap();
+    let holder = rustix::process::Pid::from_raw(holder.trim().parse().unwrap()).unwrap();
+    rustix::process::kill_process(holder, rustix::process::Signal::KILL).unwrap();
+    assert_eq!(agent.wait("a", "").await.exit_code, 137);
+    agent.delete("a").await;
+    let again = async {
+        // Its end and the container's are seen in any order.
+        while agent.create("b", &spec).await.is_err() {}
+    };
+    within("another holder", again).await;
+    agent.start_container("b").await.unwrap();
+    assert!(
+        agent
+            .log()
+            .contains("the holder of the pod's PID namespace has ended")
+    );
+    agent.delete("b").await;
 }
 
 agent_test! {
