@@ -1,13 +1,14 @@
 //! The pod's cgroup on the host: shim, VMM and file server sit in it, so that
 //! the node's accounting is true. cgroup v2 only.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek};
 use std::path::{Component, Path, PathBuf};
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::statfs;
+use rustix::io::retry_on_intr;
 
 mod stats;
 
@@ -16,6 +17,9 @@ const MOUNT: &str = "/sys/fs/cgroup";
 
 /// `CGROUP2_SUPER_MAGIC` of linux/magic.h.
 const MAGIC: i64 = 0x6367_7270;
+
+/// How long killed processes may take to leave a cgroup.
+const EMPTY_WITHIN: Duration = Duration::from_secs(1);
 
 /// Controllers whose counters we report.
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
@@ -150,19 +154,33 @@ fn make(dir: &Path) -> io::Result<bool> {
 pub fn remove(path: &Path) {
     let dir = under_mount(path);
     let _ = fs::write(dir.join("cgroup.kill"), "1");
-    for _ in 0..100 {
-        match fs::remove_dir(&dir) {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                thread::sleep(Duration::from_millis(10));
-            }
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %dir.display(), %error, "pod's cgroup stays");
-                return;
-            }
-            _ => return,
+    let removed = await_empty(&dir).and_then(|()| fs::remove_dir(&dir));
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %dir.display(), %error, "pod's cgroup stays");
         }
+        _ => {}
     }
-    tracing::warn!(path = %dir.display(), "pod's cgroup stays: it is busy");
+}
+
+/// Waits until the last process has left, but not for long: the removal tells
+/// whether one has stayed.
+fn await_empty(dir: &Path) -> io::Result<()> {
+    let mut events = File::open(dir.join("cgroup.events"))?;
+    let began = Instant::now();
+    loop {
+        let mut text = String::new();
+        events.rewind()?;
+        events.read_to_string(&mut text)?;
+        let left = EMPTY_WITHIN.saturating_sub(began.elapsed());
+        if text.lines().any(|line| line == "populated 0") || left.is_zero() {
+            return Ok(());
+        }
+        // cgroup-v2.rst, "cgroup.events": a change since it was read is told so.
+        let mut told = [PollFd::new(&events, PollFlags::PRI)];
+        let left = Timespec::try_from(left).ok();
+        retry_on_intr(|| poll(&mut told, left.as_ref()))?;
+    }
 }
 
 fn under_mount(path: &Path) -> PathBuf {
