@@ -19,9 +19,10 @@ mod terminal;
 
 use std::convert::Infallible;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 
 use nix::unistd::{ForkResult, fork};
+use rustix::io::retry_on_intr;
 
 use crate::error::{Doing, OsError, chain};
 use channel::HelperChannel;
@@ -125,7 +126,7 @@ fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
 
 /// Goes on in a child, since only a child enters a new PID or time namespace.
 /// The child becomes the agent's own when its parent ends, which is not before
-/// the agent watches over it.
+/// the agent watches over it. A parent that is killed before takes it along.
 pub fn become_child(channel: &mut HelperChannel) -> Result<(), OsError> {
     let (parent_gone, parent_alive) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).doing("make", "a pipe")?;
@@ -134,14 +135,43 @@ pub fn become_child(channel: &mut HelperChannel) -> Result<(), OsError> {
         ForkResult::Parent { child } => {
             let told = channel.send(&Report::Child(child.as_raw()), None);
             let answered = told.and_then(|()| channel.receive::<Order>());
+            if answered.is_ok() {
+                let _ = rustix::io::write(&parent_alive, &[0]);
+            }
             std::process::exit(i32::from(answered.is_err()))
         }
         ForkResult::Child => {
             drop(parent_alive);
-            // Two writers on the channel would mix their messages.
-            let mut byte = [0];
-            while rustix::io::read(&parent_gone, &mut byte) == Err(rustix::io::Errno::INTR) {}
-            Ok(())
+            match may_go_on(&parent_gone) {
+                true => Ok(()),
+                // Nobody watches over us.
+                false => std::process::exit(1),
+            }
         }
+    }
+}
+
+/// Whether the parent said so before it ended. Not before that: two writers on
+/// the channel would mix their messages.
+fn may_go_on(parent_gone: &OwnedFd) -> bool {
+    let mut byte = [0];
+    let mut read = || retry_on_intr(|| rustix::io::read(parent_gone, &mut byte));
+    read() == Ok(1) && read() == Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_parent_is_no_word_of_it() {
+        let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let (parent_gone, parent_alive) = pipe();
+        drop(parent_alive);
+        assert!(!may_go_on(&parent_gone));
+        let (parent_gone, parent_alive) = pipe();
+        rustix::io::write(&parent_alive, &[0]).unwrap();
+        drop(parent_alive);
+        assert!(may_go_on(&parent_gone));
     }
 }
