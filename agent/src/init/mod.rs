@@ -81,6 +81,10 @@ pub fn main(fd: RawFd) -> ! {
 fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
     let plan: Plan = channel.receive().doing("read", "the plan")?;
     let own = FileId::own().doing("find", "this program")?;
+    // Its building goes through a file, and takes memory: before limits and
+    // settings of the container's hold.
+    let filter = plan.kind.seccomp().map(seccomp::build).transpose()?;
+    let filter = filter.flatten();
     namespaces::hide_from_container()?;
     namespaces::join_cgroup(&plan.cgroups)?;
     match plan.kind {
@@ -95,8 +99,7 @@ fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
             become_child(channel)?;
             let terminal = rootfs::enter(&container, plan.terminal)?;
             program::set_personality(container.spec.linux.personality)?;
-            let seccomp = container.spec.linux.seccomp.as_ref();
-            let program = program::prepare(process, seccomp, terminal.as_ref(), own)?;
+            let program = program::prepare(process, filter, terminal.as_ref(), own)?;
             let master = terminal.as_ref().map(|terminal| &terminal.master);
             channel
                 .send(&Report::Ready, master)
@@ -113,8 +116,7 @@ fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
                 false => None,
             };
             program::set_personality(exec.personality)?;
-            let seccomp = exec.seccomp.as_ref();
-            let program = program::prepare(&exec.process, seccomp, terminal.as_ref(), own)?;
+            let program = program::prepare(&exec.process, filter, terminal.as_ref(), own)?;
             let master = terminal.as_ref().map(|terminal| &terminal.master);
             channel
                 .send(&Report::Ready, master)

@@ -32,6 +32,16 @@ pub enum Kind {
     Exec(Box<ExecPlan>),
 }
 
+impl Kind {
+    /// What the process may call.
+    pub fn seccomp(&self) -> Option<&Seccomp> {
+        match self {
+            Self::Container(plan) => plan.spec.linux.seccomp.as_ref(),
+            Self::Exec(plan) => plan.seccomp.as_ref(),
+        }
+    }
+}
+
 /// A container's first process.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ContainerPlan {

@@ -13,11 +13,11 @@ use rustix::process::{Resource, Rlimit};
 use super::InitError;
 use super::capabilities::Capabilities;
 use super::executable::{self, ExecutableError, FileId};
-use super::seccomp::{self, Filter};
+use super::seccomp::Filter;
 use super::terminal::Terminal;
 use crate::error::{Doing, OsError};
 use crate::kernel_file;
-use crate::oci::{Personality, PersonalityDomain, Process, Scheduler, Seccomp};
+use crate::oci::{Personality, PersonalityDomain, Process, Scheduler};
 
 /// A program that only needs to be executed.
 #[derive(Debug)]
@@ -74,15 +74,10 @@ pub fn set_resource_limits(process: &Process) -> Result<(), InitError> {
 /// Does everything up to, not including, the execution.
 pub fn prepare(
     process: &Process,
-    seccomp: Option<&Seccomp>,
+    filter: Option<Filter>,
     terminal: Option<&Terminal>,
     own: FileId,
 ) -> Result<Program, InitError> {
-    // Before the limits: it goes through a file.
-    let filter = match seccomp {
-        Some(spec) => seccomp::build(spec)?,
-        None => None,
-    };
     rustix::process::setsid().doing("make", "a session")?;
     join_keyring();
     if let Some(terminal) = terminal {

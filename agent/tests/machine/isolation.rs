@@ -256,6 +256,34 @@ agent_test! {
 }
 
 agent_test! {
+    async fn a_filter_is_made_before_the_limits_hold(agent: Agent) {
+        let mut spec = agent.spec(&["/bin/sh", "-c", "ulimit -f; mkdir /tmp/d; exec sleep 1000"]);
+        // In a user namespace limits are set before it is entered.
+        spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+        spec["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        spec["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        for directory in ["dev", "proc", "sys"] {
+            std::fs::create_dir(agent.rootfs().join(directory)).unwrap();
+        }
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(agent.directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let rlimits = json!([{"type": "RLIMIT_FSIZE", "hard": 0, "soft": 0}]);
+        spec["process"]["rlimits"] = rlimits.clone();
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO"}],
+        });
+        let mut streams = agent.run("a", &spec).await;
+        streams.read_until("0\n").await;
+        let exec = json!({"user": {"uid": 0, "gid": 0}, "args": ["mkdir", "/tmp/d"], "env": ["PATH=/bin"], "cwd": "/", "rlimits": rlimits});
+        let streams = agent.exec("a", "e", &exec).await.unwrap();
+        let stderr = crate::agent::read_all(streams.stderr).await;
+        assert!(stderr.contains("Operation not permitted"), "{stderr}");
+        agent.delete("a").await;
+    }
+}
+
+agent_test! {
     async fn devices_are_filtered(agent: Agent) {
         // Nodes may be there, their use is not allowed: what the filter is for.
         let line = "mknod /tmp/ram b 1 0; cat /tmp/ram; mknod /tmp/tun c 10 200; cat /tmp/tun; echo null > /dev/null && echo fine; rm /tmp/ram /tmp/tun";
