@@ -78,14 +78,15 @@ pub fn populate(root: &OwnedFd, spec: &Spec, source: NodeSource) -> Result<(), I
 /// Drops the block devices that aren't the container's own: where its spec was
 /// written, their numbers are those of other disks.
 pub fn drop_foreign(devices: &mut Vec<Device>, own: &[u64]) {
-    devices.retain(|device| {
-        let keep = device.kind != DeviceKind::Block || own.contains(&device.number());
-        if !keep {
-            let (path, major, minor) = (device.path.display(), device.major, device.minor);
-            log::warn!("{path}: block device {major}:{minor} is the host's and left out");
-        }
-        keep
-    });
+    let is_foreign =
+        |device: &Device| device.kind == DeviceKind::Block && !own.contains(&device.number());
+    // One line: a privileged container's spec has all of its node's.
+    if let Some(first) = devices.iter().find(|device| is_foreign(device)) {
+        let count = devices.iter().filter(|device| is_foreign(device)).count();
+        let path = first.path.display();
+        log::warn!("{path}: block devices of the host are left out, {count} in all");
+    }
+    devices.retain(|device| !is_foreign(device));
 }
 
 fn node_of(device: &Device) -> Result<Node<'_>, InitError> {
