@@ -18,8 +18,9 @@ use super::mount_options::{Attributes, MountOptions, Recursion};
 use crate::error::{Doing, OsError};
 use crate::oci::Mount;
 
-/// Makes one mount of the spec below `root`.
-pub fn mount(root: &OwnedFd, mount: &Mount) -> Result<(), InitError> {
+/// Makes one mount of the spec below `root`, in a cgroup namespace of the
+/// container's own or in the guest's.
+pub fn mount(root: &OwnedFd, mount: &Mount, own_cgroups: bool) -> Result<(), InitError> {
     let target = in_root::clean(&mount.destination);
     let options = mount.options.iter().map(String::as_str);
     let options = MountOptions::parse(options);
@@ -79,19 +80,26 @@ pub fn mount(root: &OwnedFd, mount: &Mount) -> Result<(), InitError> {
             reason: format!("{} is a symbolic link in the image", target.display()),
         })?;
     }
-    let made = new_filesystem(fstype, source, &options, &target);
-    let tree = match (made, fallback(fstype)) {
-        // The pod's own namespaces belong to the guest's first user namespace,
-        // so a container in another one gets a view of the guest's mount.
-        (Err(InitError::Filesystem { source, .. }), Some(path))
-            if source.raw_os_error() == Some(libc::EPERM) =>
-        {
-            let tree = clone_tree(path, Recursion::Tree)?;
-            set_attributes(&tree, options.attributes, Recursion::Tree)
-                .doing("set the attributes of", target.display())?;
-            tree
+    let tree = match guests_own(fstype) {
+        // There is one hierarchy: a mount made in the guest's namespace would
+        // take away the options that the agent's was made with.
+        Some(path) if matches!(fstype, "cgroup" | "cgroup2") && !own_cgroups => {
+            view_of(path, &options, &target)?
         }
-        (made, _) => made?,
+        guests_own => match (
+            new_filesystem(fstype, source, &options, &target),
+            guests_own,
+        ) {
+            // The pod's own namespaces belong to the guest's first user
+            // namespace, so a container in another one gets a view of the
+            // guest's mount.
+            (Err(InitError::Filesystem { source, .. }), Some(path))
+                if source.raw_os_error() == Some(libc::EPERM) =>
+            {
+                view_of(path, &options, &target)?
+            }
+            (made, _) => made?,
+        },
     };
     if options.copy_up {
         copy_up(&at, &tree).doing("copy to", target.display())?;
@@ -108,7 +116,8 @@ pub fn mount(root: &OwnedFd, mount: &Mount) -> Result<(), InitError> {
     )?)
 }
 
-fn fallback(fstype: &str) -> Option<&'static Path> {
+/// Where the guest itself has such a file system.
+fn guests_own(fstype: &str) -> Option<&'static Path> {
     match fstype {
         "proc" => Some(Path::new("/proc")),
         "sysfs" => Some(Path::new("/sys")),
@@ -116,6 +125,13 @@ fn fallback(fstype: &str) -> Option<&'static Path> {
         "cgroup" | "cgroup2" => Some(Path::new("/sys/fs/cgroup")),
         _ => None,
     }
+}
+
+fn view_of(path: &Path, options: &MountOptions, target: &Path) -> Result<OwnedFd, OsError> {
+    let tree = clone_tree(path, Recursion::Tree)?;
+    set_attributes(&tree, options.attributes, Recursion::Tree)
+        .doing("set the attributes of", target.display())?;
+    Ok(tree)
 }
 
 fn finish(tree: &OwnedFd, options: &MountOptions, target: &Path) -> Result<(), OsError> {

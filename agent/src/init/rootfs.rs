@@ -33,8 +33,9 @@ pub fn enter(plan: &ContainerPlan, terminal: bool) -> Result<Option<Terminal>, I
         mount_change("/", flags).doing("set the propagation of", "/")?;
     }
     let root = attach_root(spec, &plan.stage)?;
+    let own_cgroups = namespaces::find(spec, NamespaceKind::Cgroup).is_some();
     for mount in &spec.mounts {
-        mounts::mount(&root, mount)?;
+        mounts::mount(&root, mount, own_cgroups)?;
     }
     let nodes = match namespaces::find(spec, NamespaceKind::User) {
         Some(_) => NodeSource::Bind,

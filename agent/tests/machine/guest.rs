@@ -70,7 +70,7 @@ mkdir -p /root.d /proc /sys /dev /tmp /run
 mount --bind / /root.d && cd /root.d && mount --move . / && exec chroot . /bin/sh -c '
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /dev/shm /dev/mqueue; mount -t devpts -o ptmxmode=0666 pts /dev/pts
-mount -t mqueue mqueue /dev/mqueue; mount -t cgroup2 cgroup /sys/fs/cgroup
+mount -t mqueue mqueue /dev/mqueue; mount -t cgroup2 -o nsdelegate cgroup /sys/fs/cgroup
 for name in $(cat /sys/fs/cgroup/cgroup.controllers); do echo +$name > /sys/fs/cgroup/cgroup.subtree_control; done
 ip link set lo up
 export HUSK_TEST_DISK=1

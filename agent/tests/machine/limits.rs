@@ -2,12 +2,13 @@
 //! (see guest.rs) and are skipped elsewhere.
 
 use husk_protocol::agent::{
-    BlockStorage, Empty, OnlineResourcesRequest, Storage, UpdateResourcesRequest, event, storage,
+    BlockStorage, CreateSandboxRequest, Empty, OnlineResourcesRequest, Storage,
+    UpdateResourcesRequest, event, storage,
 };
 use protobuf::Message;
 use serde_json::json;
 
-use crate::agent::{Agent, container, context, read_all, skip, within};
+use crate::agent::{Agent, container, context, read_all, skip, unable, within};
 use crate::agent_test;
 
 fn has_controllers(agent: &Agent) -> bool {
@@ -99,6 +100,49 @@ agent_test! {
         assert_eq!(read_all(streams.stdout).await, "33554432\nmax 100000\n");
         agent.wait("a", "").await;
         agent.delete("a").await;
+    }
+}
+
+#[tokio::test]
+async fn the_holder_of_a_pid_namespace_has_limits() {
+    if let Some(reason) = unable() {
+        skip("limits of a holder", &reason);
+        return;
+    }
+    let agent = Agent::start_with("true").await;
+    let request = CreateSandboxRequest {
+        shared_pid_namespace: true,
+        ..Default::default()
+    };
+    let created = agent.client.create_sandbox(context(), &request).await;
+    created.unwrap();
+    if !has_controllers(&agent) {
+        return;
+    }
+    let mut spec = agent.spec(&["/bin/sh", "-c", "cat /proc/1/oom_score_adj"]);
+    spec["linux"]["namespaces"][0]["path"] = json!("/proc/4242/ns/pid");
+    assert_eq!(agent.output(&spec).await.1, "-998\n");
+    let holder = agent.cgroup.join("husk/.holder");
+    for (name, value) in [("pids.max", "1\n"), ("memory.max", "16777216\n")] {
+        let text = std::fs::read_to_string(holder.join(name)).unwrap();
+        assert_eq!(text, value, "{name}");
+    }
+}
+
+agent_test! {
+    async fn without_a_cgroup_namespace_the_agents_cgroups_are_seen(agent: Agent) {
+        // Not another mount of them, which would change the options of all: a
+        // guest's have nsdelegate.
+        let before = agent.mounts();
+        let mut spec = agent.spec(&["/bin/sh", "-c", "grep ' /sys/fs/cgroup ' /proc/self/mountinfo"]);
+        spec["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != "cgroup");
+        let (_, stdout, stderr) = agent.output(&spec).await;
+        let device = |mount: &str| mount.split(' ').nth(2).unwrap().to_owned();
+        let own = before.lines().find(|line| line.contains(" /sys/fs/cgroup ")).unwrap();
+        let line = stdout.lines().next().unwrap_or_else(|| panic!("{stderr}"));
+        assert_eq!(device(line), device(own), "{stdout}");
+        assert!(line.contains(" ro,"), "{stdout}");
+        assert_eq!(agent.mounts(), before);
     }
 }
 
