@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use husk_protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Network};
-use husk_protocol::{limit, path};
+use husk_protocol::{deadline, limit, path};
 use tokio::sync::OnceCell;
 
 use crate::clock;
@@ -30,10 +30,13 @@ use crate::storage::{self, Mounted};
 pub const STAGE: &str = "/run/husk/stage";
 
 /// How long ending everything may take before the power goes.
-const END_DEADLINE: Duration = Duration::from_secs(10);
+const END_DEADLINE: Duration = Duration::from_secs(5);
 
 /// And after that, writing out what could not be unmounted.
-const SYNC_DEADLINE: Duration = Duration::from_secs(5);
+const SYNC_DEADLINE: Duration = Duration::from_secs(4);
+
+const _: () =
+    assert!(END_DEADLINE.as_secs() + SYNC_DEADLINE.as_secs() < deadline::POWER_OFF.as_secs());
 
 /// The pod.
 #[derive(Debug)]

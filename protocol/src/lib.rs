@@ -1,6 +1,7 @@
 //! The contract between Husk's shim (host) and agent (guest): messages, ports,
-//! paths and limits. No logic.
+//! paths, limits and deadlines. No logic.
 
+pub mod deadline;
 pub mod limit;
 pub mod path;
 pub mod port;

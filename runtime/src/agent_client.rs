@@ -12,7 +12,7 @@ use husk_protocol::agent::{
     CreateSandboxResponse, DeleteContainerRequest, Empty, ExecRequest, ProcessRequest,
     ResizePtyRequest, SignalRequest, UpdateResourcesRequest,
 };
-use husk_protocol::limit;
+use husk_protocol::{deadline, limit};
 use protobuf::Message;
 use tokio::time::timeout;
 use ttrpc::asynchronous::Client;
@@ -35,7 +35,7 @@ const QUICK: Duration = Duration::from_secs(10);
 const ENDING: Duration = Duration::from_secs(30);
 
 /// Longest time for calls that mount or execute something.
-const SLOW: Duration = Duration::from_secs(60);
+const SLOW: Duration = deadline::MAKING;
 
 /// ttrpc has its own limit, which tells a late answer as a lost connection: it
 /// comes behind ours.

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_protocol::deadline;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -19,14 +20,14 @@ use crate::pidfd::PidFd;
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::ChildStreams;
 
-/// Mounts of hung file systems are the only slow thing a helper meets. With the
-/// end of what was killed it is below the shim's 60 s: who asks shall hear what
-/// became of it.
+/// Mounts of hung file systems are the only slow thing a helper meets.
 const DEADLINE: Duration = Duration::from_secs(40);
 
 /// How long a killed helper may take to end: one in a request to a file system
 /// that the container itself serves may take for ever.
 const END_DEADLINE: Duration = Duration::from_secs(10);
+
+const _: () = assert!(DEADLINE.as_secs() + END_DEADLINE.as_secs() < deadline::MAKING.as_secs());
 
 /// A process that could not be made.
 #[derive(Debug, thiserror::Error)]

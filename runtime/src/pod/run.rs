@@ -7,7 +7,7 @@ use containerd_shim_protos::events::task::{
 };
 use containerd_shim_protos::topics;
 use husk_protocol::agent;
-use husk_protocol::limit;
+use husk_protocol::{deadline, limit};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -25,7 +25,7 @@ use crate::vm_process::Vm;
 
 /// How long a machine may take to power itself off before it is ended: what was
 /// written goes to its disks.
-const POWER_OFF: Duration = Duration::from_secs(10);
+const POWER_OFF: Duration = deadline::POWER_OFF;
 
 /// Signals that end a sandbox, as they would end its pause process: `SIGINT`,
 /// `SIGKILL`, `SIGTERM`.
