@@ -31,6 +31,13 @@ impl IdMaps {
 
     /// A user's ids outside of the container.
     pub fn outside(&self, user: &User) -> Result<(u32, u32), Error> {
+        // To the kernel the highest number means that nothing changes.
+        if user.uid == u32::MAX || user.gid == u32::MAX {
+            return Err(Error::Invalid {
+                field: "process.user",
+                reason: format!("{}:{} is no user", user.uid, user.gid),
+            });
+        }
         let Some((users, groups)) = &self.maps else {
             return Ok((user.uid, user.gid));
         };

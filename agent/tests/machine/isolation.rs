@@ -2,6 +2,7 @@
 
 use husk_protocol::agent::UpdateResourcesRequest;
 use serde_json::json;
+use ttrpc::Code;
 
 use crate::agent::{context, status};
 use crate::agent_test;
@@ -252,6 +253,17 @@ agent_test! {
         let streams = agent.exec("u", "t", &exec).await.unwrap();
         assert_eq!(crate::agent::read_all(streams.stdout).await, "/dev/pts/0\r\n");
         agent.delete("u").await;
+    }
+}
+
+agent_test! {
+    async fn a_user_that_cannot_be_is_refused(agent: Agent) {
+        for user in [json!({"uid": u32::MAX, "gid": 0}), json!({"uid": 0, "gid": u32::MAX})] {
+            let mut spec = agent.spec(&["/bin/id"]);
+            spec["process"]["user"] = user;
+            let (code, text) = status(agent.create("x", &spec).await.err().unwrap());
+            assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
+        }
     }
 }
 
