@@ -9,7 +9,9 @@ use kvm_bindings::{
     CpuId, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES,
     KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{
+    Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd,
+};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::arch::x86_64::layout;
@@ -32,6 +34,11 @@ const REQUIRED: [(Cap, &str); 12] = [
     (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
+
+/// Registers of counters: the first and how many, 16 at most. asm/msr-index.h:
+/// `MSR_K7_EVNTSEL0` and the counters behind them, `MSR_F15H_PERF_CTL`,
+/// `MSR_IA32_PERFCTR0`, `MSR_P6_EVNTSEL0`.
+const COUNTERS: [(u32, u32); 4] = [(0xc001_0000, 8), (0xc001_0200, 12), (0xc1, 2), (0x186, 2)];
 
 /// A KVM that will not serve.
 #[derive(Debug, thiserror::Error)]
@@ -88,8 +95,10 @@ impl Vm {
         check(&kvm, vcpus)?;
         let fd = Arc::new(create(&kvm)?);
         let vm = Self { kvm, fd };
+        // Before anything that makes a memory slot: a filter set after one waits
+        // some 12 ms for a grace period.
+        vm.disable_counters()?;
         vm.set_up_interrupts()?;
-        vm.disable_counters();
         vm.add_memory(memory)?;
         Ok(vm)
     }
@@ -144,15 +153,31 @@ impl Vm {
             .map_err(failed("KVM_ENABLE_CAP of KVM_CAP_SPLIT_IRQCHIP"))
     }
 
-    /// Performance counters tell a guest about its neighbours. Older KVMs can't
-    /// take them away; CPUID does not announce them in any case.
-    fn disable_counters(&self) {
+    /// Performance counters tell a guest about its neighbours. CPUID does not
+    /// announce them, but AMD's old ones need no announcement, and KVM notes a
+    /// guest that tries them in the node's log: they fault instead.
+    fn disable_counters(&self) -> Result<(), KvmError> {
         let disable = kvm_enable_cap {
             cap: KVM_CAP_PMU_CAPABILITY,
             args: [u64::from(KVM_PMU_CAP_DISABLE), 0, 0, 0],
             ..Default::default()
         };
         let _unsupported_before_5_18 = self.fd.enable_cap(&disable);
+        if !self.kvm.check_extension(Cap::X86MsrFilter) {
+            // Before 5.10.
+            return Ok(());
+        }
+        // A register whose bit is clear is denied.
+        let ranges = COUNTERS.map(|(base, msr_count)| MsrFilterRange {
+            flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+            base,
+            msr_count,
+            // KVM reads whole words.
+            bitmap: &[0; 8],
+        });
+        self.fd
+            .set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges)
+            .map_err(failed("KVM_X86_SET_MSR_FILTER"))
     }
 
     fn add_memory(&self, memory: &GuestMemoryMmap) -> Result<(), KvmError> {

@@ -70,6 +70,33 @@ fn a_triple_fault_is_a_reset() {
 }
 
 #[test]
+fn performance_counters_are_not_there() {
+    if skip() {
+        return;
+    }
+    // The first of AMD's and of Intel's. A fault without an IDT is a reset.
+    for counter in ["0xc0010000", "0xc0010007", "0xc1", "0x186"] {
+        let mut machine = TestMachine::run(&format!(
+            r#"
+            lidt [rip + none]
+            say '+'
+            mov ecx, {counter}
+            rdmsr
+            say '-'
+            reset
+            none: .skip 10
+            "#
+        ));
+        assert_eq!(machine.exit_reason(), ExitReason::Reset);
+        let said = machine.said();
+        assert!(
+            said.starts_with("+husk-vmm: triple fault"),
+            "{counter}: {said}"
+        );
+    }
+}
+
+#[test]
 fn the_reset_control_register_resets() {
     if skip() {
         return;
