@@ -426,12 +426,10 @@ async fn start_exec(
             vm.remove_host_ports(ports).await;
             if matches!(error, AgentError::Deadline { .. }) {
                 // It may run all the same, and nobody would know.
-                let killed = agent.signal(id, exec, SIGKILL, false).await;
-                let gone = match killed {
-                    Ok(()) => agent.delete_process(id, exec).await,
-                    Err(error) => Err(error),
-                };
-                report(gone);
+                report(agent.signal(id, exec, SIGKILL, false).await);
+                let ended = agent.wait(id, exec);
+                let _ = timeout(agent.patience().of(AFTER_SIGKILL), ended).await;
+                report(agent.delete_process(id, exec).await);
             }
             Err(explained(vm, agent, error).await)
         }
