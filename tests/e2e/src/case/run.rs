@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::{Bench, Case, case};
+use super::{Bench, Case, Skip, case};
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
@@ -21,7 +21,11 @@ pub const CASES: &[Case] = &[
     case("run/missing-command", 20, missing_command),
     case("run/rm-leaves-nothing", 20, rm_leaves_nothing),
     case("run/many-layers", 60, many_layers),
+    case("run/block-root", 60, block_root).forgiving(SNAPSHOTTER, &[]),
 ];
+
+/// containerd makes it with the first snapshot.
+const SNAPSHOTTER: &[&str] = &["blockfile/metadata.db"];
 
 fn output(bench: &Bench) -> Result<()> {
     let done = bench
@@ -288,5 +292,29 @@ fn many_layers(bench: &Bench) -> Result<()> {
         .ok()?;
     let done = done?.ok()?;
     ensure!(done.out() == format!("{LAYERS}\n"), "{}", done.tail());
+    Ok(())
+}
+
+/// A snapshot that is a disk.
+fn block_root(bench: &Bench) -> Result<()> {
+    let plugins = bench.ctr.call(&["plugins", "list"])?.ok()?.out();
+    let is_there = |line: &str| line.contains("blockfile") && line.trim_end().ends_with("ok");
+    if !plugins.lines().any(is_there) {
+        return Err(Skip("containerd has no blockfile snapshotter here".into()).into());
+    }
+    let flags = ["--snapshotter", "blockfile"];
+    let script = "grep ' / ' /proc/mounts | cut -d' ' -f3; cat /etc/motd; \
+                  echo text > /etc/motd && sync && cat /etc/motd";
+    for _ in 0..2 {
+        let done = bench
+            .ctr
+            .run(&flags, &bench.id(), &["sh", "-c", script])?
+            .ok()?;
+        ensure!(
+            done.out() == "ext4\na file of the image\ntext\n",
+            "{}",
+            done.tail()
+        );
+    }
     Ok(())
 }
