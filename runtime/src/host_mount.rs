@@ -5,7 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{
-    MountAttrFlags, MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
+    MountAttrFlags, MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind,
+    mount_change, unmount,
 };
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
@@ -45,6 +46,18 @@ impl HostMount {
         Self {
             target: target.to_owned(),
         }
+    }
+
+    /// Makes a directory a mount of its own that no recursive bind takes along,
+    /// nor what is mounted in it.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn unbindable(dir: &Path) -> io::Result<Self> {
+        mount_bind(dir, dir)?;
+        let mount = Self::attached(dir);
+        mount_change(dir, MountPropagationFlags::UNBINDABLE)?;
+        Ok(mount)
     }
 
     /// A tmpfs whose mounts are seen by the namespaces made from this one.

@@ -28,6 +28,7 @@ mod info;
 mod log;
 mod machine;
 mod mount_copy;
+mod mounts_below;
 mod network;
 mod pod;
 mod pod_config;

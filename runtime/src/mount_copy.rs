@@ -4,12 +4,8 @@
 //! namespace receives what appears in the tree at that moment, flags included,
 //! and never hears of flags that change later.
 
-use std::ffi::OsStr;
-use std::fs;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use rustix::fs::{CWD, FileType, StatVfsMountFlags, fstat, fstatvfs};
@@ -54,9 +50,6 @@ pub struct FileIdentity {
     inode: u64,
     /// The same file may be mounted twice.
     read_only: bool,
-    /// A digest of what was mounted below it, where that is part of the copy and
-    /// stays as it was.
-    below: u64,
 }
 
 /// A copy that is mounted nowhere yet.
@@ -64,7 +57,6 @@ pub struct FileIdentity {
 pub struct MountCopy {
     tree: OwnedFd,
     options: CopyOptions,
-    below: u64,
 }
 
 /// `struct mount_attr` of linux/mount.h.
@@ -86,15 +78,7 @@ impl MountCopy {
         let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         flags.set(OpenTreeFlags::AT_RECURSIVE, options.recursive);
         let tree = rustix::mount::open_tree(CWD, source, flags)?;
-        let below = match options.recursive && !options.follows {
-            true => mounts_below(source)?,
-            false => 0,
-        };
-        let copy = Self {
-            tree,
-            options,
-            below,
-        };
+        let copy = Self { tree, options };
         let mut change = MountAttr {
             attr_set: FORBIDDEN_ATTRIBUTES.bits().into(),
             ..MountAttr::default()
@@ -164,7 +148,6 @@ impl MountCopy {
             device: stat.st_dev,
             inode: stat.st_ino,
             read_only: flags.contains(StatVfsMountFlags::RDONLY),
-            below: self.below,
         })
     }
 
@@ -201,53 +184,11 @@ impl MountCopy {
     }
 }
 
-/// A digest of the mounts below `path`, as this thread sees them; 0 when there
-/// are none.
-fn mounts_below(path: &Path) -> io::Result<u64> {
-    let path = fs::canonicalize(path)?;
-    let table = fs::read("/proc/thread-self/mountinfo")?;
-    let table = String::from_utf8_lossy(&table);
-    // proc_pid_mountinfo(5): device, root and mount point are fields 3 to 5.
-    let below: Vec<_> = table
-        .lines()
-        .filter_map(|line| {
-            let mut fields = line.split(' ').skip(2);
-            let what = (fields.next()?, fields.next()?);
-            let at = Path::new(OsStr::from_bytes(&unescaped(fields.next()?))).to_owned();
-            let below = at.strip_prefix(&path).ok()?;
-            (!below.as_os_str().is_empty()).then(|| (what, below.to_owned()))
-        })
-        .collect();
-    if below.is_empty() {
-        return Ok(0);
-    }
-    let mut digest = DefaultHasher::new();
-    below.hash(&mut digest);
-    Ok(digest.finish())
-}
-
-/// A text of mountinfo, in which some bytes are three octal digits.
-fn unescaped(text: &str) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, after)) = rest.split_first() {
-        let digits = after.get(..3).filter(|_| *first == b'\\');
-        let value = digits
-            .and_then(|digits| str::from_utf8(digits).ok())
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        bytes.push(value.unwrap_or(*first));
-        rest = match value {
-            Some(_) => &after[3..],
-            None => after,
-        };
-    }
-    bytes
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::host_mount::{HostMount, own_namespace};
+    use std::fs;
     use std::sync::Barrier;
 
     const ALL: CopyOptions = CopyOptions {

@@ -19,8 +19,16 @@ pub const ROOTFS: &str = "rootfs";
 /// The tree of a pod. Unmounted when the last of its users is dropped.
 #[derive(Clone, Debug)]
 pub struct SharedTree {
-    mount: Arc<HostMount>,
+    mounts: Arc<Mounts>,
     volumes: Arc<SharedVolumes>,
+}
+
+/// First the tree goes, then what it lies in.
+#[derive(Debug)]
+struct Mounts {
+    tree: HostMount,
+    /// Keeps the tree out of copies of what it lies in: it has copies in it.
+    _around: Option<HostMount>,
 }
 
 /// What a container has in the tree. Gone when dropped, volumes unless others
@@ -57,9 +65,13 @@ impl SharedTree {
     /// The kernel refuses.
     pub fn create(path: &Path) -> Result<Self, SharedTreeError> {
         fs::create_dir_all(path).map_err(error(path))?;
-        let mount = HostMount::shared_tmpfs(path).map_err(error(path))?;
+        let around = path.parent().map(HostMount::unbindable).transpose();
+        let mounts = Mounts {
+            _around: around.map_err(error(path))?,
+            tree: HostMount::shared_tmpfs(path).map_err(error(path))?,
+        };
         Ok(Self {
-            mount: Arc::new(mount),
+            mounts: Arc::new(mounts),
             volumes: Arc::new(SharedVolumes::create(path)?),
         })
     }
@@ -67,8 +79,12 @@ impl SharedTree {
     /// A directory as if it was the mount.
     #[cfg(test)]
     pub fn pretended(path: &Path) -> Self {
+        let mounts = Mounts {
+            tree: HostMount::attached(path),
+            _around: None,
+        };
         Self {
-            mount: Arc::new(HostMount::attached(path)),
+            mounts: Arc::new(mounts),
             volumes: Arc::new(SharedVolumes::create(path).unwrap()),
         }
     }
@@ -80,7 +96,7 @@ impl SharedTree {
 
     /// Where it is on the node.
     pub fn path(&self) -> &Path {
-        self.mount.target()
+        self.mounts.tree.target()
     }
 }
 

@@ -1,6 +1,7 @@
 //! The volumes in a pod's shared tree. Each source is mounted there once,
-//! however many containers use it: the guest then sees one file system, in which
-//! their fifos, sockets, locks and mapped memory meet.
+//! however many containers use it, as long as the same is mounted below it: the
+//! guest then sees one file system, in which their fifos, sockets, locks and
+//! mapped memory meet.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,6 +13,7 @@ use husk_protocol::path;
 
 use crate::host_mount::HostMount;
 use crate::mount_copy::{CopyOptions, FileIdentity, MountCopy, ReadOnly};
+use crate::mounts_below::mounts_below;
 use crate::shared_tree::{SharedTreeError, error};
 
 /// Name of their directory in the tree. No container has such a name.
@@ -20,6 +22,7 @@ pub const VOLUMES: &str = ".volumes";
 /// All volumes of a pod.
 #[derive(Debug)]
 pub struct SharedVolumes {
+    tree: PathBuf,
     dir: PathBuf,
     table: Mutex<Table>,
 }
@@ -45,6 +48,7 @@ struct Table {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Key {
     file: FileIdentity,
+    below: u64,
     options: CopyOptions,
     read_only: ReadOnly,
 }
@@ -78,12 +82,28 @@ impl SharedVolumes {
         let dir = tree.join(VOLUMES);
         fs::create_dir_all(&dir).map_err(error(&dir))?;
         Ok(Self {
+            tree: tree.to_owned(),
             dir,
             table: Mutex::default(),
         })
     }
 
-    /// Shows `copy` to the guest, or what shows the same already.
+    /// A digest of what the node has mounted below `source`, where that becomes a
+    /// part of the copy and stays as it is. Ask before the copy is made: it then
+    /// holds at least that.
+    ///
+    /// # Errors
+    /// The source is not there.
+    pub fn mounts_below(&self, source: &Path, options: CopyOptions) -> io::Result<u64> {
+        match options.recursive && !options.follows {
+            // No copy has the tree itself.
+            true => mounts_below(source, &self.tree),
+            false => Ok(0),
+        }
+    }
+
+    /// Shows `copy` to the guest, or what shows the same already, with the same
+    /// mounted `below` it.
     ///
     /// A volume that may not be written to is held read-only here, since the
     /// guest's kernel may be hostile. Not so where the pod may write to the same
@@ -96,6 +116,7 @@ impl SharedVolumes {
     pub fn share(
         self: &Arc<Self>,
         copy: MountCopy,
+        below: u64,
         read_only: ReadOnly,
         of_pod: bool,
     ) -> Result<VolumeUse, SharedTreeError> {
@@ -106,6 +127,7 @@ impl SharedVolumes {
         };
         let writable = Key {
             file,
+            below,
             options: copy.options(),
             read_only: ReadOnly::No,
         };
@@ -246,7 +268,7 @@ mod tests {
                 return None;
             }
             let dir = tempfile::tempdir().unwrap();
-            let tree = SharedTree::create(dir.path()).unwrap();
+            let tree = SharedTree::create(&dir.path().join("pod/tree")).unwrap();
             Some(Self {
                 source: tempfile::tempdir().unwrap(),
                 volumes: Arc::clone(tree.volumes()),
@@ -256,14 +278,20 @@ mod tests {
         }
 
         fn share(&self, read_only: ReadOnly, of_pod: bool) -> VolumeUse {
-            let copy = MountCopy::new(self.source.path(), OPTIONS).unwrap();
-            self.volumes.share(copy, read_only, of_pod).unwrap()
+            self.share_other(self.source.path(), read_only, of_pod)
+        }
+
+        fn share_other(&self, source: &Path, read_only: ReadOnly, of_pod: bool) -> VolumeUse {
+            let below = self.volumes.mounts_below(source, OPTIONS).unwrap();
+            let copy = MountCopy::new(source, OPTIONS).unwrap();
+            let shared = self.volumes.share(copy, below, read_only, of_pod);
+            shared.unwrap()
         }
 
         fn on_node(&self, volume: &VolumeUse) -> PathBuf {
             let name = volume.guest_path();
             let name = name.strip_prefix("/run/husk/shared/").unwrap();
-            self.dir.path().join(name)
+            self.dir.path().join("pod/tree").join(name)
         }
 
         fn writes(&self, volume: &VolumeUse) -> bool {
@@ -294,7 +322,9 @@ mod tests {
         assert!(case.writes(&third));
         drop(third);
         assert_eq!(
-            fs::read_dir(case.dir.path().join(VOLUMES)).unwrap().count(),
+            fs::read_dir(case.dir.path().join("pod/tree").join(VOLUMES))
+                .unwrap()
+                .count(),
             0
         );
         assert!(case.source.path().join("file").exists());
@@ -331,6 +361,25 @@ mod tests {
     }
 
     #[test]
+    fn a_source_above_the_tree_is_shared_without_it() {
+        let Some(case) = Case::new() else { return };
+        let count = || {
+            let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+            table.lines().count()
+        };
+        let above = case.dir.path();
+        let first = case.share_other(above, ReadOnly::No, false);
+        let _other = case.share(ReadOnly::No, false);
+        let before = count();
+        let second = case.share_other(above, ReadOnly::No, false);
+        assert_eq!(first.guest_path(), second.guest_path());
+        assert_eq!(count(), before);
+        let pod = case.on_node(&first).join("pod");
+        assert_eq!(fs::read_dir(pod).unwrap().count(), 1);
+        assert!(!case.on_node(&first).join("pod/tree").join(VOLUMES).exists());
+    }
+
+    #[test]
     fn what_is_the_pods_own_is_one_for_all() {
         let Some(case) = Case::new() else { return };
         let fixed = case.share(ReadOnly::Top, true);
@@ -345,8 +394,7 @@ mod tests {
         let copy = MountCopy::new(case.source.path(), OPTIONS).unwrap();
         copy.forbid_writing(ReadOnly::Top).unwrap();
         copy.attach(other.path()).unwrap();
-        let copy = MountCopy::new(other.path(), OPTIONS).unwrap();
-        let fixed = case.volumes.share(copy, ReadOnly::No, false).unwrap();
+        let fixed = case.share_other(other.path(), ReadOnly::No, false);
         assert!(!case.writes(&fixed));
         assert!(case.writes(&case.share(ReadOnly::No, false)));
         rustix::mount::unmount(other.path(), rustix::mount::UnmountFlags::DETACH).unwrap();

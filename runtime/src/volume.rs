@@ -171,9 +171,12 @@ pub fn mount_volumes(
                 options,
                 read_only,
             } => {
+                let volumes = tree.tree().volumes();
+                let below = volumes.mounts_below(&source, options);
+                let below = below.map_err(|error| source_error(mount, &source, error))?;
                 let copy = copy(mount, &source, options)?;
                 let of_pod = pod_uid.is_some_and(|uid| is_empty_dir(&source, uid));
-                let shared = tree.tree().volumes().share(copy, read_only, of_pod)?;
+                let shared = volumes.share(copy, below, read_only, of_pod)?;
                 sources.insert(index, shared.guest_path());
                 tree.keep_volume(shared);
             }
@@ -183,11 +186,7 @@ pub fn mount_volumes(
 }
 
 fn copy(mount: &Mount, source: &Path, options: CopyOptions) -> Result<MountCopy, VolumeError> {
-    let fail = |error| VolumeError::Source {
-        destination: mount.destination.clone(),
-        path: source.to_owned(),
-        source: error,
-    };
+    let fail = |error| source_error(mount, source, error);
     let copy = MountCopy::new(source, options).map_err(fail)?;
     let kind = copy.file_type().map_err(fail)?;
     if kind.is_block_device() || kind.is_char_device() {
@@ -197,6 +196,14 @@ fn copy(mount: &Mount, source: &Path, options: CopyOptions) -> Result<MountCopy,
         });
     }
     Ok(copy)
+}
+
+fn source_error(mount: &Mount, path: &Path, source: io::Error) -> VolumeError {
+    VolumeError::Source {
+        destination: mount.destination.clone(),
+        path: path.to_owned(),
+        source,
+    }
 }
 
 /// The source is an emptyDir of the pod, as the kubelet lays them out:
