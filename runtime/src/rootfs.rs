@@ -331,7 +331,7 @@ mod tests {
         fs::create_dir_all(&inside).unwrap();
         fs::write(data.join("file"), "text").unwrap();
         let id = Id::new("container", "c").unwrap();
-        let shared = SharedTree::create(&dir.path().join("tree")).unwrap();
+        let shared = SharedTree::create(&dir.path().join("pod/tree")).unwrap();
         let bind = |source: &Path, target: &str| TreeMount {
             kind: "bind".to_owned(),
             source: source.to_owned(),
