@@ -47,6 +47,8 @@ fn signals(bench: &Bench) -> Result<()> {
     // ctr forwards its own signals to the container.
     let mut running = bench.ctr.start(&[], &bench.id(), &["sh", "-c", script])?;
     running.await_output("ready", wait)?;
+    // It begins to do so some time after it has started the container.
+    thread::sleep(bench.seconds(1) / 2);
     running.signal(Signal::SIGTERM)?;
     let done = running.wait(wait)?.expect_code(7)?;
     ensure!(done.out() == "ready\ngot term\n", "{}", done.tail());
