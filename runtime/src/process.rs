@@ -18,23 +18,28 @@ pub struct Process {
 }
 
 impl Process {
-    /// The process `pid`, if there is one that has not ended.
+    /// The process `pid`, if there is one; it may have ended and wait for its
+    /// parent.
     pub fn find(pid: u32) -> Option<Self> {
+        Self::look_up(pid).map(|(process, _)| process)
+    }
+
+    /// It and its state.
+    fn look_up(pid: u32) -> Option<(Self, char)> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The name may hold anything; what follows its parenthesis does not.
         let (_, fields) = stat.rsplit_once(')')?;
         // proc_pid_stat(5): fields 3 and 22; the third follows the name.
         let mut fields = fields.split_ascii_whitespace();
-        if matches!(fields.next()?, "Z" | "X") {
-            return None;
-        }
+        let state = fields.next()?.chars().next()?;
         let start_ticks = fields.nth(22 - 4)?.parse().ok()?;
-        Some(Self { pid, start_ticks })
+        Some((Self { pid, start_ticks }, state))
     }
 
     /// It has not ended.
     pub fn is_alive(self) -> bool {
-        Self::find(self.pid) == Some(self)
+        let found = Self::look_up(self.pid);
+        found.is_some_and(|(process, state)| process == self && !matches!(state, 'Z' | 'X'))
     }
 
     /// Ends it, if it still is the same, and waits for that.
@@ -98,6 +103,7 @@ mod tests {
         process.kill(Duration::from_secs(5));
         // Though nobody has waited for it yet.
         assert!(!process.is_alive());
+        assert_eq!(Process::find(child.id()), Some(process));
         assert!(!child.wait().unwrap().success());
         assert_eq!(Process::find(child.id()), None);
     }
