@@ -35,7 +35,7 @@ mod query;
 mod run;
 
 pub use create::{CreateRequest, SandboxRequest};
-use delete::Deleted;
+use delete::Deletion;
 pub use run::ExecRequest;
 
 /// `SIGKILL` of signal(7).
@@ -102,8 +102,8 @@ pub struct Pod {
     under_way: watch::Sender<usize>,
     /// What waits for the start of a process, any one.
     after_start: Vec<Step>,
-    /// Those who wait for a container's deletion.
-    deleting: BTreeMap<String, Vec<Reply<Deleted>>>,
+    /// Containers that are on their way out.
+    deleting: BTreeMap<String, Deletion>,
     /// Containers get the pod's own files about names.
     pod_binds: bool,
     /// Code with which the sandbox ends, once it was asked to.
@@ -258,6 +258,12 @@ impl Pod {
         }
     }
 
+    /// A container is there to stay.
+    fn is_used(&self) -> bool {
+        let mut ids = self.containers.keys();
+        ids.any(|id| !self.deleting.contains_key(id))
+    }
+
     fn is_idle(&self) -> bool {
         self.containers.is_empty()
             && *self.under_way.borrow() == 0
@@ -321,6 +327,13 @@ impl Pod {
             }
             MachineState::None | MachineState::Booting => 0,
         }
+    }
+
+    /// What was told as the process id of a container: the machine may have gone
+    /// before it.
+    fn pid_of(&self, id: &str) -> u32 {
+        let deletion = self.deleting.get(id);
+        deletion.map_or_else(|| self.pid(), |deletion| deletion.deleted.pid)
     }
 
     fn take_disk(&mut self) -> String {

@@ -86,9 +86,12 @@ impl Pod {
     ) -> Result<(), Box<(Reply<u32>, Error)>> {
         let id = request.id.as_str();
         if self.containers.contains_key(id) {
-            let error = Error::Exists {
-                what: "container",
-                id: id.to_owned(),
+            let error = match self.deleting.contains_key(id) {
+                true => still_being_deleted(&request.id),
+                false => Error::Exists {
+                    what: "container",
+                    id: id.to_owned(),
+                },
             };
             // The one that is there stays.
             reply.send(Err(error));
@@ -97,9 +100,6 @@ impl Pod {
         let fail = |reply, error| Err(Box::new((reply, error)));
         if self.over {
             return fail(reply, Error::ShuttingDown);
-        }
-        if self.deleting.contains_key(id) {
-            return fail(reply, still_being_deleted(&request.id));
         }
         if self.containers.len() >= limit::CONTAINERS {
             return fail(reply, Error::TooMany("containers"));
@@ -162,7 +162,7 @@ impl Pod {
     }
 
     fn check_first(&self, id: &Id) -> Result<(), Error> {
-        if *self.under_way.borrow() > 0 && self.containers.is_empty() {
+        if *self.under_way.borrow() > 0 && !self.is_used() {
             return Err(still_being_deleted(id));
         }
         if !matches!(self.machine, MachineState::None) || *id != self.settings.id {

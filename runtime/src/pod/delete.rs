@@ -36,6 +36,12 @@ pub struct Deleted {
     pub exit: Exit,
 }
 
+/// A container's deletion that is under way.
+pub(super) struct Deletion {
+    pub(super) deleted: Deleted,
+    waiting: Vec<Reply<Deleted>>,
+}
+
 impl Pod {
     /// Forgets a container that has ended, or with `exec` a process of it.
     pub fn delete(&mut self, id: String, exec: String, reply: Reply<Deleted>) {
@@ -43,14 +49,11 @@ impl Pod {
             return self.delete_exec(&id, exec, reply);
         }
         // Who did not wait for the answer asks again: it is the same deletion.
-        if let Some(waiting) = self.deleting.get_mut(&id) {
-            return waiting.push(reply);
+        if let Some(deletion) = self.deleting.get_mut(&id) {
+            return deletion.waiting.push(reply);
         }
         match self.begin_delete(&id) {
-            Ok(container) => {
-                self.deleting.insert(id.clone(), vec![reply]);
-                self.delete_container(id, container);
-            }
+            Ok(container) => self.delete_container(id, container, reply),
             Err(error) => reply.send(Err(error)),
         }
     }
@@ -65,14 +68,14 @@ impl Pod {
             }
         }
         let removed = self.containers.remove(id).ok_or_else(|| not_found(id))?;
-        if matches!(removed.kind, Kind::Sandbox) && !self.containers.is_empty() {
+        if matches!(removed.kind, Kind::Sandbox) && self.is_used() {
             self.state.is_deleted = true;
             self.write_state();
         }
         Ok(removed)
     }
 
-    fn delete_container(&mut self, id: String, mut container: Container) {
+    fn delete_container(&mut self, id: String, mut container: Container, reply: Reply<Deleted>) {
         let pid = self.pid();
         let exit = match container.init.state() {
             State::Stopped(exit) => exit,
@@ -81,19 +84,28 @@ impl Pod {
         };
         let deleted = Deleted { pid, exit };
         self.tell_ended(&id, &mut container, exit);
+        let processes = container.execs.values_mut().map(|exec| &mut exec.process);
+        let processes = processes.chain([&mut container.init]);
+        let streams: Vec<_> = processes.filter_map(|p| p.stdio.take()).collect();
+        let files = match &mut container.kind {
+            Kind::Guest(files) => Some(files.take()),
+            Kind::Sandbox => None,
+        };
+        // It counts as ended until it is gone, as with runc: who asks in between
+        // shall not take its files for free.
+        self.containers.insert(id.clone(), container);
+        let waiting = vec![reply];
+        let deletion = Deletion { deleted, waiting };
+        self.deleting.insert(id.clone(), deletion);
         let running = self.machine().ok();
         let limits = self.drain_limits(SLOW_READER, CHILDREN);
         self.begin_work();
         let machine = self.take_last_machine();
         let machine_end = machine.map(|machine| self.end_last(machine));
         self.later(async move {
-            let Container {
-                init, execs, kind, ..
-            } = container;
-            let processes = execs.into_values().map(|exec| exec.process).chain([init]);
-            let streams = processes.filter_map(|process| process.stdio);
-            join_all(streams.map(async |mut stdio| stdio.drain(limits).await)).await;
-            if let Kind::Guest(mut files) = kind {
+            let drained = streams.into_iter();
+            join_all(drained.map(async |mut stdio| stdio.drain(limits).await)).await;
+            if let Some(mut files) = files {
                 // The guest lets go of them before they are unmounted here.
                 let unused = files.as_mut().map(ContainerFiles::give_up);
                 let unused = unused.unwrap_or_default();
@@ -108,7 +120,7 @@ impl Pod {
             if let Some(end) = machine_end {
                 end.await;
             }
-            move |pod: &mut Pod| pod.container_deleted(&id, deleted)
+            move |pod: &mut Pod| pod.container_deleted(&id)
         });
     }
 
@@ -143,7 +155,7 @@ impl Pod {
 
     /// The machine, when no container is left to use it.
     pub(super) fn take_last_machine(&mut self) -> Option<Machine> {
-        if !self.containers.is_empty() {
+        if self.is_used() {
             return None;
         }
         match std::mem::replace(&mut self.machine, MachineState::None) {
@@ -164,8 +176,14 @@ impl Pod {
         }
     }
 
-    fn container_deleted(&mut self, id: &str, deleted: Deleted) {
+    fn container_deleted(&mut self, id: &str) {
+        // Unless the pod itself is over.
+        self.containers.remove(id);
+        let deletion = self.deleting.remove(id);
         self.work_ended();
+        let Some(Deletion { deleted, waiting }) = deletion else {
+            return;
+        };
         let event = TaskDelete {
             container_id: id.to_owned(),
             pid: deleted.pid,
@@ -174,7 +192,7 @@ impl Pod {
             ..TaskDelete::default()
         };
         self.events.send(topics::TASK_DELETE_EVENT_TOPIC, &event);
-        for reply in self.deleting.remove(id).unwrap_or_default() {
+        for reply in waiting {
             reply.send(Ok(deleted));
         }
     }

@@ -44,7 +44,7 @@ impl Pod {
             };
             Ok(ProcessReport {
                 bundle: container.bundle.clone(),
-                pid: self.pid(),
+                pid: self.pid_of(id),
                 status: container.status(exec).unwrap_or(Status::UNKNOWN),
                 paths: process.paths.clone(),
                 exit,
@@ -65,7 +65,7 @@ impl Pod {
     /// lose its exit code. The guest is not asked, whose numbers would be taken
     /// for the node's.
     pub fn processes(&mut self, id: &str, reply: Reply<(u32, Vec<String>)>) {
-        let pid = self.pid();
+        let pid = self.pid_of(id);
         reply.send(self.container(id).map(|container| {
             let running = container.execs.iter().filter(|(_, exec)| {
                 matches!(exec.process.state(), State::Starting | State::Running)
@@ -97,6 +97,6 @@ impl Pod {
 
     /// What is told as a container's pid.
     pub fn task_pid(&mut self, id: &str, reply: Reply<u32>) {
-        reply.send(self.container(id).map(|_| self.pid()));
+        reply.send(self.container(id).map(|_| self.pid_of(id)));
     }
 }

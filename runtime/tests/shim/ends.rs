@@ -233,6 +233,9 @@ fn deleted_twice() {
         let hasty = async {
             tokio::time::sleep(Duration::from_millis(100)).await;
             // Neither is it there again, nor is it gone.
+            assert_eq!(status(&shim, "y").await, Status::STOPPED);
+            assert_eq!(shim.wait("y", "").await.unwrap().exit_status, 137);
+            assert_eq!(refusal(kill(&shim, "y", "", 9).await).0, Code::NOT_FOUND);
             let answer = shim.create(&bundle.request()).await;
             assert_eq!(refusal(answer).0, Code::FAILED_PRECONDITION);
             shim.delete("y", "").await
