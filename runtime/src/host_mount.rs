@@ -167,8 +167,11 @@ fn in_directory(base: &Path, work: impl FnOnce() -> io::Result<()> + Send) -> io
         rustix::process::chdir(base)?;
         work()
     };
-    let joined = std::thread::scope(|scope| scope.spawn(thread).join());
-    joined.unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
+    let joined = std::thread::scope(|scope| {
+        let spawned = std::thread::Builder::new().spawn_scoped(scope, thread);
+        spawned.map(|thread| thread.join())
+    });
+    joined?.unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
 }
 
 impl Options {

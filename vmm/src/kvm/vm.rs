@@ -35,7 +35,7 @@ const REQUIRED: [(Cap, &str); 12] = [
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 
-/// Registers of counters: the first and how many, 16 at most. asm/msr-index.h:
+/// Registers of counters: the first and how many, 64 at most. asm/msr-index.h:
 /// `MSR_K7_EVNTSEL0` and the counters behind them, `MSR_F15H_PERF_CTL`,
 /// `MSR_IA32_PERFCTR0`, `MSR_P6_EVNTSEL0`.
 const COUNTERS: [(u32, u32); 4] = [(0xc001_0000, 8), (0xc001_0200, 12), (0xc1, 2), (0x186, 2)];
