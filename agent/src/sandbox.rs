@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use futures::future::join_all;
 use husk_protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Network};
 use husk_protocol::{deadline, limit, path};
 use tokio::sync::OnceCell;
+use tokio::time::timeout;
 
 use crate::clock;
 use crate::container::attempt::{Attempt, Underway, attempt};
@@ -29,14 +30,10 @@ use crate::storage::{self, Mounted};
 /// Where helpers attach the root they build: a private mount (see early_init).
 pub const STAGE: &str = "/run/husk/stage";
 
-/// How long ending everything may take before the power goes.
-const END_DEADLINE: Duration = Duration::from_secs(5);
-
-/// And after that, writing out what could not be unmounted.
-const SYNC_DEADLINE: Duration = Duration::from_secs(4);
-
-const _: () =
-    assert!(END_DEADLINE.as_secs() + SYNC_DEADLINE.as_secs() < deadline::POWER_OFF.as_secs());
+/// Tenths of the time there is, for ending everything before the power goes, and
+/// after that for writing out what could not be unmounted.
+const ENDING: u32 = 5;
+const SYNCING: u32 = 4;
 
 /// The pod.
 #[derive(Debug)]
@@ -45,6 +42,7 @@ pub struct Sandbox {
     around: Surroundings,
     containers: Mutex<HashMap<String, Slot>>,
     pod: Mutex<Pod>,
+    power_off: OnceLock<Duration>,
     events: EventQueue,
 }
 
@@ -82,6 +80,7 @@ impl Sandbox {
             settings,
             containers: Mutex::default(),
             pod: Mutex::new(Pod::Absent),
+            power_off: OnceLock::new(),
             events: queue,
         }
     }
@@ -115,6 +114,10 @@ impl Sandbox {
     }
 
     async fn create_pod(&self, request: CreateSandboxRequest) -> Result<Pod, Error> {
+        if request.power_off_seconds > 0 {
+            let seconds = request.power_off_seconds.into();
+            self.power_off.get_or_init(|| Duration::from_secs(seconds));
+        }
         if self.settings.guest {
             clock::correct(request.wall_clock_ns)?;
         }
@@ -332,14 +335,15 @@ impl Sandbox {
                 storage::unmount_all(storages).await;
             }
         };
-        if tokio::time::timeout(END_DEADLINE, ending).await.is_err() {
-            log::error!("not everything ended within {} s", END_DEADLINE.as_secs());
+        let tenth = *self.power_off.get().unwrap_or(&deadline::POWER_OFF) / 10;
+        if timeout(tenth * ENDING, ending).await.is_err() {
+            log::error!("not everything ended within {:?}", tenth * ENDING);
         }
         let sync = tokio::task::spawn_blocking(rustix::fs::sync);
-        match tokio::time::timeout(SYNC_DEADLINE, sync).await {
+        match timeout(tenth * SYNCING, sync).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => log::warn!("sync: {error}"),
-            Err(_) => log::error!("not synced within {} s", SYNC_DEADLINE.as_secs()),
+            Err(_) => log::error!("not synced within {:?}", tenth * SYNCING),
         }
     }
 }

@@ -18,7 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 const HOST_CID: u32 = 2;
 
 /// The VMM answers at once: it holds the descriptor or it doesn't.
-const DIAL_DEADLINE: Duration = Duration::from_secs(10);
+pub const DIAL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Reaches a port of the host.
 #[derive(Debug, Clone)]

@@ -9,14 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_protocol::agent::{CreateSandboxRequest, Network, Storage, VirtioFsStorage};
-use husk_protocol::path;
+use husk_protocol::{deadline, path};
 use nix::unistd::{SysconfVar, sysconf};
 use tokio::time::timeout;
 
 use crate::agent_client::{Agent, AgentError};
 use crate::bundle::PodSpec;
 use crate::clock;
-use crate::config::Config;
+use crate::config::{Config, Patience};
 use crate::error::Error;
 use crate::file_server::FileServer;
 use crate::network::PodNetwork;
@@ -194,7 +194,7 @@ impl MachineParts {
             file_server: Arc::new(self.file_server),
             netns: request.pod.netns.clone(),
         };
-        let sandbox = sandbox_request(&request.pod, network);
+        let sandbox = sandbox_request(&request.pod, network, request.config.patience());
         match machine.set_up(&sandbox, patience).await {
             Ok(()) => {
                 state.timeline.agent_ready_ns = clock::monotonic_ns();
@@ -281,7 +281,7 @@ pub async fn explained(vm: &Vm, agent: &Agent, error: AgentError) -> Error {
     }
 }
 
-fn sandbox_request(pod: &PodSpec, network: Network) -> CreateSandboxRequest {
+fn sandbox_request(pod: &PodSpec, network: Network, patience: Patience) -> CreateSandboxRequest {
     let mut shared = Storage {
         mount_point: path::SHARED.to_owned(),
         ..Storage::default()
@@ -291,6 +291,7 @@ fn sandbox_request(pod: &PodSpec, network: Network) -> CreateSandboxRequest {
         ..VirtioFsStorage::default()
     });
     let dns = pod.dns.clone().unwrap_or_default();
+    let power_off = patience.of(deadline::POWER_OFF).as_secs();
     CreateSandboxRequest {
         hostname: pod.hostname.clone(),
         dns_servers: dns.servers,
@@ -301,6 +302,7 @@ fn sandbox_request(pod: &PodSpec, network: Network) -> CreateSandboxRequest {
         storages: vec![shared, volume::shm_storage()],
         shared_pid_namespace: pod.shared_pid_namespace,
         wall_clock_ns: clock::wall_ns(),
+        power_off_seconds: power_off.try_into().unwrap_or(u32::MAX),
         ..CreateSandboxRequest::default()
     }
 }

@@ -18,16 +18,21 @@ use crate::kernel_file;
 use crate::oci::{IdMapping, Spec};
 use crate::pidfd::PidFd;
 use crate::reaper::{Exit, Reaper};
+use crate::socket::DIAL_DEADLINE;
 use crate::stdio::ChildStreams;
 
 /// Mounts of hung file systems are the only slow thing a helper meets.
-const DEADLINE: Duration = Duration::from_secs(40);
+const DEADLINE: Duration = Duration::from_secs(35);
 
 /// How long a killed helper may take to end: one in a request to a file system
 /// that the container itself serves may take for ever.
 const END_DEADLINE: Duration = Duration::from_secs(10);
 
-const _: () = assert!(DEADLINE.as_secs() + END_DEADLINE.as_secs() < deadline::MAKING.as_secs());
+// Its streams are dialled before.
+const _: () = assert!(
+    DIAL_DEADLINE.as_secs() + DEADLINE.as_secs() + END_DEADLINE.as_secs()
+        < deadline::MAKING.as_secs()
+);
 
 /// A process that could not be made.
 #[derive(Debug, thiserror::Error)]
