@@ -284,9 +284,11 @@ impl Sandbox {
             underway.over().await;
         }
         let Some(container) = self.take_to_delete(id) else {
+            // Unless somebody else is at it.
+            let is_over = !lock(&self.containers).contains_key(id);
             return match underway {
-                Some(_) => Ok(()),
-                None => Err(Error::NoContainer { id: id.to_owned() }),
+                Some(_) if is_over => Ok(()),
+                _ => Err(Error::NoContainer { id: id.to_owned() }),
             };
         };
         match container.end().await {

@@ -11,6 +11,7 @@ use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::Message;
 use protobuf::MessageField;
 
+use crate::bundle::{Bundle, Role};
 use crate::cgroup;
 use crate::clock;
 use crate::config::Config;
@@ -19,7 +20,7 @@ use crate::id::{Id, IdError};
 use crate::process::Process;
 use crate::socket::{DEFAULT_DIR, ShimSocket};
 use crate::start::{ADDRESS_FILE, PID_FILE};
-use crate::state_dir::StateDir;
+use crate::state_dir::{State, StateDir};
 
 /// As if killed by `SIGKILL`: nobody was there to see.
 const EXIT_CODE: u32 = 137;
@@ -43,13 +44,14 @@ pub enum CleanupError {
 }
 
 /// Cleans up and prints the answer. A container of a pod has nothing of its own
-/// on the node, so only the pod's own name removes anything.
+/// on the node, so only the pod's own name removes anything, unless containerd
+/// will not say that name again.
 ///
 /// # Errors
 /// The names cannot be, or nobody reads the answer.
 pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
     let namespace = Id::new("namespace", &flags.namespace)?;
-    let pod = Id::new("id", &flags.id)?;
+    let id = Id::new("id", &flags.id)?;
     let config = Config::load().unwrap_or_else(|error| {
         // Most likely the pod is from a time when it was right.
         eprintln!(
@@ -58,19 +60,26 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
         );
         Config::default()
     });
-    let state_dir = StateDir::new(&config.state_dir, &namespace, &pod);
-    let state = state_dir.read().unwrap_or_default();
-    let pid = state.vmm.map_or(0, |vmm| vmm.pid);
-    // containerd asks when it closes its connection, which it does when the pod's
-    // own container is deleted. The shim ends by itself after the last one.
-    if state.is_deleted && state.shim.is_some_and(Process::is_alive) {
-        return answer(pid);
-    }
     let bundle = flags
         .bundle
         .clone()
         .or_else(|| std::env::current_dir().ok());
     let bundle = bundle.unwrap_or_default();
+    let find = |pod: &Id| {
+        let dir = StateDir::new(&config.state_dir, &namespace, pod);
+        let state = dir.read().unwrap_or_default();
+        (dir, state)
+    };
+    let left = pod_of(&bundle).map(|pod| (find(&pod), pod));
+    let ((state_dir, state), pod) = left
+        .filter(|((_, state), _)| state.is_deleted && !serves(state))
+        .unwrap_or_else(|| (find(&id), id));
+    let pid = state.vmm.map_or(0, |vmm| vmm.pid);
+    // containerd asks when it closes its connection, which it does when the pod's
+    // own container is deleted. The shim ends by itself after the last one.
+    if state.is_deleted && serves(&state) {
+        return answer(pid);
+    }
     let shim = match state.shim {
         None => forgotten_shim(flags, &bundle).filter(|shim| !ends(*shim, LAST_WORDS)),
         shim => shim,
@@ -86,12 +95,25 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
         &socket_dir(&bundle),
         &flags.address,
         &flags.namespace,
-        &flags.id,
+        pod.as_str(),
     );
     if !socket.answers() {
         socket.remove();
     }
     answer(pid)
+}
+
+/// The pod that a container's bundle names.
+fn pod_of(bundle: &Path) -> Option<Id> {
+    match Bundle::load(bundle).ok()?.role().ok()? {
+        Role::Member { sandbox } => Some(sandbox),
+        Role::Single | Role::Sandbox => None,
+    }
+}
+
+/// The pod's shim is there.
+fn serves(state: &State) -> bool {
+    state.shim.is_some_and(Process::is_alive)
 }
 
 fn answer(pid: u32) -> Result<(), CleanupError> {

@@ -20,11 +20,6 @@ pub fn attempt() -> (Attempt, Underway) {
 }
 
 impl Attempt {
-    /// Whether nobody wants the process any more.
-    pub fn is_given_up(&self) -> bool {
-        *self.0.borrow()
-    }
-
     /// Works until that happens.
     pub async fn work<T>(
         &self,

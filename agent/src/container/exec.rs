@@ -70,10 +70,6 @@ impl Container {
             Ok(process) => {
                 let process = Arc::new(process);
                 execs.insert(exec_id.to_owned(), Exec::Made(Arc::clone(&process)));
-                if attempt.is_given_up() {
-                    // As late as if it had run already.
-                    let _ = process.signal(libc::SIGKILL);
-                }
                 Ok(process)
             }
             Err(error) => {

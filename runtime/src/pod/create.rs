@@ -346,8 +346,9 @@ impl Pod {
         let Created { id, rootfs, reply } = created;
         let pid = self.pid();
         let Some(container) = self.containers.get_mut(&id) else {
+            // The pod is over.
             reply.send(Err(Error::ShuttingDown));
-            return;
+            return self.detach(prepared);
         };
         let (files, stdio) = match prepared {
             Some(prepared) => (Some(prepared.files), Some(prepared.stdio)),
@@ -384,6 +385,17 @@ impl Pod {
         if self.containers.get(&id).is_some_and(|c| c.unwanted) {
             self.delete(id, String::new(), Reply::to_nobody());
         }
+    }
+
+    fn detach(&self, unused: Option<Prepared>) {
+        let Some(Prepared { files, .. }) = unused else {
+            return;
+        };
+        self.begin_work();
+        self.later(async move {
+            files.detach(None).await;
+            |pod: &mut Pod| pod.work_ended()
+        });
     }
 }
 

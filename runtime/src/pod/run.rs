@@ -209,7 +209,19 @@ impl Pod {
         });
         match state {
             Ok(State::Starting) if !exec.is_empty() => {
-                let again = move |pod: &mut Pod| pod.kill(id, exec, signal, all, reply);
+                if signal == SIGKILL {
+                    self.give_up_start(id.clone(), exec.clone());
+                }
+                let again = move |pod: &mut Pod| {
+                    let state = pod.process(&id, &exec).map(Process::state);
+                    match state {
+                        // It was given up.
+                        Ok(State::Created | State::Stopped(_)) if signal == SIGKILL => {
+                            reply.send(Ok(()));
+                        }
+                        _ => pod.kill(id, exec, signal, all, reply),
+                    }
+                };
                 return self.after_start.push(Box::new(again));
             }
             Ok(_) => {}
@@ -250,6 +262,19 @@ impl Pod {
                 outcome => outcome.map_err(Error::from),
             });
             killed.see_to_it(&vm, &pod, agent.patience()).await;
+        });
+    }
+
+    /// The start of an added process may take as long as its file system does; a
+    /// guest that knows of it lets go of it at once.
+    fn give_up_start(&self, id: String, exec: String) {
+        let Ok((_, agent)) = self.machine() else {
+            return;
+        };
+        tokio::spawn(async move {
+            if let Err(error) = agent.signal(&id, &exec, SIGKILL, false).await {
+                tracing::debug!(id, exec, %error, "giving up a start");
+            }
         });
     }
 

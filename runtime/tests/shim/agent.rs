@@ -227,6 +227,12 @@ impl Agent for Guest {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         self.add(id, exec, arguments(&process), streams);
+        if arguments(&process)[0] == "stuck" {
+            let key = (id.clone(), exec.clone());
+            let mut killed = self.processes.lock().unwrap()[&key].exit.subscribe();
+            killed.wait_for(Option::is_some).await.unwrap();
+            return Err(status(Code::ABORTED, "given up"));
+        }
         self.run(id, exec).map(|()| ExecResponse::default())
     }
 

@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     ("end_despite_a_vmm_that_takes_no_requests", deaf_vmm),
     ("end_of_an_added_process_alone", added_alone),
     ("end_asked_for_before_the_start_is_answered", killed_early),
+    ("end_of_a_start_that_takes_for_ever", start_given_up),
     ("end_asked_for_twice", deleted_twice),
 ];
 
@@ -221,6 +222,26 @@ fn killed_early() {
         kill(&shim, "b", "", 9).await.unwrap();
         shim.wait("b", "").await.unwrap();
         finish(&node, &shim, "b").await;
+    });
+}
+
+fn start_given_up() {
+    block_on(async {
+        let node = Node::new().await;
+        let (_, shim) = running(&node, "e", &["sleep"]).await;
+        let stuck = added("e", "x", &["stuck"]);
+        shim.task.exec(soon(), &stuck).await.unwrap();
+        let hasty = async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            kill(&shim, "e", "x", 9).await.unwrap();
+        };
+        let (started, ()) = tokio::join!(shim.run("e", "x"), hasty);
+        assert!(refusal(started).1.contains("given up"));
+        shim.delete("e", "x").await.unwrap();
+        assert_eq!(node.events.exits(), []);
+        kill(&shim, "e", "", 9).await.unwrap();
+        shim.wait("e", "").await.unwrap();
+        finish(&node, &shim, "e").await;
     });
 }
 

@@ -25,6 +25,7 @@ pub const CASES: &[Case] = &[
     ("pod_takes_its_containers_with_it", killed_at_once),
     ("pod_stays_until_its_last_deletion", deleted_at_once),
     ("pod_may_be_deleted_before_its_container", deleted_first),
+    ("pod_of_a_dead_shim_goes_with_its_last_container", deleted_and_dead),
     ("pod_shares_a_volume_until_its_last_user", shared_volume),
     ("pod_of_the_sandbox_api", sandbox_api),
 ];
@@ -192,6 +193,30 @@ fn deleted_first() {
         shim.delete("c7", "").await.unwrap();
         node.events.wait_for("/tasks/delete", 2).await;
         shim.shut_down("c7").await;
+        shim.assert_gone().await;
+        node.assert_clean();
+    });
+}
+
+fn deleted_and_dead() {
+    block_on(async {
+        let node = Node::new().await;
+        let shim = up(&node, "p8").await;
+        add(&node, &shim, &member(&node, "c8", "p8", &["sleep"])).await;
+        kill(&shim, "p8").await;
+        shim.delete("p8", "").await.unwrap();
+        let delete = |id: &str| {
+            let dir = node.path("bundles").join(id);
+            let bundle = dir.display().to_string();
+            let output = node.shim(&["-id", id, "-bundle", &bundle, "delete"], &dir, b"");
+            assert!(output.status.success());
+        };
+        delete("p8");
+        assert!(node.state_dir().join("test/p8").exists());
+        let raw = rustix::process::Pid::from_raw(shim.pid).unwrap();
+        rustix::process::kill_process(raw, rustix::process::Signal::KILL).unwrap();
+        // containerd does not ask for the pod again.
+        delete("c8");
         shim.assert_gone().await;
         node.assert_clean();
     });
