@@ -19,6 +19,7 @@ pub const CASES: &[Case] = &[
     ("end_that_the_agent_does_not_tell", untold),
     ("end_despite_a_guest_that_ignores_kills", deaf),
     ("end_despite_a_vmm_that_takes_no_requests", deaf_vmm),
+    ("end_of_a_vmm_that_answers_what_was_not_asked", chatty_vmm),
     ("end_of_an_added_process_alone", added_alone),
     ("end_asked_for_before_the_start_is_answered", killed_early),
     ("end_of_a_start_that_takes_for_ever", start_given_up),
@@ -107,6 +108,21 @@ fn deaf_vmm() {
         shim.shut_down("v").await;
         shim.assert_gone().await;
         node.assert_clean();
+    });
+}
+
+fn chatty_vmm() {
+    block_on(async {
+        let node = Node::new().await;
+        node.configure("kernel_parameters = 'fake.chatty'\n");
+        let (bundle, shim) = running(&node, "n", &["sleep"]).await;
+        let mut exec = added("n", "x", &["sleep"]);
+        exec.stdout = bundle.fifo("out");
+        shim.task.exec(soon(), &exec).await.unwrap();
+        // Which of the two the shim hears of first is chance.
+        let _ = shim.run("n", "x").await;
+        assert_eq!(shim.wait("n", "").await.unwrap().exit_status, 137);
+        finish(&node, &shim, "n").await;
     });
 }
 

@@ -137,7 +137,7 @@ fn panic() {
 fn stuck() {
     block_on(async {
         let node = Node::new().await;
-        node.configure("boot_timeout_seconds = 1\n");
+        node.configure("boot_timeout_seconds = 3\n");
         let bundle = node
             .bundle("b", &["sleep"])
             .with(|spec| spec["hostname"] = "stuck".into());
@@ -145,7 +145,7 @@ fn stuck() {
             &node,
             &bundle,
             Code::UNKNOWN,
-            "the guest was not ready after 1 s (boot_timeout_seconds); \
+            "the guest was not ready after 3 s (boot_timeout_seconds); \
              its console's last lines: waiting for a disk",
         )
         .await;

@@ -25,7 +25,7 @@ pub const CASES: &[Case] = &[
     ("pod_takes_its_containers_with_it", killed_at_once),
     ("pod_stays_until_its_last_deletion", deleted_at_once),
     ("pod_may_be_deleted_before_its_container", deleted_first),
-    ("pod_of_a_dead_shim_goes_with_its_last_container", deleted_and_dead),
+    ("pod_of_a_dead_shim_goes_at_last", deleted_and_dead),
     ("pod_shares_a_volume_until_its_last_user", shared_volume),
     ("pod_of_the_sandbox_api", sandbox_api),
 ];

@@ -25,6 +25,9 @@ const PANIC: &str = "fake.panic";
 /// Kernel parameter that makes this VMM take no requests.
 const DEAF: &str = "fake.deaf";
 
+/// Kernel parameter that makes this VMM answer twice when it opens ports.
+const CHATTY: &str = "fake.chatty";
+
 /// Lives as long as its control socket, like the real one.
 pub fn run() {
     let (text, descriptors) = receive().expect("no specification");
@@ -55,7 +58,12 @@ pub fn run() {
     }
     while let Some((text, descriptors)) = receive() {
         match serde_json::from_slice(&text).unwrap() {
-            Request::AddHostPorts(host_ports) => keep(&ports, host_ports, descriptors),
+            Request::AddHostPorts(host_ports) => {
+                keep(&ports, host_ports, descriptors);
+                if spec.boot.command_line.contains(CHATTY) {
+                    tell(&Message::Reply(Ok(Reply::Done)));
+                }
+            }
             Request::RemoveHostPorts(removed) => {
                 ports
                     .lock()
