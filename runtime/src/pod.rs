@@ -26,6 +26,7 @@ use crate::forward;
 use crate::id::Id;
 use crate::machine::Machine;
 use crate::state_dir::{State, StateDir};
+use crate::stdio::Owner;
 use crate::vm_process::{Vm, VmEnd};
 
 mod create;
@@ -305,6 +306,14 @@ impl Pod {
     fn process_mut(&mut self, id: &str, exec: &str) -> Result<&mut Process, Error> {
         let container = self.container_mut(id)?;
         container.process_mut(exec).ok_or_else(|| no_process(exec))
+    }
+
+    /// Whose the output of a container or an added process is.
+    fn owner(&self, id: &str) -> Owner {
+        Owner {
+            namespace: self.settings.namespace.as_str().to_owned(),
+            id: id.to_owned(),
+        }
     }
 
     /// The running machine.

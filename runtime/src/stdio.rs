@@ -2,11 +2,11 @@
 //! guest's vsock each on the other. Nothing is buffered here beyond one copy's
 //! worth, so whoever reads slowly slows the process down, as on any node.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::OpenOptions;
+use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,10 +22,15 @@ use ttrpc::Code;
 use crate::agent_client::Written;
 use crate::ports;
 
+mod logger;
 mod progress;
+mod sink;
 
+pub use logger::Owner;
+use logger::{Logger, LoggerInput, is_program};
 pub use progress::Limits;
 use progress::{Outputs, Progress, Wait};
+use sink::{Sink, local_path};
 
 /// One read or write at most, bytes.
 const CHUNK: usize = 32 << 10;
@@ -38,7 +43,7 @@ const TICK: Duration = Duration::from_millis(50);
 pub struct StdioPaths {
     /// Fifo; empty: none.
     pub stdin: String,
-    /// Fifo or `file://`; empty: none.
+    /// Fifo or `file://`, or `binary://` for both outputs; empty: none.
     pub stdout: String,
     /// Fifo or `file://`; empty: none.
     pub stderr: String,
@@ -52,6 +57,7 @@ pub struct Stdio {
     input: Option<Input>,
     copies: JoinSet<()>,
     outputs: Outputs,
+    logger: Option<Logger>,
 }
 
 /// What the machine and the agent are told about the streams of one process.
@@ -81,16 +87,11 @@ struct Input {
     keeper: Option<OwnedFd>,
 }
 
-enum Sink {
-    Fifo(pipe::Sender),
-    File(Arc<File>),
-}
-
 /// Streams that cannot be.
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
     /// A scheme that we do not speak.
-    #[error("{stream} is {uri:?}; known are fifos and file://")]
+    #[error("{stream} is {uri:?}; known are fifos, file:// and, for stdout, binary://")]
     Scheme {
         /// Which stream.
         stream: &'static str,
@@ -105,6 +106,15 @@ pub enum StdioError {
         /// The fifo or file.
         path: PathBuf,
         /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The program that is to take it.
+    #[error("logging program {path}")]
+    Logger {
+        /// The program.
+        path: PathBuf,
+        /// Why it does not.
         #[source]
         source: io::Error,
     },
@@ -124,10 +134,12 @@ impl StdioError {
     pub fn code(&self) -> Code {
         match self {
             Self::Scheme { .. } => Code::UNIMPLEMENTED,
-            Self::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+            Self::Open { source, .. } | Self::Logger { source, .. }
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
                 Code::NOT_FOUND
             }
-            Self::Open { .. } | Self::Socket { .. } => Code::UNKNOWN,
+            Self::Open { .. } | Self::Logger { .. } | Self::Socket { .. } => Code::UNKNOWN,
         }
     }
 }
@@ -137,8 +149,9 @@ impl Stdio {
     ///
     /// # Errors
     /// A stream cannot be opened.
-    pub fn open(
+    pub async fn open(
         paths: &StdioPaths,
+        owner: &Owner,
         on_first_output: OnFirstOutput,
     ) -> Result<(Self, GuestStreams), StdioError> {
         let mut guest = GuestStreams {
@@ -152,6 +165,7 @@ impl Stdio {
             Ok::<_, StdioError>((near, port))
         };
 
+        let sinks = Sinks::open(paths, owner).await?;
         let mut input = None;
         if !paths.stdin.is_empty() {
             let (fifo, keeper) = open_input(&paths.stdin)?;
@@ -167,17 +181,14 @@ impl Stdio {
         // The end of a terminal's output may still be on its way through it.
         let mut outputs = Outputs::new(!paths.terminal);
         let mut on_first_output = Some(on_first_output);
-        if !paths.stdout.is_empty() {
-            let sink = Sink::open("stdout", &paths.stdout)?;
+        if let Some(sink) = sinks.stdout {
             let (socket, port) = connect("stdout")?;
             guest.ports.stdout_port = port;
             let first = on_first_output.take();
             let progress = Arc::clone(outputs.stdout.insert(Arc::default()));
             copies.spawn(copy_out(socket, sink, progress, first));
         }
-        // A terminal has one output.
-        if !paths.stderr.is_empty() && !paths.terminal {
-            let sink = Sink::open("stderr", &paths.stderr)?;
+        if let Some(sink) = sinks.stderr {
             let (socket, port) = connect("stderr")?;
             guest.ports.stderr_port = port;
             let first = on_first_output.take();
@@ -188,6 +199,7 @@ impl Stdio {
             input,
             copies,
             outputs,
+            logger: sinks.logger,
         };
         Ok((stdio, guest))
     }
@@ -202,6 +214,15 @@ impl Stdio {
     /// The process has ended and wrote so much.
     pub fn expect(&mut self, written: Written) {
         self.outputs.expect(written);
+    }
+
+    /// Ends the copying, and waits until a program that takes the output has.
+    pub async fn close(mut self) {
+        self.input = None;
+        self.copies.shutdown().await;
+        if let Some(logger) = self.logger.take() {
+            logger.end().await;
+        }
     }
 
     /// Ends the input and waits for the output: until it ends, or until all is
@@ -221,59 +242,42 @@ impl Stdio {
     }
 }
 
+/// Where the outputs of one process go.
+struct Sinks {
+    stdout: Option<Sink>,
+    stderr: Option<Sink>,
+    logger: Option<Logger>,
+}
+
+impl Sinks {
+    async fn open(paths: &StdioPaths, owner: &Owner) -> Result<Self, StdioError> {
+        // A terminal has one output.
+        let has_errors = !paths.terminal;
+        if is_program(&paths.stdout) {
+            let (logger, input) = Logger::start(&paths.stdout, owner).await?;
+            let LoggerInput { stdout, stderr } = input;
+            return Ok(Self {
+                stdout: Some(Sink::Pipe(stdout)),
+                stderr: has_errors.then_some(Sink::Pipe(stderr)),
+                logger: Some(logger),
+            });
+        }
+        let open = |stream, uri: &str| match uri {
+            "" => Ok(None),
+            uri => Sink::open(stream, uri).map(Some),
+        };
+        let stderr = if has_errors { &paths.stderr } else { "" };
+        Ok(Self {
+            stdout: open("stdout", &paths.stdout)?,
+            stderr: open("stderr", stderr)?,
+            logger: None,
+        })
+    }
+}
+
 impl Drop for Input {
     fn drop(&mut self) {
         self.copy.abort();
-    }
-}
-
-impl Sink {
-    fn open(stream: &'static str, uri: &str) -> Result<Self, StdioError> {
-        let path = local_path(stream, uri)?;
-        let fail = |source| StdioError::Open {
-            stream,
-            path: path.clone(),
-            source,
-        };
-        let is_file = uri.starts_with("file://");
-        if !is_file && path.metadata().map_err(fail)?.file_type().is_fifo() {
-            // Both ways: opening does not wait for a reader, and readers may
-            // come and go.
-            let fifo = pipe::OpenOptions::new()
-                .read_write(true)
-                .open_sender(&path)
-                .map_err(fail)?;
-            return Ok(Self::Fifo(fifo));
-        }
-        let file = OpenOptions::new()
-            .append(true)
-            .create(is_file)
-            .open(&path)
-            .map_err(fail)?;
-        Ok(Self::File(Arc::new(file)))
-    }
-
-    async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match self {
-            Self::Fifo(fifo) => fifo.write_all(bytes).await,
-            Self::File(file) => {
-                let (mut file, bytes) = (Arc::clone(file), bytes.to_vec());
-                tokio::task::spawn_blocking(move || file.write_all(&bytes)).await?
-            }
-        }
-    }
-}
-
-fn local_path(stream: &'static str, uri: &str) -> Result<PathBuf, StdioError> {
-    match uri.split_once("://") {
-        None => Ok(PathBuf::from(uri)),
-        Some(("file" | "fifo", path)) => {
-            Ok(PathBuf::from(path.split('?').next().unwrap_or_default()))
-        }
-        Some(_) => Err(StdioError::Scheme {
-            stream,
-            uri: uri.to_owned(),
-        }),
     }
 }
 
@@ -373,182 +377,4 @@ fn shutdown_read(socket: &UnixStream) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Read;
-    use std::os::unix::net::UnixStream as StdStream;
-    use tokio::time::Instant;
-
-    fn fifo(dir: &Path, name: &str) -> String {
-        let path = dir.join(name);
-        rustix::fs::mknodat(
-            rustix::fs::CWD,
-            &path,
-            rustix::fs::FileType::Fifo,
-            rustix::fs::Mode::RWXU,
-            0,
-        )
-        .unwrap();
-        path.to_str().unwrap().to_owned()
-    }
-
-    fn far(guest: &mut GuestStreams, port: u32) -> StdStream {
-        let index = guest
-            .host_ports
-            .iter()
-            .position(|(p, _)| *p == port)
-            .unwrap();
-        let stream: StdStream = guest.host_ports.remove(index).1.into();
-        stream.set_nonblocking(false).unwrap();
-        stream
-    }
-
-    fn nothing() -> OnFirstOutput {
-        Box::new(|| {})
-    }
-
-    fn slow_reader(seconds: u64) -> Limits {
-        Limits {
-            slow_reader: Duration::from_secs(seconds),
-            stalled: Duration::from_secs(60),
-            others: Duration::from_secs(60),
-        }
-    }
-
-    #[tokio::test]
-    async fn input_ends_only_when_closed_and_after_its_data() {
-        let dir = tempfile::tempdir().unwrap();
-        let paths = StdioPaths {
-            stdin: fifo(dir.path(), "in"),
-            ..StdioPaths::default()
-        };
-        let (mut stdio, mut guest) = Stdio::open(&paths, nothing()).unwrap();
-        let port = guest.ports.stdin_port;
-        let mut process = far(&mut guest, port);
-        for text in ["first ", "second"] {
-            // Each writer is a client that attaches and detaches.
-            let path = paths.stdin.clone();
-            tokio::task::spawn_blocking(move || std::fs::write(path, text))
-                .await
-                .unwrap()
-                .unwrap();
-        }
-        stdio.close_input();
-        let read = tokio::task::spawn_blocking(move || {
-            let mut text = String::new();
-            process.read_to_string(&mut text).unwrap();
-            text
-        });
-        assert_eq!(read.await.unwrap(), "first second");
-    }
-
-    #[tokio::test]
-    async fn output_arrives_whole_before_drain_returns() {
-        let dir = tempfile::tempdir().unwrap();
-        let paths = StdioPaths {
-            stdout: fifo(dir.path(), "out"),
-            stderr: format!("file://{}", dir.path().join("err").display()),
-            ..StdioPaths::default()
-        };
-        let (mut stdio, mut guest) = Stdio::open(&paths, nothing()).unwrap();
-        let (out, err) = (guest.ports.stdout_port, guest.ports.stderr_port);
-        let mut out = far(&mut guest, out);
-        let mut err = far(&mut guest, err);
-        let path = paths.stdout.clone();
-        let reader = tokio::task::spawn_blocking(move || std::fs::read(path).unwrap());
-        let writer = tokio::task::spawn_blocking(move || {
-            out.write_all(&vec![7; 1 << 20]).unwrap();
-            err.write_all(b"complaint").unwrap();
-        });
-        writer.await.unwrap();
-        stdio.drain(slow_reader(60)).await;
-        let err = std::fs::read(dir.path().join("err")).unwrap();
-        assert_eq!(err, b"complaint");
-        assert_eq!(reader.await.unwrap().len(), 1 << 20);
-    }
-
-    #[tokio::test]
-    async fn drain_does_not_wait_for_others_that_hold_the_output() {
-        let dir = tempfile::tempdir().unwrap();
-        let paths = StdioPaths {
-            stdout: fifo(dir.path(), "out"),
-            ..StdioPaths::default()
-        };
-        let (mut stdio, guest) = Stdio::open(&paths, nothing()).unwrap();
-        timeout(Duration::from_secs(5), stdio.drain(slow_reader(60)))
-            .await
-            .unwrap();
-        drop(guest);
-    }
-
-    #[tokio::test]
-    async fn drain_waits_for_a_guest_that_takes_its_time() {
-        let dir = tempfile::tempdir().unwrap();
-        let paths = StdioPaths {
-            stdout: format!("file://{}", dir.path().join("out").display()),
-            ..StdioPaths::default()
-        };
-        let (mut stdio, mut guest) = Stdio::open(&paths, nothing()).unwrap();
-        let port = guest.ports.stdout_port;
-        let mut out = far(&mut guest, port);
-        stdio.expect(Written {
-            stdout: 4,
-            stderr: 0,
-        });
-        let writer = tokio::task::spawn_blocking(move || {
-            std::thread::sleep(Duration::from_millis(1500));
-            out.write_all(b"tail").unwrap();
-            out
-        });
-        stdio.drain(slow_reader(60)).await;
-        assert_eq!(std::fs::read(dir.path().join("out")).unwrap(), b"tail");
-        drop(writer.await);
-    }
-
-    #[tokio::test]
-    async fn drain_waits_for_a_slow_reader_as_long_as_it_is_told() {
-        let dir = tempfile::tempdir().unwrap();
-        let paths = StdioPaths {
-            stdout: fifo(dir.path(), "out"),
-            ..StdioPaths::default()
-        };
-        let (mut stdio, mut guest) = Stdio::open(&paths, nothing()).unwrap();
-        let port = guest.ports.stdout_port;
-        let mut out = far(&mut guest, port);
-        // More than the fifo holds, and the process has gone.
-        let size = 100 << 10;
-        out.write_all(&vec![7; size]).unwrap();
-        drop(out);
-        let began = Instant::now();
-        stdio.drain(slow_reader(1)).await;
-        assert!(began.elapsed() >= Duration::from_secs(1));
-
-        let path = paths.stdout.clone();
-        let reader = tokio::task::spawn_blocking(move || {
-            let mut file = File::open(path).unwrap();
-            std::thread::sleep(Duration::from_secs(1));
-            let mut text = Vec::new();
-            file.read_to_end(&mut text).unwrap();
-            text.len()
-        });
-        stdio.drain(slow_reader(60)).await;
-        drop(stdio);
-        assert_eq!(reader.await.unwrap(), size);
-    }
-
-    #[tokio::test]
-    async fn names_what_it_cannot_open() {
-        let cases = [
-            ("binary:///bin/logger", "binary:///bin/logger"),
-            ("/does/not/exist", "stdout /does/not/exist"),
-        ];
-        for (uri, expected) in cases {
-            let paths = StdioPaths {
-                stdout: uri.to_owned(),
-                ..StdioPaths::default()
-            };
-            let error = Stdio::open(&paths, nothing()).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
-        }
-    }
-}
+mod tests;

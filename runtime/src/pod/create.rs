@@ -210,6 +210,7 @@ impl Pod {
         let pod_binds = self.pod_binds;
         let streams = Streams {
             paths: request.paths.clone(),
+            owner: self.owner(request.id.as_str()),
             on_first_output: self.report_first_output(),
         };
         Ok(move |tree| Files {

@@ -104,7 +104,11 @@ impl Pod {
         let machine_end = machine.map(|machine| self.end_last(machine));
         self.later(async move {
             let drained = streams.into_iter();
-            join_all(drained.map(async |mut stdio| stdio.drain(limits).await)).await;
+            let drained = drained.map(async |mut stdio| {
+                stdio.drain(limits).await;
+                stdio.close().await;
+            });
+            join_all(drained).await;
             if let Some(mut files) = files {
                 // The guest lets go of them before they are unmounted here.
                 let unused = files.as_mut().map(ContainerFiles::give_up);
@@ -223,6 +227,7 @@ impl Pod {
         tokio::spawn(async move {
             if let Some(mut stdio) = removed.and_then(|exec| exec.process.stdio) {
                 stdio.drain(limits).await;
+                stdio.close().await;
             }
             // One that never ran is unknown to the guest.
             if let (Some(_), Some((_, agent))) = (exit, running) {

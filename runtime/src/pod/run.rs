@@ -20,7 +20,7 @@ use crate::container::{Exec, Kind, Process, State};
 use crate::error::Error;
 use crate::id::Id;
 use crate::machine::explained;
-use crate::stdio::{Stdio, StdioPaths};
+use crate::stdio::{GuestStreams, Stdio, StdioPaths};
 use crate::vm_process::Vm;
 
 /// How long a machine may take to power itself off before it is ended: what was
@@ -140,8 +140,15 @@ impl Pod {
             return;
         };
         let (paths, spec) = (added.process.paths.clone(), added.spec.clone());
+        let owner = self.owner(&exec);
         self.later(async move {
-            let outcome = start_exec(&vm, &agent, &id, &exec, paths, spec).await;
+            let opened = Stdio::open(&paths, &owner, Box::new(|| {})).await;
+            let outcome = match opened {
+                Ok(streams) => {
+                    start_exec(&vm, &agent, &id, &exec, streams, paths.terminal, spec).await
+                }
+                Err(error) => Err(error.into()),
+            };
             move |pod: &mut Pod| {
                 let outcome = outcome.map(|stdio| {
                     if let Ok(process) = pod.process_mut(&id, &exec) {
@@ -431,10 +438,10 @@ async fn start_exec(
     agent: &Agent,
     id: &str,
     exec: &str,
-    paths: StdioPaths,
+    (stdio, streams): (Stdio, GuestStreams),
+    terminal: bool,
     spec: Vec<u8>,
 ) -> Result<Stdio, Error> {
-    let (stdio, streams) = Stdio::open(&paths, Box::new(|| {}))?;
     let ports = streams.port_numbers();
     vm.add_host_ports(streams.host_ports).await?;
     let request = agent::ExecRequest {
@@ -442,7 +449,7 @@ async fn start_exec(
         exec_id: exec.to_owned(),
         oci_process: spec,
         streams: Some(streams.ports).into(),
-        terminal: paths.terminal,
+        terminal,
         ..agent::ExecRequest::default()
     };
     match agent.exec(&request).await {

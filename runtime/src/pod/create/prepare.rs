@@ -10,7 +10,7 @@ use crate::id::Id;
 use crate::machine::{Machine, MachineParts, MachineRequest, explained};
 use crate::shared_tree::SharedTree;
 use crate::state_dir::State;
-use crate::stdio::{OnFirstOutput, Stdio, StdioPaths};
+use crate::stdio::{OnFirstOutput, Owner, Stdio, StdioPaths};
 use crate::vm_plan::Disk;
 use crate::vm_process::Vm;
 
@@ -23,6 +23,7 @@ pub(super) struct Prepared {
 /// The streams of a container that is about to be made.
 pub(super) struct Streams {
     pub(super) paths: StdioPaths,
+    pub(super) owner: Owner,
     pub(super) on_first_output: OnFirstOutput,
 }
 
@@ -111,7 +112,12 @@ async fn create_in_guest(
     streams: Streams,
 ) -> Result<Stdio, Error> {
     let terminal = streams.paths.terminal;
-    let (stdio, guest_streams) = Stdio::open(&streams.paths, streams.on_first_output)?;
+    let Streams {
+        paths,
+        owner,
+        on_first_output,
+    } = streams;
+    let (stdio, guest_streams) = Stdio::open(&paths, &owner, on_first_output).await?;
     let ports = guest_streams.port_numbers();
     vm.add_host_ports(guest_streams.host_ports).await?;
     let request = CreateContainerRequest {

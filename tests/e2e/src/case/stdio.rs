@@ -1,6 +1,8 @@
 //! Standard streams and terminals of `ctr run` and `ctr task exec`.
 
+use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
@@ -22,6 +24,8 @@ pub const CASES: &[Case] = &[
     case("stdio/terminal-keys", 30, terminal_keys),
     case("stdio/exec-terminal", 30, exec_terminal),
     case("stdio/detach-attach", 30, detach_attach),
+    case("stdio/log-program", 30, log_program),
+    case("stdio/log-file", 30, log_file),
 ];
 
 fn stdin(bench: &Bench) -> Result<()> {
@@ -253,5 +257,66 @@ fn detach_attach(bench: &Bench) -> Result<()> {
         bench.ctr.call(&["task", "delete", &id])?;
     }
     bench.ctr.call(&["container", "delete", &id])?.ok()?;
+    Ok(())
+}
+
+/// As nerdctl has its containers logged.
+fn log_program(bench: &Bench) -> Result<()> {
+    let (program, log) = (bench.folder().join("logger"), bench.folder().join("log"));
+    let text = "#!/bin/sh\nexec 5>&-\n\
+        cat <&4 > $2.err & { echo \"$CONTAINER_NAMESPACE $CONTAINER_ID\"; cat <&3; } > $2\nwait\n";
+    fs::write(&program, text)?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let uri = format!("binary://{}?to={}", program.display(), log.display());
+    let id = bench.id();
+    let script = "seq 1 20000; echo a complaint >&2; exit 5";
+    bench
+        .ctr
+        .run(&["--log-uri", &uri], &id, &["sh", "-c", script])?
+        .expect_code(5)?;
+    let text = fs::read_to_string(&log)?;
+    let mut lines = text.lines();
+    let owner = lines.next().unwrap_or_default();
+    ensure!(
+        owner == format!("{} {id}", crate::node::NAMESPACE),
+        "{owner:?}"
+    );
+    let numbers = lines.map(str::parse).collect::<Result<Vec<u32>, _>>()?;
+    ensure!(
+        numbers.iter().copied().eq(1..=20000),
+        "{} lines, the last {:?}",
+        numbers.len(),
+        numbers.last()
+    );
+    let complaints = fs::read_to_string(log.with_extension("err"))?;
+    ensure!(complaints == "a complaint\n", "{complaints:?}");
+
+    let missing = bench.ctr.run(
+        &["--log-uri", "binary:///no/such/logger"],
+        &bench.id(),
+        &["true"],
+    )?;
+    ensure!(
+        missing.code() != 0 && missing.tail().contains("/no/such/logger"),
+        "{}",
+        missing.tail()
+    );
+    Ok(())
+}
+
+fn log_file(bench: &Bench) -> Result<()> {
+    let log = bench.folder().join("log");
+    let uri = format!("file://{}", log.display());
+    let script = "echo out; echo err >&2";
+    for _ in 0..2 {
+        bench
+            .ctr
+            .run(&["--log-uri", &uri], &bench.id(), &["sh", "-c", script])?
+            .ok()?;
+    }
+    let text = fs::read_to_string(&log)?;
+    let mut lines: Vec<_> = text.lines().collect();
+    lines.sort_unstable();
+    ensure!(lines == ["err", "err", "out", "out"], "{text:?}");
     Ok(())
 }
