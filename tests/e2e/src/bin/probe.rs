@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::thread;
 
-const USAGE: &str = "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | pattern BYTES | check BYTES | count DIR";
+const USAGE: &str = "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | huge MIB | pattern BYTES | check BYTES | count DIR";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         ["echo", address] => echo(address),
         ["fetch", address, text] => fetch(address, text),
         ["eat", mib] => number(mib).and_then(eat),
+        ["huge", mib] => number(mib).and_then(huge),
         ["pattern", bytes] => number(bytes).and_then(pattern),
         ["check", bytes] => number(bytes).and_then(check),
         ["count", dir] => count(dir),
@@ -108,6 +109,26 @@ fn eat(mib: u64) -> io::Result<()> {
     loop {
         thread::park();
     }
+}
+
+/// Touches MIB of memory in huge pages of 2 MiB.
+fn huge(mib: u64) -> io::Result<()> {
+    const PAGE: usize = 2 << 20;
+    const MAP_HUGE_2MB: i32 = 21 << libc::MAP_HUGE_SHIFT;
+    let length = usize::try_from(mib << 20).map_err(io::Error::other)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | MAP_HUGE_2MB;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping, of which nobody else knows.
+    let memory = unsafe { libc::mmap(std::ptr::null_mut(), length, access, flags, -1, 0) };
+    if memory == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    for offset in (0..length).step_by(PAGE) {
+        // SAFETY: within the mapping, which is never unmapped.
+        unsafe { memory.cast::<u8>().add(offset).write_volatile(1) };
+    }
+    println!("{mib} MiB of huge pages");
+    Ok(())
 }
 
 /// A xorshift sequence: cheap, and any loss or reordering shows.

@@ -6,6 +6,7 @@ pub mod churn;
 pub mod crash;
 pub mod network;
 pub mod pod;
+pub mod resources;
 pub mod run;
 pub mod stdio;
 pub mod streaming;
@@ -197,6 +198,7 @@ pub fn all() -> Vec<&'static Case> {
         stdio::CASES,
         task::CASES,
         pod::CASES,
+        resources::CASES,
         network::CASES,
         streaming::CASES,
         abuse::CASES,

@@ -13,6 +13,7 @@ use crate::cri::api::{
     PodSandboxState,
 };
 use crate::pod::Pod;
+use crate::pod_cgroup::PodCgroup;
 use crate::process::eventually;
 
 /// The cases of this theme.
@@ -500,32 +501,6 @@ fn statistics(bench: &Bench) -> Result<()> {
     );
     ensure!(of_pod.containers.len() == 1, "{of_pod:?}");
     pod.remove(&cri)
-}
-
-/// A cgroup as the kubelet makes it, with the controllers that count.
-struct PodCgroup {
-    name: String,
-    path: PathBuf,
-}
-
-impl PodCgroup {
-    fn make(name: &str) -> Result<Self> {
-        let root = PathBuf::from("/sys/fs/cgroup");
-        fs::write(root.join("cgroup.subtree_control"), "+cpu +memory +pids")?;
-        let path = root.join(name);
-        fs::create_dir(&path)?;
-        Ok(Self {
-            name: format!("/{name}"),
-            path,
-        })
-    }
-}
-
-impl Drop for PodCgroup {
-    fn drop(&mut self) {
-        // What is still in it is found by the check for leftovers.
-        let _ = fs::remove_dir(&self.path);
-    }
 }
 
 /// A container that can't start leaves the pod as it was.
