@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use crate::clock;
 use crate::container::attempt::{Attempt, Underway, attempt};
-use crate::container::{Container, Order, PidSource, Surroundings};
+use crate::container::{Container, DeviceNumbers, Order, PidSource, Surroundings};
 use crate::error::{Doing, Error, OsError};
 use crate::events::{Event, EventQueue, Events};
 use crate::hold::PidNamespace;
@@ -203,6 +203,7 @@ impl Sandbox {
     ) -> Result<Container, Error> {
         let spec: Spec = parse("oci_spec", &request.oci_spec)?;
         let pid_namespace = self.pid_source(&spec).await?;
+        let devices = DeviceNumbers::find(&request.devices).await?;
         let storages = storage::mount_all(request.storages).await?;
         let order = Order {
             pid_namespace,
@@ -210,7 +211,8 @@ impl Sandbox {
             spec,
             streams: request.streams.unwrap_or_default(),
             terminal: request.terminal,
-            devices: storages.iter().filter_map(Mounted::device).collect(),
+            devices,
+            all_devices: request.all_devices,
         };
         match Container::create(order, &self.around, attempt).await {
             Ok(container) => {

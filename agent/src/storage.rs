@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use husk_protocol::agent::{BlockStorage, OverlayStorage, Storage, TmpfsStorage, storage};
+use husk_protocol::agent::{OverlayStorage, Storage, TmpfsStorage, storage};
 use husk_protocol::path;
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, openat};
 use rustix::mount::{UnmountFlags, unmount};
@@ -19,6 +19,9 @@ use crate::init::mounts;
 
 /// How long a device that the host has plugged may take to appear.
 const DEADLINE: Duration = Duration::from_secs(10);
+
+/// A block device that nobody has.
+const NO_DEVICE: u64 = 0;
 
 /// A storage that can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -45,8 +48,6 @@ pub enum StorageError {
 pub struct Mounted {
     mount_point: PathBuf,
     kind: Kind,
-    /// Of a raw device: its number.
-    device: Option<u64>,
     /// Directories made on the way, outermost first.
     directories: Vec<PathBuf>,
 }
@@ -132,15 +133,17 @@ async fn mount(storage: Storage) -> Result<Mounted, StorageError> {
     }
     let source = match storage.source.clone().ok_or_else(|| invalid("no source"))? {
         storage::Source::Block(block) => {
-            let device = find_block(&block).await?;
-            if block.fstype.is_empty() {
-                Source::Node(device)
-            } else {
-                Source::filesystem(
+            let device = match (block.serial.as_str(), block.fstype.as_str()) {
+                ("", "") => None,
+                (serial, _) => Some(find_disk(serial).await?),
+            };
+            match device {
+                Some(device) if !block.fstype.is_empty() => Source::filesystem(
                     &block.fstype,
                     Some(device.node().display().to_string()),
                     vec![],
-                )
+                ),
+                device => Source::Node(device.map_or(NO_DEVICE, |device| device.number())),
             }
         }
         storage::Source::VirtioFs(fs) => {
@@ -163,12 +166,13 @@ async fn mount(storage: Storage) -> Result<Mounted, StorageError> {
         .doing("mount", "a storage")?
 }
 
-async fn find_block(block: &BlockStorage) -> Result<Block, StorageError> {
-    let find = || device::find_block(&block.serial);
+/// The disk of this serial, which the host may just have plugged.
+pub async fn find_disk(serial: &str) -> Result<Block, StorageError> {
+    let find = || device::find_block(serial);
     let found = device::wait_for(DEADLINE, find).await;
-    let found = found.doing("find block device", &block.serial)?;
+    let found = found.doing("find block device", serial)?;
     found.ok_or_else(|| StorageError::Deadline {
-        device: format!("block device {:?}", block.serial),
+        device: format!("block device {serial:?}"),
         seconds: DEADLINE.as_secs(),
     })
 }
@@ -216,7 +220,8 @@ enum Source {
         data: Vec<(String, String)>,
     },
     Bind(PathBuf),
-    Node(Block),
+    /// By its number.
+    Node(u64),
 }
 
 impl Source {
@@ -233,7 +238,6 @@ impl Source {
             directories: make_directories(mount_point.parent().unwrap_or(Path::new("/")))?,
             mount_point,
             kind: Kind::Mount,
-            device: None,
         };
         match self.attach_at(&mut mounted, options) {
             Ok(()) => Ok(mounted),
@@ -251,11 +255,10 @@ impl Source {
         let at = mounted.mount_point.clone();
         let mut options = MountOptions::parse(options.iter().map(String::as_str));
         let tree = match self {
-            Self::Node(block) => {
+            Self::Node(number) => {
                 mounted.kind = Kind::Node;
-                mounted.device = Some(block.number());
                 let mode = Mode::from_raw_mode(0o600);
-                mknodat(CWD, &at, FileType::BlockDevice, mode, block.number())
+                mknodat(CWD, &at, FileType::BlockDevice, mode, number)
                     .doing("make", at.display())?;
                 return Ok(());
             }
@@ -305,11 +308,6 @@ impl Source {
 }
 
 impl Mounted {
-    /// The number of a raw block device, which its container may use.
-    pub fn device(&self) -> Option<u64> {
-        self.device
-    }
-
     fn undo(&self) {
         if self.kind != Kind::Node {
             let path = &self.mount_point;

@@ -59,16 +59,19 @@ const fn allow(kind: u32, major: Option<u32>, minor: Option<u32>, access: u32) -
 #[derive(Debug)]
 pub struct DeviceFilter(OwnedFd);
 
-/// Replaces the cgroup's filter by one for these rules and for the container's
-/// own block devices; without rules those are all. `None` when a cgroup
-/// without a filter needs none.
+/// Replaces the cgroup's filter by one for these rules, which have the guest's
+/// numbers; `blocks` are the container's own block devices, and no rule opens
+/// another. `None` when a cgroup without a filter needs none.
 pub fn apply(
     cgroup: &Path,
     rules: &[DeviceRule],
     blocks: &[u64],
     before: Option<&DeviceFilter>,
 ) -> Result<Option<DeviceFilter>, OsError> {
-    let mut parsed: Vec<Rule> = rules.iter().filter_map(Rule::from_spec).collect();
+    let mut parsed: Vec<Rule> = rules
+        .iter()
+        .filter_map(|rule| Rule::from_spec(rule, blocks))
+        .collect();
     let is_open = allows_everything(&parsed);
     if is_open && before.is_none() {
         return Ok(None);
@@ -79,10 +82,6 @@ pub fn apply(
         let always = ALWAYS.iter();
         parsed
             .extend(always.map(|(major, minor, access)| allow(CHARACTER, *major, *minor, *access)));
-        let numbers = blocks
-            .iter()
-            .map(|number| (rustix::fs::major(*number), rustix::fs::minor(*number)));
-        parsed.extend(numbers.map(|(major, minor)| allow(BLOCK, Some(major), Some(minor), ALL)));
     }
     let program = load(&assemble(&parsed)).doing("load", "the device filter")?;
     let directory = File::open(cgroup).doing("open", cgroup.display())?;
@@ -92,7 +91,7 @@ pub fn apply(
 
 impl Rule {
     /// `None` for what says nothing here.
-    fn from_spec(rule: &DeviceRule) -> Option<Self> {
+    fn from_spec(rule: &DeviceRule, blocks: &[u64]) -> Option<Self> {
         let number = |number: Option<i64>| number.and_then(|number| u32::try_from(number).ok());
         let (major, minor) = (number(rule.major), number(rule.minor));
         let any_number = major.is_none() && minor.is_none();
@@ -109,10 +108,14 @@ impl Rule {
         let kind = match rule.kind {
             Some(DeviceKind::Pipe) => return None,
             Some(DeviceKind::Character) => Some(CHARACTER),
-            // Numbers are the host's, and those of other disks here: which
-            // block devices a container may use is not for its rules to say.
-            Some(DeviceKind::Block) if rule.allow || !any_number => return None,
-            Some(DeviceKind::Block) => Some(BLOCK),
+            // Of other numbers here are disks of other containers.
+            Some(DeviceKind::Block) => match major.zip(minor) {
+                Some((major, minor)) if blocks.contains(&rustix::fs::makedev(major, minor)) => {
+                    Some(BLOCK)
+                }
+                None if any_number && !rule.allow => Some(BLOCK),
+                _ => return None,
+            },
             Some(DeviceKind::All) | None if any_number && (!rule.allow || access == ALL) => None,
             Some(DeviceKind::All) | None => Some(CHARACTER),
         };
@@ -353,7 +356,11 @@ mod tests {
 
     fn rules(json: &str) -> Vec<Rule> {
         let rules: Vec<DeviceRule> = serde_json::from_str(json).unwrap();
-        rules.iter().filter_map(Rule::from_spec).collect()
+        let own = [rustix::fs::makedev(254, 32)];
+        let parsed = rules.iter();
+        parsed
+            .filter_map(|rule| Rule::from_spec(rule, &own))
+            .collect()
     }
 
     /// As the verifier sees it: every instruction, from some other one.
@@ -405,6 +412,17 @@ mod tests {
         assert!(run(&program, CHARACTER, READ | WRITE, 10, 200));
         assert!(run(&program, CHARACTER, READ, 11, 200));
         assert!(!run(&program, CHARACTER, WRITE, 11, 200));
+    }
+
+    #[test]
+    fn rules_open_the_containers_own_block_devices() {
+        let program = assemble(&rules(
+            r#"[{"allow":false,"access":"rwm"},
+                {"allow":true,"type":"b","major":254,"minor":32,"access":"r"}]"#,
+        ));
+        assert!(run(&program, BLOCK, READ, 254, 32));
+        assert!(!run(&program, BLOCK, READ | WRITE, 254, 32));
+        assert!(!run(&program, BLOCK, READ, 254, 33));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 pub mod attempt;
 pub mod cgroup;
 mod device_filter;
+mod device_numbers;
 mod exec;
 mod id_map;
 mod launch;
@@ -17,6 +18,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+pub use device_numbers::DeviceNumbers;
 use husk_protocol::agent::Streams;
 pub use launch::{Child, Helper, LaunchError};
 use nix::sched::CloneFlags;
@@ -26,7 +28,6 @@ use tokio::task::JoinHandle;
 use crate::error::{Doing, Error};
 use crate::events::Events;
 use crate::init::channel::AgentChannel;
-use crate::init::devices;
 use crate::init::plan::{ContainerPlan, Kind, PidNamespace, Plan};
 use crate::lock::lock;
 use crate::oci::{self, NamespaceKind, Personality, Resources, Seccomp, Spec};
@@ -70,8 +71,10 @@ pub struct Order {
     pub terminal: bool,
     /// Where its PID namespace comes from.
     pub pid_namespace: PidSource,
-    /// Block devices that it may use.
-    pub devices: Vec<u64>,
+    /// The devices that its spec names.
+    pub devices: DeviceNumbers,
+    /// Whether it has a node of every device.
+    pub all_devices: bool,
 }
 
 /// Where a container's PID namespace comes from.
@@ -100,7 +103,7 @@ pub struct Container {
     seccomp: Option<Seccomp>,
     personality: Option<Personality>,
     id_maps: IdMaps,
-    devices: Vec<u64>,
+    devices: DeviceNumbers,
     memory_watch: Option<JoinHandle<()>>,
 }
 
@@ -146,10 +149,11 @@ impl Container {
         attempt: &Attempt,
     ) -> Result<Self, Error> {
         let mut spec = order.spec;
-        devices::drop_foreign(&mut spec.linux.devices, &order.devices);
+        order.devices.translate(&mut spec.linux)?;
         let resources = spec.linux.resources.clone().unwrap_or_default();
-        cgroup.limit(&resources, &order.devices)?;
-        cgroup.filter_devices(&resources.devices, &order.devices)?;
+        let blocks = order.devices.blocks();
+        cgroup.limit(&resources, &blocks)?;
+        cgroup.filter_devices(&resources.devices, &blocks)?;
         let process = spec.process.clone().ok_or_else(|| Error::Invalid {
             field: "oci_spec.process",
             reason: "missing".to_owned(),
@@ -187,6 +191,7 @@ impl Container {
                 spec,
                 stage: around.stage.clone(),
                 pid_namespace,
+                all_devices: order.all_devices,
             })),
         };
         let launched = launch::launch(&around.reaper, &plan, streams, &inherited, attempt).await;
@@ -270,10 +275,13 @@ impl Container {
 
     /// Changes what is given. Blocks.
     pub fn update(&self, resources: &Resources) -> Result<(), Error> {
-        self.cgroup.limit(resources, &self.devices)?;
-        if !resources.devices.is_empty() {
-            self.cgroup
-                .filter_devices(&resources.devices, &self.devices)?;
+        let has_rules = !resources.devices.is_empty();
+        let mut resources = resources.clone();
+        self.devices.translate_resources(&mut resources);
+        let blocks = self.devices.blocks();
+        self.cgroup.limit(&resources, &blocks)?;
+        if has_rules {
+            self.cgroup.filter_devices(&resources.devices, &blocks)?;
         }
         Ok(())
     }

@@ -1,6 +1,8 @@
 //! `/dev` of a container.
 
+use std::fs;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
@@ -32,6 +34,16 @@ const LINKS: [(&str, &str); 5] = [
     ("pts/ptmx", "/dev/ptmx"),
 ];
 
+/// What a container has of its own, or the agent for itself.
+const OWN: [&str; 6] = [
+    "/dev/console",
+    "/dev/hvc0",
+    "/dev/mqueue",
+    "/dev/ptmx",
+    "/dev/pts",
+    "/dev/shm",
+];
+
 struct Node<'a> {
     path: &'a Path,
     kind: FileType,
@@ -51,9 +63,7 @@ pub enum NodeSource {
 
 /// Fills `/dev`, unless it is the guest's own that was bound there.
 pub fn populate(root: &OwnedFd, spec: &Spec, source: NodeSource) -> Result<(), InitError> {
-    let is_bound =
-        |mount: &Mount| in_root::clean(&mount.destination) == Path::new("/dev") && mount.is_bind();
-    if spec.mounts.iter().any(is_bound) {
+    if is_bound(spec) {
         return Ok(());
     }
     for (path, major, minor) in DEFAULT {
@@ -75,18 +85,50 @@ pub fn populate(root: &OwnedFd, spec: &Spec, source: NodeSource) -> Result<(), I
     Ok(())
 }
 
-/// Drops the block devices that aren't the container's own: where its spec was
-/// written, their numbers are those of other disks.
-pub fn drop_foreign(devices: &mut Vec<Device>, own: &[u64]) {
-    let is_foreign =
-        |device: &Device| device.kind == DeviceKind::Block && !own.contains(&device.number());
-    // One line: a privileged container's spec has all of its node's.
-    if let Some(first) = devices.iter().find(|device| is_foreign(device)) {
-        let count = devices.iter().filter(|device| is_foreign(device)).count();
-        let path = first.path.display();
-        log::warn!("{path}: block devices of the host are left out, {count} in all");
+fn is_bound(spec: &Spec) -> bool {
+    let is_dev = |mount: &Mount| in_root::clean(&mount.destination) == Path::new("/dev");
+    spec.mounts
+        .iter()
+        .any(|mount| is_dev(mount) && mount.is_bind())
+}
+
+/// Adds every other device of the guest, as the agent's `/dev` has it.
+pub fn add_all(root: &OwnedFd, spec: &Spec, source: NodeSource) -> Result<(), InitError> {
+    if is_bound(spec) {
+        return Ok(());
     }
-    devices.retain(|device| !is_foreign(device));
+    let mut open = vec![PathBuf::from("/dev")];
+    while let Some(directory) = open.pop() {
+        let entries = fs::read_dir(&directory).doing("list", directory.display())?;
+        for entry in entries {
+            let entry = entry.doing("list", directory.display())?;
+            let path = entry.path();
+            // One of those may go meanwhile, and then it is none.
+            let Ok(metadata) = entry.metadata() else {
+                continue;
+            };
+            let kind = metadata.file_type();
+            if kind.is_dir() && !OWN.iter().any(|own| path == Path::new(own)) {
+                open.push(path);
+                continue;
+            }
+            let is_device = kind.is_char_device() || kind.is_block_device();
+            let is_own = OWN.iter().any(|own| path == Path::new(own));
+            let is_named = |device: &Device| in_root::clean(&device.path) == path;
+            if !is_device || is_own || spec.linux.devices.iter().any(is_named) {
+                continue;
+            }
+            let node = Node {
+                path: &path,
+                kind: FileType::from_raw_mode(metadata.mode()),
+                device: metadata.rdev(),
+                mode: metadata.mode() & 0o7777,
+                owner: (metadata.uid(), metadata.gid()),
+            };
+            make(root, &node, source).doing("make", path.display())?;
+        }
+    }
+    Ok(())
 }
 
 fn node_of(device: &Device) -> Result<Node<'_>, InitError> {

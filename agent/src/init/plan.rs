@@ -51,6 +51,8 @@ pub struct ContainerPlan {
     pub stage: PathBuf,
     /// Where its PID namespace comes from.
     pub pid_namespace: PidNamespace,
+    /// Whether it has a node of every device of the guest.
+    pub all_devices: bool,
 }
 
 /// Where a container's PID namespace comes from.

@@ -42,6 +42,9 @@ pub fn enter(plan: &ContainerPlan, terminal: bool) -> Result<Option<Terminal>, I
         None => NodeSource::Make,
     };
     devices::populate(&root, spec, nodes)?;
+    if plan.all_devices {
+        devices::add_all(&root, spec, nodes)?;
+    }
     let terminal = match terminal {
         true => Some(Terminal::open(&root)?),
         false => None,

@@ -190,16 +190,27 @@ impl Agent {
         spec: &Value,
         storages: Vec<Storage>,
     ) -> Result<Streaming, ttrpc::Error> {
+        self.create_as(id, spec, |request| request.storages = storages)
+            .await
+    }
+
+    /// The same with a request that `change` may alter.
+    pub async fn create_as(
+        &self,
+        id: &str,
+        spec: &Value,
+        change: impl FnOnce(&mut CreateContainerRequest),
+    ) -> Result<Streaming, ttrpc::Error> {
         let terminal = spec["process"]["terminal"] == true;
         let (ports, listeners) = self.streams(terminal);
-        let request = CreateContainerRequest {
+        let mut request = CreateContainerRequest {
             container_id: id.to_owned(),
             oci_spec: serde_json::to_vec(spec).unwrap(),
             streams: Some(ports).into(),
             terminal,
-            storages,
             ..Default::default()
         };
+        change(&mut request);
         self.client.create_container(context(), &request).await?;
         Ok(listeners.accept().await)
     }

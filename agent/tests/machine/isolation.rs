@@ -1,6 +1,6 @@
 //! What a container may see and do.
 
-use husk_protocol::agent::UpdateResourcesRequest;
+use husk_protocol::agent::{DeviceNumber, UpdateResourcesRequest};
 use serde_json::json;
 use ttrpc::Code;
 
@@ -356,6 +356,47 @@ agent_test! {
             {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
         ]);
         assert_eq!(agent.output(&spec).await.1, "/dev/fuse\n");
+    }
+}
+
+agent_test! {
+    async fn a_character_device_is_the_guests_of_that_name(agent: Agent) {
+        // As if the host numbered them otherwise.
+        let number = |minor: u32, name: &str| {
+            let mut number = DeviceNumber { major: 4000, minor, ..Default::default() };
+            number.set_character_name(name.to_owned());
+            number
+        };
+        let mut spec = agent.spec(&["/bin/sh", "-c", "head -c 3 /dev/nothing | wc -c; head -c 3 /dev/much | wc -c"]);
+        spec["linux"]["devices"] = json!([
+            {"path": "/dev/nothing", "type": "c", "major": 4000, "minor": 1},
+            {"path": "/dev/much", "type": "c", "major": 4000, "minor": 2},
+        ]);
+        let numbers = vec![number(1, "null"), number(2, "zero")];
+        let streams = agent.create_as("a", &spec, |request| request.devices = numbers).await.unwrap();
+        agent.start_container("a").await.unwrap();
+        assert_eq!(crate::agent::read_all(streams.stdout).await, "0\n3\n");
+        agent.wait("a", "").await;
+        agent.delete("a").await;
+
+        let numbers = vec![number(1, "nvidia/0"), number(2, "zero")];
+        let refused = agent.create_as("a", &spec, |request| request.devices = numbers).await;
+        let (code, text) = crate::agent::status(refused.err().unwrap());
+        assert_eq!(code, ttrpc::Code::INVALID_ARGUMENT);
+        assert!(text.contains("/dev/nothing: the guest has no character device \"nvidia/0\""), "{text}");
+    }
+}
+
+agent_test! {
+    async fn a_container_may_have_all_devices_of_the_guest(agent: Agent) {
+        let mut spec = agent.spec(&["/bin/sh", "-c", "test -c /dev/full && ls -d /dev/fuse /dev/console /dev/pts/ptmx"]);
+        spec["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});
+        let streams = agent.create_as("a", &spec, |request| request.all_devices = true).await.unwrap();
+        agent.start_container("a").await.unwrap();
+        let text = crate::agent::read_all(streams.stdout).await;
+        assert!(text.contains("/dev/fuse\n") && !text.contains("/dev/console"), "{text}");
+        agent.wait("a", "").await;
+        agent.delete("a").await;
     }
 }
 

@@ -2,7 +2,7 @@
 //! (see guest.rs) and are skipped elsewhere.
 
 use husk_protocol::agent::{
-    BlockStorage, CreateSandboxRequest, Empty, OnlineResourcesRequest, Storage,
+    BlockStorage, CreateSandboxRequest, DeviceNumber, Empty, OnlineResourcesRequest, Storage,
     UpdateResourcesRequest, event, storage,
 };
 use protobuf::Message;
@@ -176,17 +176,33 @@ agent_test! {
         };
         let mounts = agent.mounts();
         for option in ["rw", "ro"] {
-            let mut spec = agent.spec(&["/bin/sh", "-c", "touch /disk/file && echo written; ls /disk; head -c 4 /raw | wc -c"]);
-            spec["linux"]["resources"] = json!({"devices": [{"allow": false, "access": "rwm"}]});
+            let mut spec = agent.spec(&["/bin/sh", "-c", "touch /disk/file && echo written; ls /disk; head -c 4 /raw | wc -c; head -c 4 /dev/xvda | wc -c; (: > /dev/xvda); head -c 4 /none"]);
+            // As the host numbers it.
+            spec["linux"]["devices"] = json!([{"path": "/dev/xvda", "type": "b", "major": 7, "minor": 3}]);
+            spec["linux"]["resources"] = json!({"devices": [
+                {"allow": false, "access": "rwm"},
+                {"allow": true, "type": "b", "major": 7, "minor": 3, "access": "rm"},
+            ]});
+            let mut number = DeviceNumber { major: 7, minor: 3, ..Default::default() };
+            number.set_block_serial("husk-disk".to_owned());
             let list = spec["mounts"].as_array_mut().unwrap();
             list.push(json!({"destination": "/disk", "type": "bind", "source": "/run/husk/volumes/disk", "options": ["rbind"]}));
             list.push(json!({"destination": "/raw", "type": "bind", "source": "/run/husk/volumes/raw", "options": ["bind"]}));
-            let storages = vec![block("ext4", "/run/husk/volumes/disk", option), block("", "/run/husk/volumes/raw", "")];
-            let streams = agent.create_with("a", &spec, storages).await.unwrap();
+            list.push(json!({"destination": "/none", "type": "bind", "source": "/run/husk/volumes/none", "options": ["bind"]}));
+            let mut none = block("", "/run/husk/volumes/none", "");
+            none.mut_block().serial.clear();
+            let storages = vec![block("ext4", "/run/husk/volumes/disk", option), block("", "/run/husk/volumes/raw", ""), none];
+            let streams = agent.create_as("a", &spec, |request| {
+                request.storages = storages;
+                request.devices = vec![number];
+            }).await.unwrap();
             agent.start_container("a").await.unwrap();
             let text = read_all(streams.stdout).await;
             assert_eq!(text.starts_with("written\n"), option == "rw", "{text}");
-            assert!(text.contains("file\nlost+found\n4\n"), "{text}");
+            assert!(text.contains("file\nlost+found\n4\n4\n"), "{text}");
+            let errors = read_all(streams.stderr).await;
+            assert!(errors.contains("/dev/xvda: Operation not permitted"), "{errors}");
+            assert!(errors.contains("/none: Operation not permitted"), "{errors}");
             agent.wait("a", "").await;
             agent.delete("a").await;
             assert_eq!(agent.mounts(), mounts);

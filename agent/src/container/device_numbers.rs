@@ -1,0 +1,307 @@
+//! What the device numbers in a container's spec stand for: they are the
+//! host's, and the guest has devices of its own.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Component, Path};
+
+use husk_protocol::agent::{DeviceNumber, device_number};
+
+use crate::error::Error;
+use crate::oci::{Device, DeviceKind, DeviceRule, Linux, Resources, Throttle};
+use crate::storage;
+
+/// Devices that one container may name: each waits for a disk to appear.
+const MOST: usize = 256;
+
+/// The devices of a container, as its spec numbers them.
+#[derive(Debug, Default)]
+pub struct DeviceNumbers(Vec<Known>);
+
+#[derive(Debug)]
+struct Known {
+    kind: DeviceKind,
+    host: (u32, u32),
+    guest: Guest,
+}
+
+#[derive(Debug)]
+enum Guest {
+    Number(u32, u32),
+    /// The guest has none of this name.
+    Missing(String),
+}
+
+impl DeviceNumbers {
+    /// Finds the devices; waits for disks that were just plugged.
+    pub async fn find(wanted: &[DeviceNumber]) -> Result<Self, Error> {
+        let invalid = |reason: String| Error::Invalid {
+            field: "devices",
+            reason,
+        };
+        if wanted.len() > MOST {
+            return Err(invalid(format!("{} of them, at most {MOST}", wanted.len())));
+        }
+        let mut known = Vec::with_capacity(wanted.len());
+        for number in wanted {
+            let (kind, guest) = match &number.device {
+                Some(device_number::Device::BlockSerial(serial)) => {
+                    let guest = storage::find_disk(serial).await?.number();
+                    (DeviceKind::Block, parts(guest))
+                }
+                Some(device_number::Device::CharacterName(name)) => {
+                    (DeviceKind::Character, character(name))
+                }
+                _ => return Err(invalid("one of no kind".to_owned())),
+            };
+            known.push(Known {
+                kind,
+                host: (number.major, number.minor),
+                guest,
+            });
+        }
+        Ok(Self(known))
+    }
+
+    /// The guest's numbers of the container's block devices.
+    pub fn blocks(&self) -> Vec<u64> {
+        let blocks = self
+            .0
+            .iter()
+            .filter(|known| known.kind == DeviceKind::Block);
+        blocks
+            .filter_map(|known| match known.guest {
+                Guest::Number(major, minor) => Some(rustix::fs::makedev(major, minor)),
+                Guest::Missing(_) => None,
+            })
+            .collect()
+    }
+
+    /// Gives a container's spec the guest's numbers.
+    pub fn translate(&self, linux: &mut Linux) -> Result<(), Error> {
+        self.drop_foreign(&mut linux.devices);
+        for device in &mut linux.devices {
+            self.translate_device(device)?;
+        }
+        if let Some(resources) = &mut linux.resources {
+            self.translate_resources(resources);
+        }
+        Ok(())
+    }
+
+    /// The same for resources that come later.
+    pub fn translate_resources(&self, resources: &mut Resources) {
+        resources
+            .devices
+            .retain_mut(|rule| self.translate_rule(rule));
+        let block_io = &mut resources.block_io;
+        for throttles in [
+            &mut block_io.throttle_read_bps_device,
+            &mut block_io.throttle_write_bps_device,
+            &mut block_io.throttle_read_iops_device,
+            &mut block_io.throttle_write_iops_device,
+        ] {
+            throttles.retain_mut(|throttle| self.translate_throttle(throttle));
+        }
+    }
+
+    /// Block devices that aren't the container's own: where its spec was
+    /// written, their numbers are those of other disks.
+    fn drop_foreign(&self, devices: &mut Vec<Device>) {
+        devices.retain(|device| {
+            let stays = device.kind != DeviceKind::Block
+                || self
+                    .number(DeviceKind::Block, device.major, device.minor)
+                    .is_some();
+            if !stays {
+                let path = device.path.display();
+                log::warn!("{path}: a block device of the host, left out");
+            }
+            stays
+        });
+    }
+
+    fn translate_device(&self, device: &mut Device) -> Result<(), Error> {
+        let missing = |what: String| Error::Invalid {
+            field: "linux.devices",
+            reason: format!("{}: the guest has no {what}", device.path.display()),
+        };
+        if matches!(device.kind, DeviceKind::Pipe | DeviceKind::All) {
+            return Ok(());
+        }
+        match self.guest(device.kind, device.major, device.minor) {
+            Some(Guest::Number(major, minor)) => {
+                (device.major, device.minor) = ((*major).into(), (*minor).into());
+                Ok(())
+            }
+            Some(Guest::Missing(name)) => Err(missing(format!("character device {name:?}"))),
+            None if is_there(device.major, device.minor) => Ok(()),
+            None => Err(missing(format!(
+                "character device {}:{}",
+                device.major, device.minor
+            ))),
+        }
+    }
+
+    /// False for a rule that says nothing here.
+    fn translate_rule(&self, rule: &mut DeviceRule) -> bool {
+        let (Some(kind), Some(major), Some(minor)) = (rule.kind, rule.major, rule.minor) else {
+            return true;
+        };
+        match self.number(kind, major, minor) {
+            Some((major, minor)) => {
+                (rule.major, rule.minor) = (Some(major.into()), Some(minor.into()));
+                true
+            }
+            // A negative number is one that is not given.
+            None => kind != DeviceKind::Block || major < 0 || minor < 0,
+        }
+    }
+
+    fn translate_throttle(&self, throttle: &mut Throttle) -> bool {
+        let number = self.number(DeviceKind::Block, throttle.major, throttle.minor);
+        if let Some((major, minor)) = number {
+            (throttle.major, throttle.minor) = (major.into(), minor.into());
+        }
+        number.is_some()
+    }
+
+    fn number(&self, kind: DeviceKind, major: i64, minor: i64) -> Option<(u32, u32)> {
+        match self.guest(kind, major, minor) {
+            Some(Guest::Number(major, minor)) => Some((*major, *minor)),
+            Some(Guest::Missing(_)) | None => None,
+        }
+    }
+
+    fn guest(&self, kind: DeviceKind, major: i64, minor: i64) -> Option<&Guest> {
+        let is_it = |known: &&Known| {
+            let (host_major, host_minor) = known.host;
+            known.kind == kind && (i64::from(host_major), i64::from(host_minor)) == (major, minor)
+        };
+        self.0.iter().find(is_it).map(|known| &known.guest)
+    }
+}
+
+fn parts(number: u64) -> Guest {
+    Guest::Number(rustix::fs::major(number), rustix::fs::minor(number))
+}
+
+fn character(name: &str) -> Guest {
+    let path = Path::new(name);
+    let plain = path
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)));
+    let metadata = std::fs::symlink_metadata(Path::new("/dev").join(path)).ok();
+    match metadata.filter(|found| plain && found.file_type().is_char_device()) {
+        Some(found) => parts(found.rdev()),
+        None => Guest::Missing(name.to_owned()),
+    }
+}
+
+/// Whether the guest has a character device of this number. Those of terminals
+/// come and go.
+fn is_there(major: i64, minor: i64) -> bool {
+    major == 136 || Path::new(&format!("/sys/dev/char/{major}:{minor}")).exists()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known(kind: DeviceKind, host: (u32, u32), guest: Guest) -> Known {
+        Known { kind, host, guest }
+    }
+
+    fn numbers() -> DeviceNumbers {
+        DeviceNumbers(vec![
+            known(DeviceKind::Block, (8, 16), Guest::Number(254, 32)),
+            known(DeviceKind::Character, (10, 126), Guest::Number(10, 125)),
+            known(
+                DeviceKind::Character,
+                (195, 0),
+                Guest::Missing("nvidia0".to_owned()),
+            ),
+        ])
+    }
+
+    fn linux(json: &str) -> Linux {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn a_spec_gets_the_guests_numbers() {
+        let mut linux = linux(
+            r#"{"devices": [
+                  {"path": "/dev/xvda", "type": "b", "major": 8, "minor": 16},
+                  {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+                  {"path": "/dev/x", "type": "c", "major": 10, "minor": 126},
+                  {"path": "/dev/p", "type": "p"}],
+                "resources": {
+                  "devices": [
+                    {"allow": false},
+                    {"allow": true, "type": "b", "major": 8, "minor": 16, "access": "r"},
+                    {"allow": true, "type": "b", "major": 8, "minor": 0},
+                    {"allow": true, "type": "b", "major": 8, "minor": -1},
+                    {"allow": true, "type": "c", "major": 1, "minor": 3}],
+                  "blockIO": {"throttleReadBpsDevice": [
+                    {"major": 8, "minor": 0, "rate": 1}, {"major": 8, "minor": 16, "rate": 2}]}}}"#,
+        );
+        numbers().translate(&mut linux).unwrap();
+        let devices: Vec<_> = linux
+            .devices
+            .iter()
+            .map(|device| (device.path.to_str().unwrap(), device.major, device.minor))
+            .collect();
+        assert_eq!(
+            devices,
+            [
+                ("/dev/xvda", 254, 32),
+                ("/dev/x", 10, 125),
+                ("/dev/p", 0, 0)
+            ]
+        );
+        let resources = linux.resources.unwrap();
+        let rules: Vec<_> = resources
+            .devices
+            .iter()
+            .map(|rule| (rule.major, rule.minor))
+            .collect();
+        assert_eq!(
+            rules,
+            [
+                (None, None),
+                (Some(254), Some(32)),
+                (Some(8), Some(-1)),
+                (Some(1), Some(3))
+            ]
+        );
+        let throttles = resources.block_io.throttle_read_bps_device;
+        assert_eq!(throttles.len(), 1);
+        assert_eq!((throttles[0].major, throttles[0].minor), (254, 32));
+    }
+
+    #[test]
+    fn a_character_device_that_is_not_there_is_named() {
+        for (device, said) in [
+            (
+                r#"{"path": "/dev/gpu", "type": "c", "major": 195, "minor": 0}"#,
+                r#"/dev/gpu: the guest has no character device "nvidia0""#,
+            ),
+            (
+                r#"{"path": "/dev/odd", "type": "c", "major": 4000, "minor": 7}"#,
+                "/dev/odd: the guest has no character device 4000:7",
+            ),
+        ] {
+            let mut linux = linux(&format!(r#"{{"devices": [{device}]}}"#));
+            let error = numbers().translate(&mut linux).unwrap_err();
+            assert!(error.to_string().contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn names_stay_below_dev() {
+        assert!(matches!(character("null"), Guest::Number(1, 3)));
+        for name in ["../dev/null", "/dev/null", "no-such", ""] {
+            assert!(matches!(character(name), Guest::Missing(_)), "{name}");
+        }
+    }
+}
