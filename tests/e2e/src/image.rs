@@ -60,6 +60,15 @@ pub fn install_for(node: &Node, probe: &Path, busybox: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Gives the cases' namespace an image without layers.
+pub fn install_empty(node: &Node, name: &str) -> Result<()> {
+    let file = node.work.join("empty.tar");
+    archive(&file, name, &[], &["/nothing"])?;
+    let imported = import(node, NAMESPACE, &file);
+    fs::remove_file(&file)?;
+    imported
+}
+
 /// Gives the cases' namespace an image of the probe and `count` layers more, each
 /// with one file in `/layers`.
 pub fn install_layers(node: &Node, name: &str, count: usize) -> Result<()> {
@@ -138,6 +147,14 @@ fn base_layer(probe: &Path, busybox: &Path) -> Result<Vec<u8>> {
         "bin/probe",
         EntryType::Regular,
         0o755,
+        &read(probe)?,
+    )?;
+    // Who executes it becomes root, unless that is forbidden.
+    entry(
+        &mut layer,
+        "bin/setuid-probe",
+        EntryType::Regular,
+        0o4755,
         &read(probe)?,
     )?;
     let applets = process::run(Command::new(busybox).arg("--list"), Duration::from_secs(30))?

@@ -6,7 +6,10 @@ use std::net::{TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::thread;
 
-const USAGE: &str = "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | huge MIB | pattern BYTES | check BYTES | count DIR";
+#[path = "probe/life.rs"]
+mod life;
+
+const USAGE: &str = "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | huge MIB | pattern BYTES | check BYTES | count DIR | ids | die SIGNAL | serve ADDR FILE";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -21,6 +24,9 @@ fn main() -> ExitCode {
         ["pattern", bytes] => number(bytes).and_then(pattern),
         ["check", bytes] => number(bytes).and_then(check),
         ["count", dir] => count(dir),
+        ["ids"] => life::ids(),
+        ["die", signal] => number(signal).and_then(life::die),
+        ["serve", address, file] => life::serve(address, file),
         _ => Err(io::Error::other(USAGE)),
     };
     match done {

@@ -4,10 +4,12 @@
 pub mod abuse;
 pub mod churn;
 pub mod crash;
+pub mod lifecycle;
 pub mod network;
 pub mod pod;
 pub mod resources;
 pub mod run;
+pub mod security;
 pub mod stdio;
 pub mod streaming;
 pub mod task;
@@ -201,6 +203,8 @@ pub fn all() -> Vec<&'static Case> {
         resources::CASES,
         network::CASES,
         streaming::CASES,
+        lifecycle::CASES,
+        security::CASES,
         abuse::CASES,
         churn::CASES,
         crash::CASES,

@@ -1,0 +1,366 @@
+//! The security context: who a container's processes are and what they may do.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Bench, Case, case};
+use crate::cri::Cri;
+use crate::cri::api::{
+    Capability, ContainerConfig, Int64Value, LinuxContainerSecurityContext, ProfileType,
+    SecurityProfile,
+};
+use crate::node::Runtime;
+use crate::pod::Pod;
+
+/// The cases of this theme.
+pub const CASES: &[Case] = &[
+    case("security/user-and-groups", 40, user_and_groups),
+    case("security/capabilities", 40, capabilities),
+    case("security/no-new-privileges", 40, no_new_privileges),
+    case("security/seccomp", 40, seccomp),
+    case("security/paths", 40, paths),
+    case("security/devices", 40, devices),
+    case("security/privileged", 40, privileged),
+];
+
+/// A container that sleeps, with a security context of its own.
+fn sleeper(
+    cri: &Cri,
+    pod: &Pod,
+    change: impl FnOnce(&mut LinuxContainerSecurityContext),
+) -> Result<String> {
+    pod.start_config(cri, &config(pod, &["sleep", "1000"], change))
+}
+
+fn config(
+    pod: &Pod,
+    command: &[&str],
+    change: impl FnOnce(&mut LinuxContainerSecurityContext),
+) -> ContainerConfig {
+    let mut config = pod.container(command);
+    let linux = config.linux.get_or_insert_default();
+    change(linux.security_context.get_or_insert_default());
+    config
+}
+
+/// What a shell in the container prints.
+fn shell(cri: &Cri, container: &str, script: &str) -> Result<String> {
+    cri.exec_sync(container, &["sh", "-c", script], 10)?
+        .ok()
+        .with_context(|| script.to_owned())
+}
+
+/// A line of `/proc/PID/status`.
+fn status(cri: &Cri, container: &str, pid: &str, field: &str) -> Result<String> {
+    let script = format!("grep '^{field}:' /proc/{pid}/status");
+    let line = shell(cri, container, &script)?;
+    let value = line.split_once(':').map(|(_, value)| value.trim());
+    Ok(value.context("no value")?.to_owned())
+}
+
+fn user_and_groups(bench: &Bench) -> Result<()> {
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let numbered = sleeper(&cri, &pod, |context| {
+        context.run_as_user = Some(Int64Value { value: 1234 });
+        context.run_as_group = Some(Int64Value { value: 2345 });
+        context.supplemental_groups = vec![3456, 4567];
+    })?;
+    // Its first process, and those that are added.
+    for pid in ["1", "self"] {
+        for (field, expected) in [
+            ("Uid", "1234\t1234\t1234\t1234"),
+            ("Gid", "2345\t2345\t2345\t2345"),
+        ] {
+            let seen = status(&cri, &numbered, pid, field)?;
+            ensure!(seen == expected, "{field} of {pid}: {seen:?}");
+        }
+        let groups = status(&cri, &numbered, pid, "Groups")?;
+        let mut groups: Vec<&str> = groups.split_whitespace().collect();
+        groups.sort_unstable();
+        groups.retain(|group| *group != "2345");
+        ensure!(groups == ["3456", "4567"], "groups of {pid}: {groups:?}");
+        // Who is not root gets no capability, though it may come to have some.
+        let effective = status(&cri, &numbered, pid, "CapEff")?;
+        ensure!(effective == "0000000000000000", "{pid}: {effective}");
+    }
+    let refused = cri.exec_sync(&numbered, &["touch", "/etc/file"], 10)?;
+    ensure!(
+        refused.code != 0 && refused.stderr.contains("Permission denied"),
+        "{refused:?}"
+    );
+    // By the image's own /etc/passwd and /etc/group.
+    let named = sleeper(&cri, &pod, |context| {
+        context.run_as_username = "web".into();
+    })?;
+    let seen = shell(&cri, &named, "id -un; id -u; id -g; id -G")?;
+    let lines: Vec<&str> = seen.lines().collect();
+    ensure!(
+        lines.len() == 4
+            && lines[..3] == ["web", "1000", "1000"]
+            && lines[3].split(' ').any(|group| group == "2000"),
+        "{seen}"
+    );
+    pod.remove(&cri)
+}
+
+/// Those that containerd gives by default, as a number.
+const DEFAULT_CAPABILITIES: &str = "00000000a80425fb";
+
+fn capabilities(bench: &Bench) -> Result<()> {
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let plain = sleeper(&cri, &pod, |_| {})?;
+    for pid in ["1", "self"] {
+        for field in ["CapEff", "CapPrm", "CapBnd"] {
+            let seen = status(&cri, &plain, pid, field)?;
+            ensure!(seen == DEFAULT_CAPABILITIES, "{field} of {pid}: {seen}");
+        }
+    }
+    shell(&cri, &plain, "touch /tmp/file && chown 1000 /tmp/file")?;
+    let refused = cri.exec_sync(&plain, &["mount", "-t", "tmpfs", "none", "/mnt"], 10)?;
+    ensure!(refused.code != 0, "it may mount: {refused:?}");
+
+    let few = sleeper(&cri, &pod, |context| {
+        context.capabilities = Some(Capability {
+            drop_capabilities: vec!["ALL".into()],
+            add_capabilities: vec!["NET_BIND_SERVICE".into()],
+            ..Default::default()
+        });
+    })?;
+    for field in ["CapEff", "CapPrm", "CapBnd"] {
+        let seen = status(&cri, &few, "self", field)?;
+        ensure!(seen == "0000000000000400", "{field}: {seen}");
+    }
+    let script = "touch /tmp/file; chown 1000 /tmp/file";
+    let refused = cri.exec_sync(&few, &["sh", "-c", script], 10)?;
+    ensure!(
+        refused.code != 0 && refused.stderr.contains("not permitted"),
+        "{refused:?}"
+    );
+
+    let more = sleeper(&cri, &pod, |context| {
+        context.capabilities = Some(Capability {
+            add_capabilities: vec!["SYS_ADMIN".into()],
+            ..Default::default()
+        });
+    })?;
+    let script = "mount -t tmpfs none /mnt && touch /mnt/file && umount /mnt && ls /mnt";
+    let seen = shell(&cri, &more, script)?;
+    ensure!(seen.is_empty(), "{seen}");
+    pod.remove(&cri)
+}
+
+/// A program that makes its user root, with and without leave to.
+fn no_new_privileges(bench: &Bench) -> Result<()> {
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    for (forbidden, expected) in [(false, "1000 0 "), (true, "1000 1000 ")] {
+        // As the first process, and as one that is added.
+        let entry = config(&pod, &["setuid-probe", "ids"], |context| {
+            context.run_as_user = Some(Int64Value { value: 1000 });
+            context.no_new_privs = forbidden;
+        });
+        let entry = pod.start_config(&cri, &entry)?;
+        pod.await_log(&cri, &entry, &format!("stdout F {expected}"))?;
+        let container = sleeper(&cri, &pod, |context| {
+            context.run_as_user = Some(Int64Value { value: 1000 });
+            context.no_new_privs = forbidden;
+        })?;
+        let seen = shell(&cri, &container, "setuid-probe ids")?;
+        ensure!(
+            seen.starts_with(expected),
+            "{seen:?} where gaining rights is forbidden: {forbidden}"
+        );
+        let flag = status(&cri, &container, "1", "NoNewPrivs")?;
+        ensure!(flag == i32::from(forbidden).to_string(), "{flag}");
+    }
+    pod.remove(&cri)
+}
+
+/// `/proc/PID/status` calls a filter so.
+const FILTERED: &str = "2";
+
+fn seccomp(bench: &Bench) -> Result<()> {
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    // Any user may have a user namespace, but the default profile lets none make
+    // one that lacks CAP_SYS_ADMIN.
+    let script = "unshare --user true 2>&1; true";
+    let with = |kind: ProfileType, reference: &str| {
+        sleeper(&cri, &pod, |context| {
+            context.seccomp = Some(SecurityProfile {
+                profile_type: kind.into(),
+                localhost_ref: reference.to_owned(),
+            });
+        })
+    };
+
+    let by_default = with(ProfileType::RuntimeDefault, "")?;
+    for pid in ["1", "self"] {
+        let mode = status(&cri, &by_default, pid, "Seccomp")?;
+        ensure!(mode == FILTERED, "mode {mode} of {pid}");
+    }
+    let seen = shell(&cri, &by_default, script)?;
+    ensure!(seen.contains("not permitted"), "{seen:?}");
+
+    let open = with(ProfileType::Unconfined, "")?;
+    for pid in ["1", "self"] {
+        let mode = status(&cri, &open, pid, "Seccomp")?;
+        ensure!(mode == "0", "mode {mode} of {pid}");
+    }
+    let seen = shell(&cri, &open, "mkdir /tmp/folder && ls /tmp")?;
+    ensure!(seen == "folder", "{seen:?}");
+
+    let profile = bench.folder().join("no-mkdir.json");
+    // ENOTEMPTY: an errno that nothing else would give here.
+    let rules = r#"{"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+        "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 39}]}"#;
+    fs::write(&profile, rules)?;
+    let own = with(ProfileType::Localhost, &profile.display().to_string())?;
+    let mode = status(&cri, &own, "1", "Seccomp")?;
+    ensure!(mode == FILTERED, "mode {mode}");
+    let seen = shell(
+        &cri,
+        &own,
+        "mkdir /tmp/folder 2>&1; touch /tmp/file; ls /tmp",
+    )?;
+    ensure!(
+        seen.contains("Directory not empty") && seen.ends_with("\nfile"),
+        "{seen:?}"
+    );
+    pod.remove(&cri)
+}
+
+/// Masked and read-only paths: those of `procMount: Default`, and others.
+fn paths(bench: &Bench) -> Result<()> {
+    const SET: &str = "echo a-domain > /proc/sys/kernel/domainname";
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let plain = sleeper(&cri, &pod, |_| {})?;
+    let script = "for file in kcore keys latency_stats timer_list sched_debug; do \
+                    [ ! -e /proc/$file ] || [ \"$(head -c 1 /proc/$file | wc -c)\" = 0 ] || echo $file; \
+                  done; \
+                  for folder in /proc/acpi /proc/scsi /sys/firmware /sys/devices/virtual/powercap; do \
+                    [ ! -d $folder ] || [ -z \"$(ls $folder)\" ] || echo $folder; \
+                  done; head -c 1 /proc/interrupts | wc -c";
+    let seen = shell(&cri, &plain, script)?;
+    ensure!(seen == "1", "not masked: {seen}");
+    let refused = cri.exec_sync(&plain, &["sh", "-c", SET], 10)?;
+    ensure!(
+        refused.code != 0 && refused.stderr.contains("Read-only file system"),
+        "{refused:?}"
+    );
+
+    let other = sleeper(&cri, &pod, |context| {
+        context.masked_paths = vec![
+            "/proc/interrupts".into(),
+            "/etc/motd".into(),
+            "/sys/class".into(),
+            "/not/there".into(),
+        ];
+        context.readonly_paths = vec!["/var".into(), "/not/there/either".into()];
+    })?;
+    let script = "cat /proc/interrupts /etc/motd; ls -A /sys/class; touch /var/file 2>&1; touch /tmp/file && ls /tmp";
+    let seen = shell(&cri, &other, script)?;
+    ensure!(
+        seen.lines().count() == 2
+            && seen.contains("Read-only file system")
+            && seen.ends_with("\nfile"),
+        "{seen:?}"
+    );
+    // What is not in the list is as the kernel has it.
+    let seen = shell(
+        &cri,
+        &other,
+        &format!("{SET}; cat /proc/sys/kernel/domainname"),
+    )?;
+    ensure!(seen == "a-domain", "{seen:?}");
+    pod.remove(&cri)
+}
+
+/// A node for a device can be made by whoever has CAP_MKNOD; whether it can be
+/// opened is another question.
+fn devices(bench: &Bench) -> Result<()> {
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let container = sleeper(&cri, &pod, |_| {})?;
+    // On the root as well as in /dev: memory, the kernel's log, the null device.
+    for folder in ["/dev", "/tmp"] {
+        let script = format!(
+            "cd {folder} && mknod a-memory c 1 1 && mknod a-log c 1 11 && mknod a-null c 1 3"
+        );
+        shell(&cri, &container, &script)?;
+        for name in ["a-memory", "a-log"] {
+            let script = format!("head -c 1 {folder}/{name}");
+            let refused = cri.exec_sync(&container, &["sh", "-c", &script], 10)?;
+            ensure!(
+                refused.code != 0 && refused.stderr.contains("not permitted"),
+                "{folder}/{name}: {refused:?}"
+            );
+        }
+        let seen = shell(
+            &cri,
+            &container,
+            &format!("echo text > {folder}/a-null; wc -c < {folder}/a-null"),
+        )?;
+        ensure!(seen == "0", "{folder}: {seen:?}");
+    }
+    // Disks, of the node or of the guest.
+    let script = "for disk in 'b 8 0' 'b 254 0' 'b 253 0' 'b 7 0'; do \
+                    { mknod /dev/a-disk $disk && head -c 1 /dev/a-disk; } 2>&1; rm -f /dev/a-disk; \
+                  done; true";
+    let seen = shell(&cri, &container, script)?;
+    ensure!(
+        seen.lines().count() == 4 && seen.matches("not permitted").count() == 4,
+        "{seen:?}"
+    );
+    let usual = "for name in null zero full random urandom tty ptmx fd stdin stdout stderr; do \
+                   ls -d /dev/$name; done | wc -l; ls -A /dev/pts; head -c 4 /dev/urandom | wc -c";
+    let seen = shell(&cri, &container, usual)?;
+    ensure!(
+        seen.starts_with("11\n") && seen.ends_with("\n4"),
+        "{seen:?}"
+    );
+    pod.remove(&cri)
+}
+
+fn privileged(bench: &Bench) -> Result<()> {
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |config| {
+        let context = config
+            .linux
+            .get_or_insert_default()
+            .security_context
+            .get_or_insert_default();
+        context.privileged = true;
+    })?;
+    let container = sleeper(&cri, &pod, |context| {
+        context.privileged = true;
+        // Overridden by being privileged.
+        context.seccomp = Some(SecurityProfile {
+            profile_type: ProfileType::RuntimeDefault.into(),
+            ..Default::default()
+        });
+    })?;
+    let effective = status(&cri, &container, "self", "CapEff")?;
+    let last = shell(&cri, &container, "cat /proc/sys/kernel/cap_last_cap")?;
+    let expected = format!("{:016x}", (2_u64 << last.parse::<u32>()?) - 1);
+    ensure!(effective == expected, "{effective}, expected {expected}");
+    let mode = status(&cri, &container, "1", "Seccomp")?;
+    ensure!(mode == "0", "mode {mode}");
+    // It may mount, change the kernel's settings and look at all of it.
+    let script = "mount -t tmpfs none /mnt && umount /mnt && \
+                  test \"$(head -c 1 /dev/kmsg 2>/dev/null | wc -c)\" = 1 && \
+                  value=$(cat /proc/sys/vm/overcommit_ratio) && echo $value > /proc/sys/vm/overcommit_ratio && \
+                  grep -c ' /sys sysfs rw,' /proc/mounts";
+    let seen = shell(&cri, &container, script)?;
+    ensure!(seen == "1", "{seen:?}");
+    if bench.runtime == Runtime::Husk {
+        // The node's disks have other numbers here, or are none at all.
+        let disks = shell(&cri, &container, "find /dev -type b")?;
+        ensure!(disks.is_empty(), "block devices: {disks}");
+    }
+    pod.remove(&cri)
+}
