@@ -1,5 +1,7 @@
 //! The cgroup of a container.
 
+mod huge_pages;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -110,6 +112,8 @@ impl Cgroup {
     /// Sets limits; `devices` are the container's own block devices. May wait
     /// for the kernel to take memory back.
     pub fn limit(&self, resources: &Resources, devices: &[u64]) -> Result<(), CgroupError> {
+        limits::check_memory(&resources.memory, machine_bytes())?;
+        huge_pages::allow(&resources.hugepage_limits);
         for limit in limits::writes(resources, devices)? {
             let written = kernel_file::write(self.path.join(&limit.file), &limit.value);
             match written {
@@ -257,6 +261,11 @@ impl Cgroup {
         }
         Ok(tree)
     }
+}
+
+fn machine_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram.saturating_mul(info.mem_unit.into())
 }
 
 /// How many processes `memory.events` says the kernel has killed.

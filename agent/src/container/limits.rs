@@ -12,6 +12,11 @@ pub enum LimitError {
     SwapBelowMemory { swap: i64, limit: i64 },
     #[error("memory.swap needs memory.limit")]
     SwapWithoutMemory,
+    #[error(
+        "memory.limit {limit} is more than the {machine} bytes of the pod's machine, whose size \
+         follows from the pod's limits or the annotation io.husk.vm.memory_mib when it starts"
+    )]
+    BeyondMachine { limit: i64, machine: u64 },
     #[error("unified: {key:?} is no file of a cgroup")]
     Unified { key: String },
 }
@@ -25,6 +30,17 @@ pub struct Limit {
     pub value: String,
     /// The machine may lack the file.
     pub optional: bool,
+}
+
+/// A limit that nothing could ever reach is a promise that can't be kept: the
+/// machine does not grow.
+pub fn check_memory(memory: &Memory, machine: u64) -> Result<(), LimitError> {
+    match memory.limit {
+        Some(limit @ 1..) if limit.unsigned_abs() > machine => {
+            Err(LimitError::BeyondMachine { limit, machine })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The files to write, in order. Of what speaks of the node there is nothing:
@@ -229,6 +245,20 @@ mod tests {
             written(r#"{"memory":{"limit":-1}}"#),
             pairs(&[("memory.max", "max")])
         );
+    }
+
+    #[test]
+    fn memory_beyond_the_machine_is_refused() {
+        let memory = |limit| Memory {
+            limit,
+            ..Memory::default()
+        };
+        for limit in [None, Some(0), Some(-1), Some(1000)] {
+            check_memory(&memory(limit), 1000).unwrap();
+        }
+        let error = check_memory(&memory(Some(1001)), 1000).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("1001") && text.contains("machine"), "{text}");
     }
 
     #[test]

@@ -317,9 +317,20 @@ impl Container {
         self.cgroup.oom_kills() > 0
     }
 
-    /// The process whose namespaces others may join.
+    /// The process that a client is told of.
     pub fn first_pid(&self) -> i32 {
         self.first.pid()
+    }
+
+    /// For others to join, while its first process has not ended.
+    pub fn pid_namespace(&self) -> Result<File, Error> {
+        let file = format!("/proc/{}/ns/pid", self.first.pid());
+        let opened = File::open(&file).doing("open", &file);
+        // Looked at after opening: its number was not yet another's then.
+        if !self.first.pidfd().is_running() {
+            return Err(Error::Finished);
+        }
+        Ok(opened?)
     }
 
     /// Remembers what is mounted for it, in order.

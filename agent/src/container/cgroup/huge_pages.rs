@@ -1,0 +1,83 @@
+//! Huge pages for containers that may use some. On a node the administrator has
+//! set them aside; here the kernel makes them when they are asked for.
+
+use std::fs;
+use std::path::Path;
+
+use crate::kernel_file;
+use crate::oci::HugepageLimit;
+
+/// A folder for each size that the processor has.
+const SIZES: &str = "/sys/kernel/mm/hugepages";
+
+/// Lets the kernel make pages up to each limit, as far as there is memory. What
+/// a container may use is its cgroup's matter.
+pub fn allow(limits: &[HugepageLimit]) {
+    for limit in limits {
+        let finite = !matches!(limit.limit, 0 | u64::MAX);
+        let Some(kib) = kib_of(&limit.page_size).filter(|_| finite) else {
+            continue;
+        };
+        let folder = Path::new(SIZES).join(format!("hugepages-{kib}kB"));
+        // The kubelet names every size of its node; the guest may lack some.
+        if folder.exists()
+            && let Err(error) = allow_size(&folder, limit.limit.div_ceil(kib << 10))
+        {
+            log::warn!("huge pages of {}: {error}", limit.page_size);
+        }
+    }
+}
+
+fn allow_size(folder: &Path, pages: u64) -> std::io::Result<()> {
+    let raise = |file: &str| {
+        let file = folder.join(file);
+        let now: u64 = fs::read_to_string(&file)?.trim().parse().unwrap_or(0);
+        match now < pages {
+            true => kernel_file::write(&file, pages.to_string()),
+            false => Ok(()),
+        }
+    };
+    // The largest, which the buddy allocator has not, can only be set aside.
+    raise("nr_overcommit_hugepages").or_else(|_| raise("nr_hugepages"))
+}
+
+/// `2MB` as the kernel's folders count.
+fn kib_of(size: &str) -> Option<u64> {
+    let (number, unit) = size.split_at(size.len().checked_sub(2)?);
+    let kib = match unit {
+        "KB" => 1,
+        "MB" => 1 << 10,
+        "GB" => 1 << 20,
+        _ => return None,
+    };
+    let number: u64 = number.parse().ok().filter(|number| *number > 0)?;
+    number.checked_mul(kib).filter(|kib| *kib <= 1 << 30)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read() {
+        assert_eq!(kib_of("2MB"), Some(2048));
+        assert_eq!(kib_of("1GB"), Some(1 << 20));
+        assert_eq!(kib_of("64KB"), Some(64));
+        for text in ["", "B", "MB", "0MB", "-1MB", "2mb", "99999999999999GB"] {
+            assert_eq!(kib_of(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn pages_are_only_added() {
+        let folder = std::env::temp_dir().join(format!("husk-huge-{}", std::process::id()));
+        fs::create_dir(&folder).unwrap();
+        let file = folder.join("nr_overcommit_hugepages");
+        fs::write(&file, "4\n").unwrap();
+        allow_size(&folder, 3).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "4\n");
+        allow_size(&folder, 9).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap().trim(), "9");
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}
