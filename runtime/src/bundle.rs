@@ -15,9 +15,11 @@ use crate::id::{Id, IdError};
 
 mod annotation;
 
+mod block_io;
 pub use annotation::{AnnotationError, Overrides};
 
 /// Largest `config.json` taken, bytes: what fits in one message to the agent.
+pub use block_io::BlockIo;
 const LARGEST: u64 = (husk_protocol::limit::MESSAGE_BYTES / 2) as u64;
 
 /// Least memory limit of a container, bytes: below it no process starts.
@@ -64,6 +66,12 @@ pub struct PodSpec {
     /// What the operator said about the machine.
     pub overrides: Overrides,
     /// For the processes of the pod on the host.
+    /// They are the sum over those of its containers that have limits.
+    pub limits_are_a_sum: bool,
+    /// What some container may use without limit, though others have one.
+    pub unlimited: Unlimited,
+    /// What it may do to the node's disks.
+    pub block_io: BlockIo,
     pub oom_score_adj: Option<i32>,
     /// Containers may ask to see each other's processes.
     pub shared_pid_namespace: bool,
@@ -92,6 +100,17 @@ pub struct Limits {
 }
 
 /// One entry of `mounts`.
+    /// Huge pages, which do not count as memory.
+    pub huge_page_bytes: u64,
+}
+
+/// What nothing limits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unlimited {
+    /// Memory.
+    pub memory: bool,
+    /// Processors.
+    pub cpu: bool,
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Mount {
     /// Inside the container.
@@ -157,6 +176,17 @@ struct Resources {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct MemoryLimit {
+    #[serde(rename = "hugepageLimits")]
+    huge_pages: Option<Vec<HugePageLimit>>,
+    #[serde(rename = "blockIO")]
+    block_io: Option<BlockIo>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct HugePageLimit {
+    /// Bytes; Go writes the largest number for none.
+    limit: u64,
     limit: Option<i64>,
 }
 
@@ -283,6 +313,12 @@ impl Bundle {
             // They stay in the container's own spec.
             Role::Single | Role::Member { .. } => BTreeMap::new(),
         };
+        let resources = linux.resources.as_ref();
+        let block_io = match role {
+            Role::Single => resources.and_then(|r| r.block_io.clone()),
+            // One file server serves all containers of a pod.
+            Role::Sandbox | Role::Member { .. } => None,
+        };
         Ok(PodSpec {
             hostname: self.spec.hostname.clone().unwrap_or_default(),
             netns,
@@ -294,6 +330,9 @@ impl Bundle {
             // Which of them do is in their own specs, which come later.
             shared_pid_namespace: *role == Role::Sandbox,
             dns: None,
+            limits_are_a_sum: *role == Role::Sandbox,
+            unlimited: Unlimited::default(),
+            block_io: block_io.unwrap_or_default(),
         })
     }
 
@@ -308,11 +347,20 @@ impl Bundle {
             .and_then(|r| r.memory.as_ref())
             .and_then(|m| m.limit);
         let cpu = resources.and_then(|r| r.cpu.as_ref());
-        Limits::new(
+        let limits = Limits::new(
             memory,
             cpu.and_then(|cpu| cpu.quota),
             cpu.and_then(|cpu| cpu.period),
-        )
+        )?;
+        let huge_pages = resources.and_then(|r| r.huge_pages.as_ref());
+        let finite = huge_pages.into_iter().flatten().map(|size| size.limit);
+        let huge_page_bytes = finite
+            .filter(|limit| *limit != u64::MAX)
+            .fold(0_u64, u64::saturating_add);
+        Ok(Limits {
+            huge_page_bytes,
+            ..limits
+        })
     }
 
     /// Directory that is the container's root when containerd gives no mounts.
@@ -426,7 +474,8 @@ mod tests {
         let bundle = single(json!({
             "namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/netns/x"}],
             "cgroupsPath": "/default/t1",
-            "resources": {"memory": {"limit": 67_108_864}, "cpu": {"quota": 150_000, "period": 100_000}},
+            "resources": {"memory": {"limit": 67_108_864}, "cpu": {"quota": 150_000, "period": 100_000},
+                "hugepageLimits": [{"pageSize": "2MB", "limit": 32 << 20}, {"pageSize": "1GB", "limit": u64::MAX}]},
         }));
         assert_eq!(bundle.role().unwrap(), Role::Single);
         assert_eq!(bundle.root().unwrap(), Path::new("/bundle/rootfs"));
@@ -437,7 +486,9 @@ mod tests {
             pod.limits,
             Limits {
                 memory_bytes: Some(64 << 20),
-                cpu_millis: Some(1500)
+                cpu_millis: Some(1500),
+                huge_page_bytes: 32 << 20,
+            huge_page_bytes: 0,
             }
         );
     }

@@ -1,14 +1,16 @@
 //! The pod's cgroup on the host: shim, VMM and file server sit in it, so that
 //! the node's accounting is true. cgroup v2 only.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Seek};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::statfs;
 use rustix::io::retry_on_intr;
+
+use crate::bundle::{BlockIo, Unlimited};
 
 mod stats;
 
@@ -110,6 +112,42 @@ impl PodCgroup {
         }
     }
 
+    /// Limits what the processes of the pod, which do all of its I/O, do to the
+    /// node's disks.
+    ///
+    /// # Errors
+    /// The kernel refuses: there is no such disk.
+    pub fn limit_io(&self, limits: &BlockIo) -> Result<(), CgroupError> {
+        let dir = self.dir();
+        let write = |file: &str, line: &str| {
+            let path = dir.join(file);
+            let mut options = OpenOptions::new();
+            let opened = options.write(true).open(&path);
+            opened
+                .and_then(|mut file| file.write_all(line.as_bytes()))
+                .map_err(|source| CgroupError::Io { path, source })
+        };
+        if let Some(weight) = limits.weight() {
+            // Which of them there is, if any, is the node's I/O scheduler's matter.
+            let line = format!("default {weight}");
+            for file in ["io.weight", "io.bfq.weight"] {
+                if let Err(error) = write(file, &line) {
+                    tracing::debug!(%error, "I/O weight");
+                }
+            }
+        }
+        let mut throttles = limits.throttles().into_iter();
+        throttles.try_for_each(|line| write("io.max", &line))
+    }
+
+    /// What the cgroup around it, which the kubelet makes for the pod, leaves
+    /// without limit: the kubelet limits it only when all containers have limits.
+    pub fn unlimited(&self) -> Unlimited {
+        let dir = self.dir();
+        let around = dir.parent().unwrap_or(&dir);
+        unlimited(around)
+    }
+
     /// Counters as `io.containerd.cgroups.v2.Metrics`.
     pub fn metrics(&self) -> containerd_shim_protos::cgroups_v2::metrics::Metrics {
         stats::read(&self.dir())
@@ -131,6 +169,18 @@ impl PodCgroup {
                 let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
             }
         }
+    }
+}
+
+fn unlimited(dir: &Path) -> Unlimited {
+    // The root has no such files: nothing limits there.
+    let is_open = |file: &str| {
+        let text = fs::read_to_string(dir.join(file));
+        text.map_or(true, |text| text.starts_with("max"))
+    };
+    Unlimited {
+        memory: is_open("memory.max"),
+        cpu: is_open("cpu.max"),
     }
 }
 
@@ -287,6 +337,19 @@ mod tests {
         bystander.wait().unwrap();
         remove(Path::new(&path));
         assert!(!dir.exists());
+    }
+
+    #[test]
+    fn knows_what_nothing_limits() {
+        let dir = tempfile::tempdir().unwrap();
+        let all = Unlimited {
+            memory: true,
+            cpu: true,
+        };
+        assert_eq!(unlimited(dir.path()), all);
+        fs::write(dir.path().join("memory.max"), "max\n").unwrap();
+        fs::write(dir.path().join("cpu.max"), "50000 100000\n").unwrap();
+        assert_eq!(unlimited(dir.path()), Unlimited { cpu: false, ..all });
     }
 
     #[test]

@@ -47,6 +47,7 @@ pub fn read(message: &[u8], id: &str) -> Result<PodSpec, PodConfigError> {
         sysctls: linux.sysctls.into_iter().collect(),
         cgroups_path: cgroups_path(&linux.cgroup_parent, id),
         limits: limits(&linux.resources.unwrap_or_default())?,
+        limits_are_a_sum: true,
         shared_pid_namespace: true,
         dns: Some(Dns {
             servers: dns.servers,

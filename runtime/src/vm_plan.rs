@@ -19,6 +19,10 @@ const DEFAULT_MEMORY_MIB: u32 = 512;
 /// What kernel and agent need beside the pod's limit, MiB.
 const OVERHEAD_MIB: u32 = 96;
 
+/// One page of so many goes to what the guest's kernel keeps about each:
+/// `struct page` has 64 bytes.
+const PAGES_FOR_ONE: u64 = 64;
+
 /// vCPUs where nothing limits the pod.
 const DEFAULT_VCPUS: u8 = 1;
 
@@ -103,28 +107,48 @@ impl PlanError {
 /// # Errors
 /// The pod asks for more memory than the node has.
 pub fn size(pod: &PodSpec, host: HostFacts) -> Result<VmSize, PlanError> {
-    let asked = match (pod.overrides.memory_mib, pod.limits.memory_bytes) {
-        (Some(memory_mib), _) => u64::from(memory_mib),
-        (None, Some(bytes)) => bytes.div_ceil(1 << 20) + u64::from(OVERHEAD_MIB),
-        (None, None) => u64::from(DEFAULT_MEMORY_MIB.min(host.memory_mib)),
+    let memory_mib = match pod.overrides.memory_mib {
+        Some(mib) => checked(mib.into(), host, OVERHEAD_MIB.into())?,
+        None => memory_for(pod, host)?,
     };
-    let memory_mib = u32::try_from(asked)
-        .ok()
-        .filter(|mib| *mib <= host.memory_mib.saturating_add(OVERHEAD_MIB))
-        .filter(|mib| *mib <= MEMORY_MAX_MIB)
-        .ok_or(PlanError::Memory {
-            asked,
-            node: host.memory_mib,
-        })?;
     let limited = pod.limits.cpu_millis.map(|millis| {
         let whole = u8::try_from(millis.div_ceil(1000)).unwrap_or(u8::MAX);
-        whole.clamp(1, host.cpus.max(1))
+        let others = if pod.unlimited.cpu { DEFAULT_VCPUS } else { 0 };
+        whole.saturating_add(others).clamp(1, host.cpus.max(1))
     });
     let vcpus = pod.overrides.vcpus.or(limited).unwrap_or(DEFAULT_VCPUS);
     Ok(VmSize {
         memory_mib,
         vcpus: vcpus.clamp(1, VCPU_MAX),
     })
+}
+
+/// Memory in which what the pod may use fits, MiB.
+fn memory_for(pod: &PodSpec, host: HostFacts) -> Result<u32, PlanError> {
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    let default = u64::from(DEFAULT_MEMORY_MIB.min(host.memory_mib));
+    let huge = mib(pod.limits.huge_page_bytes);
+    let Some(limit) = pod.limits.memory_bytes.map(mib) else {
+        return checked(default + huge, host, 0);
+    };
+    let limit = u64::from(checked(limit + huge, host, 0)?);
+    // Only what is touched costs, and the containers with limits have cgroups.
+    let others = if pod.unlimited.memory { default } else { 0 };
+    let usable = (limit + others).min(limit.max(host.memory_mib.into()));
+    let overhead = usable.div_ceil(PAGES_FOR_ONE) + u64::from(OVERHEAD_MIB);
+    checked(usable + overhead, host, overhead)
+}
+
+/// What the node has and a machine can have.
+fn checked(asked: u64, host: HostFacts, beside_mib: u64) -> Result<u32, PlanError> {
+    u32::try_from(asked)
+        .ok()
+        .filter(|mib| u64::from(*mib) <= u64::from(host.memory_mib) + beside_mib)
+        .filter(|mib| *mib <= MEMORY_MAX_MIB)
+        .ok_or(PlanError::Memory {
+            asked,
+            node: host.memory_mib,
+        })
 }
 
 /// The kernel's command line: `extra` comes last, and with `debug` the guest
@@ -248,7 +272,7 @@ fn nic_id(nic: &Nic) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bundle::{Limits, Overrides};
+    use crate::bundle::{Limits, Overrides, Unlimited};
     use husk_vmm_spec::MacAddress;
     use std::fs::File;
 
@@ -262,6 +286,7 @@ mod tests {
             limits: Limits {
                 memory_bytes,
                 cpu_millis,
+                huge_page_bytes: 0,
             },
             overrides,
             ..PodSpec::default()
@@ -281,8 +306,9 @@ mod tests {
         };
         for (memory, cpu, overrides, memory_mib, vcpus) in [
             (None, None, none, 512, 1),
-            (Some(1), None, none, 97, 1),
-            (Some(64 << 20), Some(1500), none, 160, 2),
+            (Some(1), None, none, 98, 1),
+            (Some(64 << 20), Some(1500), none, 161, 2),
+            (Some(4096 << 20), None, none, 4256, 1),
             (None, Some(100), none, 512, 1),
             (None, Some(64_000), none, 512, 4),
             (Some(64 << 20), Some(1500), some, 300, 8),
@@ -290,6 +316,36 @@ mod tests {
             let size = size(&pod(memory, cpu, overrides), HOST).unwrap();
             assert_eq!(size, VmSize { memory_mib, vcpus });
         }
+    }
+
+    #[test]
+    fn leaves_room_for_containers_without_limits() {
+        let mut pod = pod(Some(64 << 20), Some(1500), Overrides::default());
+        pod.unlimited = Unlimited {
+            memory: true,
+            cpu: true,
+        };
+        let VmSize { memory_mib, vcpus } = size(&pod, HOST).unwrap();
+        assert_eq!((memory_mib, vcpus), (64 + 512 + 9 + 96, 3));
+        // Never more than the node has, and always the limit.
+        let small = HostFacts {
+            memory_mib: 100,
+            cpus: 1,
+        };
+        let VmSize { memory_mib, vcpus } = size(&pod, small).unwrap();
+        assert_eq!((memory_mib, vcpus), (100 + 2 + 96, 1));
+    }
+
+    #[test]
+    fn adds_huge_pages() {
+        let mut limited = pod(Some(64 << 20), None, Overrides::default());
+        limited.limits.huge_page_bytes = 32 << 20;
+        assert_eq!(size(&limited, HOST).unwrap().memory_mib, 96 + 2 + 96);
+        let mut open = pod(None, None, Overrides::default());
+        open.limits.huge_page_bytes = 32 << 20;
+        assert_eq!(size(&open, HOST).unwrap().memory_mib, 512 + 32);
+        open.limits.huge_page_bytes = u64::MAX;
+        assert!(size(&open, HOST).is_err());
     }
 
     #[test]

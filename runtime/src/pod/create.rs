@@ -174,7 +174,7 @@ impl Pod {
     }
 
     /// Makes the pod's place on the node.
-    fn plan_machine(&mut self, pod: PodSpec) -> Result<MachineRequest, Error> {
+    fn plan_machine(&mut self, mut pod: PodSpec) -> Result<MachineRequest, Error> {
         self.state_dir.create()?;
         self.state = State {
             shim: HostProcess::find(std::process::id()),
@@ -191,6 +191,13 @@ impl Pod {
             config: self.settings.config.clone(),
             pod,
             state_dir: self.state_dir.clone(),
+        if let Some(cgroup) = &self.cgroup {
+            if pod.limits_are_a_sum {
+                pod.unlimited = cgroup.unlimited();
+            }
+            let limited = cgroup.limit_io(&pod.block_io);
+            limited.inspect_err(|_| self.release())?;
+        }
             state: self.state.clone(),
             debug: self.settings.debug,
         })
