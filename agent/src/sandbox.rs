@@ -1,7 +1,7 @@
 //! The pod: what its containers share, and the containers themselves.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -236,8 +236,7 @@ impl Sandbox {
         };
         let target = path.strip_prefix(path::CONTAINERS).ok();
         if let Some(target) = target.and_then(Path::to_str) {
-            let file = format!("/proc/{}/ns/pid", self.container(target)?.first_pid());
-            return Ok(PidSource::Of(File::open(&file).doing("open", &file)?));
+            return Ok(PidSource::Of(self.container(target)?.pid_namespace()?));
         }
         let Some(shared) = self.shared_pids() else {
             return Ok(PidSource::Own);

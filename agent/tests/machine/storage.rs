@@ -242,6 +242,12 @@ agent_test! {
         spec["linux"]["namespaces"][0]["path"] = json!("/run/husk/containers/none");
         let error = agent.create("b", &spec).await.err().unwrap();
         assert_eq!(status(error).0, Code::NOT_FOUND);
+        // Its number may be another process's by then.
+        agent.signal("a", "", libc::SIGKILL, false).await.unwrap();
+        agent.wait("a", "").await;
+        spec["linux"]["namespaces"][0]["path"] = json!("/run/husk/containers/a");
+        let (code, message) = status(agent.create("c", &spec).await.err().unwrap());
+        assert_eq!((code, &*message), (Code::NOT_FOUND, "process already finished"));
         agent.delete("a").await;
     }
 }
