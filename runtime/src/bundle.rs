@@ -14,9 +14,11 @@ use serde_json::{Value, json};
 use crate::id::{Id, IdError};
 
 mod annotation;
+pub mod device;
 
 mod block_io;
 pub use annotation::{AnnotationError, Overrides};
+pub use device::{Device, DeviceRule};
 
 /// Largest `config.json` taken, bytes: what fits in one message to the agent.
 pub use block_io::BlockIo;
@@ -155,6 +157,7 @@ struct Linux {
     namespaces: Option<Vec<Namespace>>,
     sysctl: Option<BTreeMap<String, String>>,
     cgroups_path: Option<String>,
+    devices: Option<Vec<Device>>,
     resources: Option<Resources>,
 }
 
@@ -169,6 +172,7 @@ struct Namespace {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Resources {
+    devices: Option<Vec<DeviceRule>>,
     memory: Option<MemoryLimit>,
     cpu: Option<CpuLimit>,
 }
@@ -377,6 +381,30 @@ impl Bundle {
     /// The mounts of the container, in order.
     pub fn mounts(&self) -> &[Mount] {
         self.spec.mounts.as_deref().unwrap_or_default()
+    }
+
+    /// The devices of the container, in order.
+    pub fn devices(&self) -> &[Device] {
+        let linux = self.spec.linux.as_ref();
+        linux
+            .and_then(|linux| linux.devices.as_deref())
+            .unwrap_or_default()
+    }
+
+    /// Leaves only those devices, by their places, to the guest.
+    pub fn keep_devices(&mut self, places: &[usize]) {
+        if let Some(Value::Array(list)) = self.json.pointer_mut("/linux/devices") {
+            let kept = places.iter().filter_map(|place| list.get(*place).cloned());
+            *list = kept.collect();
+        }
+    }
+
+    /// The rules about devices, in order.
+    pub fn device_rules(&self) -> &[DeviceRule] {
+        let linux = self.spec.linux.as_ref();
+        linux
+            .and_then(|linux| linux.resources.as_ref()?.devices.as_deref())
+            .unwrap_or_default()
     }
 
     /// The spec as the agent gets it: guest paths for the root and for those

@@ -1,10 +1,14 @@
 //! What a container sees of the node's files: its root and its volumes, on their
 //! way into the guest.
 
-use husk_protocol::agent::Storage;
+use std::sync::Arc;
+
+use husk_protocol::agent::{DeviceNumber, Storage};
 
 use crate::agent_client::Agent;
 use crate::bundle::Bundle;
+use crate::device::Devices;
+use crate::disk::{DiskUse, PodDisks};
 use crate::error::Error;
 use crate::id::Id;
 use crate::rootfs::{self, RootfsPlan};
@@ -17,7 +21,7 @@ use crate::volume;
 #[derive(Debug)]
 pub struct ContainerFiles {
     tree: ContainerTree,
-    disk: Option<String>,
+    disks: Vec<DiskUse>,
 }
 
 /// What the agent and the machine are told about them.
@@ -27,8 +31,10 @@ pub struct GuestFiles {
     pub oci_spec: Vec<u8>,
     /// What the agent mounts.
     pub storages: Vec<Storage>,
-    /// What the machine needs plugged.
-    pub disk: Option<Disk>,
+    /// What the numbers of devices in the spec stand for.
+    pub devices: Vec<DeviceNumber>,
+    /// The container gets all devices of the guest.
+    pub all_devices: bool,
 }
 
 /// What the files are made from.
@@ -42,8 +48,8 @@ pub struct FilesRequest {
     pub rootfs: RootfsPlan,
     /// The pod's shared tree.
     pub tree: SharedTree,
-    /// Serial of its disk, should it get one.
-    pub serial: String,
+    /// The pod's disks.
+    pub disks: Arc<PodDisks>,
     /// The pod's own files about names are mounted in it.
     pub pod_binds: bool,
 }
@@ -60,37 +66,39 @@ impl FilesRequest {
             .unwrap_or(Err(Error::ShuttingDown))
     }
 
-    fn prepare_blocking(self) -> Result<(ContainerFiles, GuestFiles), Error> {
+    fn prepare_blocking(mut self) -> Result<(ContainerFiles, GuestFiles), Error> {
         let mut tree = ContainerTree::create(&self.tree, &self.id)?;
         let mut storages = Vec::new();
-        let (root, disk) = match &self.rootfs {
-            RootfsPlan::Tree(mounts) => (rootfs::mount_tree(&mut tree, mounts)?, None),
+        let mut disks = Vec::new();
+        let root = match &self.rootfs {
+            RootfsPlan::Tree(mounts) => rootfs::mount_tree(&mut tree, mounts)?,
             RootfsPlan::Disk(mount) => {
-                let disk = Disk {
-                    file: mount.open()?,
-                    read_only: mount.read_only(),
-                    serial: self.serial,
-                };
-                let (storage, root) = mount.storage(&disk.serial, &self.id);
+                let disk = self.disks.add(mount.open()?, mount.read_only());
+                let (storage, root) = mount.storage(disk.serial(), &self.id);
                 storages.push(storage);
-                (root, Some(disk))
+                disks.push(disk);
+                root
             }
         };
+        let mut devices = Devices::open(&self.id, &self.bundle, &self.disks)?;
         let pod_uid = self.bundle.pod_uid();
-        let sources = volume::mount_volumes(&mut tree, self.bundle.mounts(), pod_uid.as_deref())?;
+        let mounts = self.bundle.mounts();
+        let sources = volume::mount_volumes(&mut tree, &mut devices, mounts, pod_uid.as_deref())?;
+        let (devices, of_devices) = devices.finish();
+        disks.extend(of_devices);
+        storages.extend(devices.storages);
         let binds = if self.pod_binds {
             volume::pod_binds(self.bundle.mounts())
         } else {
             Vec::new()
         };
-        let files = ContainerFiles {
-            tree,
-            disk: disk.as_ref().map(|disk| disk.serial.clone()),
-        };
+        self.bundle.keep_devices(&devices.asked);
+        let files = ContainerFiles { tree, disks };
         let guest = GuestFiles {
             oci_spec: self.bundle.guest_spec(&root, &sources, &binds),
             storages,
-            disk,
+            devices: devices.numbers,
+            all_devices: devices.all,
         };
         Ok((files, guest))
     }
@@ -103,16 +111,30 @@ impl ContainerFiles {
         self.tree.give_up()
     }
 
+    /// The disks that a machine for them boots with.
+    ///
+    /// # Errors
+    /// No descriptor is free.
+    pub fn boot_disks(&self) -> Result<Vec<Disk>, Error> {
+        let disks = self.disks.iter().map(DiskUse::for_boot);
+        disks.collect::<Result<_, _>>().map_err(Error::Disk)
+    }
+
+    /// Plugs the disks into a running machine.
+    ///
+    /// # Errors
+    /// The machine or its guest could not.
+    pub async fn plug(&self, vm: &Vm, agent: &Agent) -> Result<(), Error> {
+        for disk in &self.disks {
+            disk.plug(vm, agent).await?;
+        }
+        Ok(())
+    }
+
     /// Takes them from the guest, which has deleted the container.
     pub async fn detach(self, machine: Option<(&Vm, &Agent)>) {
-        if let (Some(serial), Some((vm, agent))) = (self.disk, machine) {
-            // A machine that cannot is about to end or has ended.
-            if let Err(error) = agent.remove_disk(&serial).await {
-                tracing::warn!(serial, %error, "disk");
-            }
-            if let Err(error) = vm.remove_device(serial.clone()).await {
-                tracing::warn!(serial, %error, "disk");
-            }
+        for disk in self.disks {
+            disk.give_up(machine).await;
         }
         let tree = self.tree;
         // umount(2) may wait for a disk.

@@ -1,6 +1,7 @@
 //! What a request can fail with, and the one mapping to ttrpc's status codes.
 
 use std::error::Error as StdError;
+use std::io;
 
 use ttrpc::{Code, Status};
 
@@ -8,6 +9,7 @@ use crate::agent_client::AgentError;
 use crate::bundle::BundleError;
 use crate::cgroup::CgroupError;
 use crate::config::ConfigError;
+use crate::device::DeviceError;
 use crate::id::IdError;
 use crate::network::NetworkError;
 use crate::pod_config::PodConfigError;
@@ -90,6 +92,12 @@ pub enum Error {
     /// The root file system.
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
+    /// A device of the node.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A disk of the machine.
+    #[error("disk of the machine")]
+    Disk(#[source] io::Error),
     /// A volume.
     #[error(transparent)]
     Volume(#[from] VolumeError),
@@ -126,10 +134,12 @@ impl Error {
             Self::Agent(error) => error.code(),
             Self::Rootfs(error) => error.code(),
             Self::Volume(error) => error.code(),
+            Self::Device(error) => error.code(),
             Self::Stdio(error) => error.code(),
             Self::Plan(error) => error.code(),
             Self::Config(_)
             | Self::Vm(_)
+            | Self::Disk(_)
             | Self::SharedTree(_)
             | Self::Network(_)
             | Self::Cgroup(_)

@@ -17,6 +17,8 @@ mod clock;
 mod config;
 mod container;
 mod container_files;
+mod device;
+mod disk;
 mod error;
 mod event;
 mod file_server;

@@ -137,6 +137,14 @@ impl MountCopy {
         Ok(FileType::from_raw_mode(fstat(&self.tree)?.st_mode))
     }
 
+    /// Number of the device whose node is at its top.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn device_number(&self) -> io::Result<u64> {
+        Ok(fstat(&self.tree)?.st_rdev)
+    }
+
     /// Which file is at its top.
     ///
     /// # Errors

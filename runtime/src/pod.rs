@@ -20,6 +20,7 @@ use crate::cgroup::PodCgroup;
 use crate::clock;
 use crate::config::{Config, Patience};
 use crate::container::{Container, Kind, Process, State as ProcessState};
+use crate::disk::PodDisks;
 use crate::error::Error;
 use crate::event::EventSender;
 use crate::forward;
@@ -109,7 +110,7 @@ pub struct Pod {
     pod_binds: bool,
     /// Code with which the sandbox ends, once it was asked to.
     sandbox_exit: Option<u32>,
-    next_disk: u32,
+    disks: Arc<PodDisks>,
     /// There has been a container.
     was_used: bool,
     over: bool,
@@ -188,7 +189,7 @@ impl Pod {
             deleting: BTreeMap::new(),
             pod_binds: false,
             sandbox_exit: None,
-            next_disk: 0,
+            disks: Arc::default(),
             was_used: false,
             over: false,
         };
@@ -343,11 +344,6 @@ impl Pod {
     fn pid_of(&self, id: &str) -> u32 {
         let deletion = self.deleting.get(id);
         deletion.map_or_else(|| self.pid(), |deletion| deletion.deleted.pid)
-    }
-
-    fn take_disk(&mut self) -> String {
-        self.next_disk += 1;
-        format!("disk-{}", self.next_disk)
     }
 
     fn write_state(&self) {

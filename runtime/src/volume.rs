@@ -10,6 +10,7 @@ use husk_protocol::path;
 use ttrpc::Code;
 
 use crate::bundle::Mount;
+use crate::device::{DeviceError, Devices};
 use crate::mount_copy::{CopyOptions, MountCopy, ReadOnly};
 use crate::shared_tree::{ContainerTree, SharedTreeError};
 
@@ -48,7 +49,7 @@ pub enum VolumeError {
         #[source]
         source: io::Error,
     },
-    /// A device node: the guest has devices of its own.
+    /// A node of a character device that no guest has.
     #[error("volume for {destination}: {path} is a device of the host, which a guest cannot have")]
     Device {
         /// In the container.
@@ -56,6 +57,9 @@ pub enum VolumeError {
         /// On the host.
         path: PathBuf,
     },
+    /// A block device.
+    #[error(transparent)]
+    Block(#[from] DeviceError),
     /// The shared tree.
     #[error(transparent)]
     Tree(#[from] SharedTreeError),
@@ -69,6 +73,7 @@ impl VolumeError {
                 Code::NOT_FOUND
             }
             Self::Device { .. } => Code::INVALID_ARGUMENT,
+            Self::Block(error) => error.code(),
             Self::Source { .. } | Self::Tree(_) => Code::UNKNOWN,
         }
     }
@@ -149,13 +154,15 @@ pub fn pod_binds(mounts: &[Mount]) -> Vec<(&'static str, String)> {
     .collect()
 }
 
-/// Brings the volumes into the tree; the guest's paths of those mounts that have
-/// one. `pod_uid` is the pod's as Kubernetes names it. Blocks.
+/// Brings the volumes into the tree, and those that are devices to `devices`;
+/// the guest's paths of those mounts that have one. `pod_uid` is the pod's as
+/// Kubernetes names it. Blocks.
 ///
 /// # Errors
 /// A source is not there or not for a guest, or the kernel refuses.
 pub fn mount_volumes(
     tree: &mut ContainerTree,
+    devices: &mut Devices,
     mounts: &[Mount],
     pod_uid: Option<&str>,
 ) -> Result<BTreeMap<usize, String>, VolumeError> {
@@ -174,7 +181,25 @@ pub fn mount_volumes(
                 let volumes = tree.tree().volumes();
                 let below = volumes.mounts_below(&source, options);
                 let below = below.map_err(|error| source_error(mount, &source, error))?;
-                let copy = copy(mount, &source, options)?;
+                let fail = |error| source_error(mount, &source, error);
+                let copy = MountCopy::new(&source, options).map_err(fail)?;
+                let kind = copy.file_type().map_err(fail)?;
+                if kind.is_block_device() {
+                    let number = copy.device_number().map_err(fail)?;
+                    let path = devices.mount_block(&mount.destination, number)?;
+                    sources.insert(index, path);
+                    continue;
+                }
+                if kind.is_char_device() {
+                    let number = copy.device_number().map_err(fail)?;
+                    let path = devices.mount_character(number);
+                    let path = path.ok_or_else(|| VolumeError::Device {
+                        destination: mount.destination.clone(),
+                        path: source.clone(),
+                    })?;
+                    sources.insert(index, path);
+                    continue;
+                }
                 let of_pod = pod_uid.is_some_and(|uid| is_empty_dir(&source, uid));
                 let shared = volumes.share(copy, below, read_only, of_pod)?;
                 sources.insert(index, shared.guest_path());
@@ -183,19 +208,6 @@ pub fn mount_volumes(
         }
     }
     Ok(sources)
-}
-
-fn copy(mount: &Mount, source: &Path, options: CopyOptions) -> Result<MountCopy, VolumeError> {
-    let fail = |error| source_error(mount, source, error);
-    let copy = MountCopy::new(source, options).map_err(fail)?;
-    let kind = copy.file_type().map_err(fail)?;
-    if kind.is_block_device() || kind.is_char_device() {
-        return Err(VolumeError::Device {
-            destination: mount.destination.clone(),
-            path: source.to_owned(),
-        });
-    }
-    Ok(copy)
 }
 
 fn source_error(mount: &Mount, path: &Path, source: io::Error) -> VolumeError {
@@ -285,13 +297,52 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let id = Id::new("container", "c").unwrap();
         let mut tree = ContainerTree::create(&SharedTree::pretended(dir.path()), &id).unwrap();
+        let mut devices = devices(dir.path());
         let missing = mount("bind", "/no/such", "/v", &["rbind"]);
-        let error = mount_volumes(&mut tree, &[missing], None).unwrap_err();
+        let error = mount_volumes(&mut tree, &mut devices, &[missing], None).unwrap_err();
         assert_eq!(error.code(), Code::NOT_FOUND);
         assert!(error.to_string().contains("/no/such"), "{error}");
-        let device = mount("bind", "/dev/null", "/v", &["bind"]);
-        let error = mount_volumes(&mut tree, &[device], None).unwrap_err();
+    }
+
+    /// Of a container whose spec says nothing of devices.
+    fn devices(dir: &Path) -> Devices {
+        std::fs::write(dir.join("config.json"), "{}").unwrap();
+        let bundle = crate::bundle::Bundle::load(dir).unwrap();
+        let id = Id::new("container", "c").unwrap();
+        Devices::open(&id, &bundle, &Default::default()).unwrap()
+    }
+
+    #[test]
+    fn a_device_node_is_one_of_the_guest() {
+        if !own_namespace() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let id = Id::new("container", "c").unwrap();
+        let mut tree = ContainerTree::create(&SharedTree::pretended(dir.path()), &id).unwrap();
+        let mut devices = devices(dir.path());
+        let block = dir.path().join("block");
+        let unknown = dir.path().join("unknown");
+        for (path, kind) in [
+            (&block, rustix::fs::FileType::BlockDevice),
+            (&unknown, rustix::fs::FileType::CharacterDevice),
+        ] {
+            let number = rustix::fs::makedev(4000, 1);
+            let mode = rustix::fs::Mode::RUSR;
+            rustix::fs::mknodat(rustix::fs::CWD, path, kind, mode, number).unwrap();
+        }
+        let bind = |source: &Path| mount("bind", source.to_str().unwrap(), "/v", &["bind"]);
+        let mounts = [bind(Path::new("/dev/null")), bind(&block)];
+        let sources = mount_volumes(&mut tree, &mut devices, &mounts, None).unwrap();
+        assert_eq!(sources[&0], "/dev/null");
+        assert_eq!(sources[&1], "/run/husk/containers/c/devices/0");
+        let error = mount_volumes(&mut tree, &mut devices, &[bind(&unknown)], None).unwrap_err();
         assert!(matches!(error, VolumeError::Device { .. }), "{error}");
+        // Nobody may read the block device, so no disk is plugged for it.
+        let (guest, disks) = devices.finish();
+        assert!(disks.is_empty() && guest.numbers.is_empty());
+        assert_eq!(guest.storages.len(), 1);
+        assert_eq!(guest.storages[0].block().serial, "");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::topics;
@@ -213,7 +214,7 @@ impl Pod {
             false => PathBuf::new(),
         };
         let rootfs = RootfsPlan::new(&request.rootfs, root)?;
-        let (id, serial) = (request.id.clone(), self.take_disk());
+        let (id, disks) = (request.id.clone(), Arc::clone(&self.disks));
         let pod_binds = self.pod_binds;
         let streams = Streams {
             paths: request.paths.clone(),
@@ -226,7 +227,7 @@ impl Pod {
                 bundle,
                 rootfs,
                 tree,
-                serial,
+                disks,
                 pod_binds,
             },
             streams,

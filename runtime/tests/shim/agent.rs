@@ -10,7 +10,8 @@ use async_trait::async_trait;
 use husk_protocol::agent::{
     Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
     CreateSandboxResponse, DeleteContainerRequest, Empty, Event, ExecRequest, ExecResponse,
-    ProcessRequest, SignalRequest, StatsResponse, Streams, WaitResponse, create_agent,
+    ProcessRequest, RemoveDeviceRequest, SignalRequest, StatsResponse, Streams, WaitResponse,
+    create_agent,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, watch};
@@ -139,7 +140,7 @@ fn act(
             }
         }
         ["exit", code] => return Some(code.parse().unwrap()),
-        ["sleep" | "deaf" | "slow-to-go"] | ["leaves", ..] => {
+        ["sleep" | "deaf" | "slow-to-go"] | ["devices", ..] | ["leaves", ..] => {
             // Until a signal ends it; its streams stay open.
             std::mem::forget((stdin, stdout, stderr));
             return None;
@@ -158,6 +159,22 @@ fn is_mounted(guest: &str) -> bool {
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
         .any(|target| target.ends_with(path))
+}
+
+/// A container's devices in a few words: which are listed, which mounted, what
+/// they stand for.
+fn told_of_devices(request: &CreateContainerRequest, spec: &Value) -> Vec<String> {
+    let listed = spec["linux"]["devices"].as_array().into_iter().flatten();
+    let listed = listed.map(|device| format!("list:{}", device["path"].as_str().unwrap()));
+    let storages = request.storages.iter();
+    let mounted = storages.map(|storage| format!("mount:{}", storage.block().serial));
+    let numbers = request.devices.iter();
+    let numbers = numbers.map(|number| match number.has_block_serial() {
+        true => format!("disk:{}", number.block_serial()),
+        false => format!("name:{}", number.character_name()),
+    });
+    let all = request.all_devices.then(|| "all".to_owned());
+    listed.chain(mounted).chain(numbers).chain(all).collect()
 }
 
 fn status(code: Code, message: &str) -> Error {
@@ -201,6 +218,12 @@ impl Agent for Guest {
                 .unwrap()
                 .starts_with("/run/husk/")
         );
+        if arguments(&spec["process"])[0] == "devices" {
+            let told = told_of_devices(&request, &spec);
+            if told != arguments(&spec["process"])[1..] {
+                return Err(status(Code::INVALID_ARGUMENT, &told.join(" ")));
+            }
+        }
         if arguments(&spec["process"])[0] == "slow" {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
@@ -310,6 +333,14 @@ impl Agent for Guest {
             eprintln!("not to be left: {:?}", request.unused_paths);
             std::process::exit(1);
         }
+        Ok(Empty::default())
+    }
+
+    async fn rescan_devices(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
+        Ok(Empty::default())
+    }
+
+    async fn remove_device(&self, _: &TtrpcContext, _: RemoveDeviceRequest) -> Result<Empty> {
         Ok(Empty::default())
     }
 

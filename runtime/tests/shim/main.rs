@@ -8,6 +8,7 @@
 mod agent;
 mod case;
 mod containerd;
+mod devices;
 mod ends;
 mod errors;
 mod lifecycle;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         lifecycle::CASES,
         ends::CASES,
         sandbox::CASES,
+        devices::CASES,
     ]
     .concat();
     if !rustix::process::geteuid().is_root() {

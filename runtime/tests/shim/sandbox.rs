@@ -39,7 +39,7 @@ fn pod(node: &Node, id: &str) -> Bundle {
     })
 }
 
-fn member(node: &Node, id: &str, pod: &str, command: &[&str]) -> Bundle {
+pub fn member(node: &Node, id: &str, pod: &str, command: &[&str]) -> Bundle {
     node.bundle(id, command).with(|spec| {
         spec["annotations"] = json!({
             "io.kubernetes.cri.container-type": "container",
@@ -48,7 +48,7 @@ fn member(node: &Node, id: &str, pod: &str, command: &[&str]) -> Bundle {
     })
 }
 
-async fn up(node: &Node, id: &str) -> Shim {
+pub async fn up(node: &Node, id: &str) -> Shim {
     let bundle = pod(node, id);
     let shim = node.start(&bundle).await;
     shim.create(&bundle.request()).await.unwrap();
@@ -56,13 +56,13 @@ async fn up(node: &Node, id: &str) -> Shim {
     shim
 }
 
-async fn add(node: &Node, shim: &Shim, bundle: &Bundle) {
+pub async fn add(node: &Node, shim: &Shim, bundle: &Bundle) {
     assert_eq!(node.start(bundle).await.address, shim.address);
     shim.create(&bundle.request()).await.unwrap();
     shim.run(&bundle.id, "").await.unwrap();
 }
 
-async fn kill(shim: &Shim, id: &str) {
+pub async fn kill(shim: &Shim, id: &str) {
     let request = KillRequest {
         id: id.to_owned(),
         signal: 9,
@@ -72,7 +72,7 @@ async fn kill(shim: &Shim, id: &str) {
     assert_eq!(shim.wait(id, "").await.unwrap().exit_status, 137);
 }
 
-async fn remove(node: &Node, shim: &Shim, id: &str) {
+pub async fn remove(node: &Node, shim: &Shim, id: &str) {
     shim.delete(id, "").await.unwrap();
     shim.shut_down(id).await;
     shim.assert_gone().await;

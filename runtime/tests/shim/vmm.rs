@@ -1,7 +1,7 @@
 //! A pretended VMM: takes the specification, serves the agent's protocol on the
 //! agent's port and keeps the other ports for it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
@@ -56,6 +56,7 @@ pub fn run() {
     while spec.boot.command_line.contains(DEAF) {
         std::thread::park();
     }
+    let mut devices: HashSet<String> = spec.blocks.iter().map(|disk| disk.id.clone()).collect();
     while let Some((text, descriptors)) = receive() {
         match serde_json::from_slice(&text).unwrap() {
             Request::AddHostPorts(host_ports) => {
@@ -74,9 +75,25 @@ pub fn run() {
                 tell(&Message::Exited(ExitReason::Killed));
                 return;
             }
+            Request::AddDevice(device) => {
+                let is_new = devices.insert(device.id().to_owned());
+                expect(is_new, "a device is plugged twice", device.id());
+                std::mem::forget(descriptors);
+            }
+            Request::RemoveDevice(id) => {
+                expect(devices.remove(&id), "an unknown device is unplugged", &id);
+            }
             _ => {}
         }
         tell(&Message::Reply(Ok(Reply::Done)));
+    }
+}
+
+/// Nobody would see a panic.
+fn expect(is_so: bool, otherwise: &str, device: &str) {
+    if !is_so {
+        eprintln!("{otherwise}: {device}");
+        std::process::exit(1);
     }
 }
 

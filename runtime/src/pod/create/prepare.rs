@@ -11,7 +11,6 @@ use crate::machine::{Machine, MachineParts, MachineRequest, explained};
 use crate::shared_tree::SharedTree;
 use crate::state_dir::State;
 use crate::stdio::{OnFirstOutput, Owner, Stdio, StdioPaths};
-use crate::vm_plan::Disk;
 use crate::vm_process::Vm;
 
 /// A container that the guest has prepared.
@@ -46,14 +45,21 @@ pub(super) async fn boot_single(
     let parts = MachineParts::prepare(request).await?;
     let Files { files, streams } = files(parts.tree().clone());
     let id = files.id.clone();
-    let (files, mut guest) = match files.prepare().await {
+    let (files, guest) = match files.prepare().await {
         Ok(prepared) => prepared,
         Err(error) => {
             parts.end().await;
             return Err(error);
         }
     };
-    let disks = guest.disk.take().into_iter().collect();
+    let disks = match files.boot_disks() {
+        Ok(disks) => disks,
+        Err(error) => {
+            parts.end().await;
+            files.detach(None).await;
+            return Err(error);
+        }
+    };
     let (machine, state) = match parts.boot(disks).await {
         Ok(booted) => booted,
         Err(error) => {
@@ -75,12 +81,8 @@ pub(super) async fn boot_single(
 pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<Prepared, Error> {
     let Files { files, streams } = files;
     let id = files.id.clone();
-    let (mut files, mut guest) = files.prepare().await?;
-    let outcome = match guest.disk.take() {
-        Some(disk) => plug(&vm, &agent, disk).await,
-        None => Ok(()),
-    };
-    let outcome = match outcome {
+    let (mut files, guest) = files.prepare().await?;
+    let outcome = match files.plug(&vm, &agent).await {
         Ok(()) => create_in_guest(&vm, &agent, &id, guest, streams).await,
         Err(error) => Err(error),
     };
@@ -97,11 +99,6 @@ pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<
             Err(error)
         }
     }
-}
-
-async fn plug(vm: &Vm, agent: &Agent, disk: Disk) -> Result<(), Error> {
-    vm.add_disk(disk).await?;
-    Ok(agent.rescan_devices().await?)
 }
 
 async fn create_in_guest(
@@ -124,6 +121,8 @@ async fn create_in_guest(
         container_id: id.as_str().to_owned(),
         oci_spec: guest.oci_spec,
         storages: guest.storages,
+        devices: guest.devices,
+        all_devices: guest.all_devices,
         streams: Some(guest_streams.ports).into(),
         terminal,
         ..CreateContainerRequest::default()

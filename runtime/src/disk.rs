@@ -1,0 +1,203 @@
+//! Disks of a pod's machine. A block device of the node becomes one disk,
+//! however many containers use it: in the guest they then share its cache.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use tokio::sync::OnceCell;
+
+use crate::agent_client::Agent;
+use crate::error::Error;
+use crate::vm_plan::Disk;
+use crate::vm_process::Vm;
+
+/// All disks of a pod.
+#[derive(Debug, Default)]
+pub struct PodDisks {
+    last: AtomicU32,
+    shared: Mutex<BTreeMap<Key, Weak<PodDisk>>>,
+}
+
+/// A block device's number, and whether it is read-only.
+type Key = (u64, bool);
+
+/// A container's use of a disk.
+#[derive(Debug)]
+pub struct DiskUse {
+    disk: Arc<PodDisk>,
+    key: Option<Key>,
+    disks: Arc<PodDisks>,
+}
+
+#[derive(Debug)]
+struct PodDisk {
+    serial: String,
+    file: OwnedFd,
+    read_only: bool,
+    plugged: OnceCell<()>,
+}
+
+impl PodDisks {
+    /// A disk of one container.
+    pub fn add(self: &Arc<Self>, file: OwnedFd, read_only: bool) -> DiskUse {
+        DiskUse {
+            disk: self.new_disk(file, read_only),
+            key: None,
+            disks: Arc::clone(self),
+        }
+    }
+
+    /// The disk that the block device of this number is; `open` opens it when
+    /// it is none yet.
+    ///
+    /// # Errors
+    /// As `open` says.
+    pub fn share(
+        self: &Arc<Self>,
+        number: u64,
+        read_only: bool,
+        open: impl FnOnce() -> io::Result<OwnedFd>,
+    ) -> io::Result<DiskUse> {
+        let key = (number, read_only);
+        let mut shared = self.lock();
+        let disk = match shared.get(&key).and_then(Weak::upgrade) {
+            Some(disk) => disk,
+            None => {
+                let disk = self.new_disk(open()?, read_only);
+                shared.insert(key, Arc::downgrade(&disk));
+                disk
+            }
+        };
+        Ok(DiskUse {
+            disk,
+            key: Some(key),
+            disks: Arc::clone(self),
+        })
+    }
+
+    fn new_disk(&self, file: OwnedFd, read_only: bool) -> Arc<PodDisk> {
+        // Serials are not used again: the guest may still know the old ones.
+        let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
+        Arc::new(PodDisk {
+            serial: format!("disk-{number}"),
+            file,
+            read_only,
+            plugged: OnceCell::new(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Weak<PodDisk>>> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DiskUse {
+    /// By which the guest finds it.
+    pub fn serial(&self) -> &str {
+        &self.disk.serial
+    }
+
+    /// For a machine that is about to boot.
+    ///
+    /// # Errors
+    /// No descriptor is free.
+    pub fn for_boot(&self) -> io::Result<Disk> {
+        let disk = self.disk.for_machine()?;
+        // It is when it has booted, and otherwise there is no machine.
+        let _ = self.disk.plugged.set(());
+        Ok(disk)
+    }
+
+    /// Plugs it into a running machine, unless another container's use has.
+    ///
+    /// # Errors
+    /// The machine or its guest could not.
+    pub async fn plug(&self, vm: &Vm, agent: &Agent) -> Result<(), Error> {
+        let plug = || async {
+            vm.add_disk(self.disk.for_machine().map_err(Error::Disk)?)
+                .await?;
+            agent.rescan_devices().await?;
+            Ok::<_, Error>(())
+        };
+        self.disk.plugged.get_or_try_init(plug).await?;
+        Ok(())
+    }
+
+    /// Gives it up; unplugged by the last who does.
+    pub async fn give_up(self, machine: Option<(&Vm, &Agent)>) {
+        let Self { disk, key, disks } = self;
+        let serial = disk.serial.clone();
+        let is_last = {
+            // Who comes next finds either no disk or one that stays.
+            let mut shared = disks.lock();
+            let is_last = Arc::strong_count(&disk) == 1;
+            if is_last && let Some(key) = key {
+                shared.remove(&key);
+            }
+            drop(disk);
+            is_last
+        };
+        if let (true, Some((vm, agent))) = (is_last, machine) {
+            // A machine that cannot is about to end or has ended.
+            if let Err(error) = agent.remove_disk(&serial).await {
+                tracing::warn!(serial, %error, "disk");
+            }
+            if let Err(error) = vm.remove_device(serial.clone()).await {
+                tracing::warn!(serial, %error, "disk");
+            }
+        }
+    }
+}
+
+impl PodDisk {
+    fn for_machine(&self) -> io::Result<Disk> {
+        Ok(Disk {
+            serial: self.serial.clone(),
+            file: self.file.try_clone()?,
+            read_only: self.read_only,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+
+    fn open() -> io::Result<OwnedFd> {
+        Ok(File::open("/dev/null")?.into())
+    }
+
+    #[tokio::test]
+    async fn a_device_is_one_disk_as_long_as_it_is_used() {
+        let disks = Arc::new(PodDisks::default());
+        let first = disks.share(7, false, open).unwrap();
+        let never = || Err(io::Error::other("opened again"));
+        let second = disks.share(7, false, never).unwrap();
+        assert_eq!(first.serial(), second.serial());
+        let fixed = disks.share(7, true, open).unwrap();
+        assert_ne!(first.serial(), fixed.serial());
+        first.give_up(None).await;
+        let third = disks.share(7, false, never).unwrap();
+        assert_eq!(second.serial(), third.serial());
+        second.give_up(None).await;
+        let before = third.serial().to_owned();
+        third.give_up(None).await;
+        assert_ne!(disks.share(7, false, open).unwrap().serial(), before);
+        // One that was dropped without a word leaves nothing either.
+        drop(disks.share(8, false, open).unwrap());
+        disks.share(8, false, open).unwrap();
+    }
+
+    #[test]
+    fn a_device_that_cannot_be_opened_is_none() {
+        let disks = Arc::new(PodDisks::default());
+        let refused = || Err(io::Error::from(io::ErrorKind::PermissionDenied));
+        assert!(disks.share(7, false, refused).is_err());
+        assert_eq!(disks.share(7, false, open).unwrap().serial(), "disk-1");
+        assert_eq!(disks.add(open().unwrap(), true).serial(), "disk-2");
+    }
+}
