@@ -8,20 +8,21 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use husk_protocol::path;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::id::{Id, IdError};
 
 mod annotation;
+mod block_io;
 pub mod device;
 
-mod block_io;
 pub use annotation::{AnnotationError, Overrides};
+pub use block_io::BlockIo;
 pub use device::{Device, DeviceRule};
 
 /// Largest `config.json` taken, bytes: what fits in one message to the agent.
-pub use block_io::BlockIo;
 const LARGEST: u64 = (husk_protocol::limit::MESSAGE_BYTES / 2) as u64;
 
 /// Least memory limit of a container, bytes: below it no process starts.
@@ -65,15 +66,15 @@ pub struct PodSpec {
     pub cgroups_path: Option<String>,
     /// What the pod may use; the machine's size follows from it.
     pub limits: Limits,
-    /// What the operator said about the machine.
-    pub overrides: Overrides,
-    /// For the processes of the pod on the host.
     /// They are the sum over those of its containers that have limits.
     pub limits_are_a_sum: bool,
     /// What some container may use without limit, though others have one.
     pub unlimited: Unlimited,
     /// What it may do to the node's disks.
     pub block_io: BlockIo,
+    /// What the operator said about the machine.
+    pub overrides: Overrides,
+    /// For the processes of the pod on the host.
     pub oom_score_adj: Option<i32>,
     /// Containers may ask to see each other's processes.
     pub shared_pid_namespace: bool,
@@ -99,9 +100,6 @@ pub struct Limits {
     pub memory_bytes: Option<u64>,
     /// Processors in thousandths; none: unlimited.
     pub cpu_millis: Option<u64>,
-}
-
-/// One entry of `mounts`.
     /// Huge pages, which do not count as memory.
     pub huge_page_bytes: u64,
 }
@@ -113,6 +111,9 @@ pub struct Unlimited {
     pub memory: bool,
     /// Processors.
     pub cpu: bool,
+}
+
+/// One entry of `mounts`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Mount {
     /// Inside the container.
@@ -175,11 +176,6 @@ struct Resources {
     devices: Option<Vec<DeviceRule>>,
     memory: Option<MemoryLimit>,
     cpu: Option<CpuLimit>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct MemoryLimit {
     #[serde(rename = "hugepageLimits")]
     huge_pages: Option<Vec<HugePageLimit>>,
     #[serde(rename = "blockIO")]
@@ -191,6 +187,11 @@ struct MemoryLimit {
 struct HugePageLimit {
     /// Bytes; Go writes the largest number for none.
     limit: u64,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct MemoryLimit {
     limit: Option<i64>,
 }
 
@@ -312,16 +313,16 @@ impl Bundle {
             Role::Sandbox => annotation::sandbox_limits(&annotations)?,
             Role::Single | Role::Member { .. } => self.container_limits()?,
         };
-        let sysctls = match role {
-            Role::Sandbox => linux.sysctl.clone().unwrap_or_default(),
-            // They stay in the container's own spec.
-            Role::Single | Role::Member { .. } => BTreeMap::new(),
-        };
         let resources = linux.resources.as_ref();
         let block_io = match role {
             Role::Single => resources.and_then(|r| r.block_io.clone()),
             // One file server serves all containers of a pod.
             Role::Sandbox | Role::Member { .. } => None,
+        };
+        let sysctls = match role {
+            Role::Sandbox => linux.sysctl.clone().unwrap_or_default(),
+            // They stay in the container's own spec.
+            Role::Single | Role::Member { .. } => BTreeMap::new(),
         };
         Ok(PodSpec {
             hostname: self.spec.hostname.clone().unwrap_or_default(),
@@ -329,14 +330,14 @@ impl Bundle {
             sysctls,
             cgroups_path: linux.cgroups_path.clone().filter(|path| !path.is_empty()),
             limits,
+            limits_are_a_sum: *role == Role::Sandbox,
+            unlimited: Unlimited::default(),
+            block_io: block_io.unwrap_or_default(),
             overrides,
             oom_score_adj: self.spec.process.as_ref().and_then(|p| p.oom_score_adj),
             // Which of them do is in their own specs, which come later.
             shared_pid_namespace: *role == Role::Sandbox,
             dns: None,
-            limits_are_a_sum: *role == Role::Sandbox,
-            unlimited: Unlimited::default(),
-            block_io: block_io.unwrap_or_default(),
         })
     }
 
@@ -407,6 +408,28 @@ impl Bundle {
             .unwrap_or_default()
     }
 
+    /// The process by which the spec names the PID namespace that the container
+    /// joins.
+    pub fn joined_pid(&self) -> Option<u32> {
+        let namespaces = self.spec.linux.as_ref()?.namespaces.as_ref()?;
+        let of_pids = namespaces
+            .iter()
+            .find(|namespace| namespace.kind == "pid")?;
+        let path = of_pids.path.as_ref()?.to_str()?;
+        let number = path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?;
+        number.parse().ok()
+    }
+
+    /// Names that namespace by the container whose it is, as the guest knows it.
+    pub fn join_processes_of(&mut self, container: &str) {
+        let namespaces = self.json["linux"]["namespaces"].as_array_mut();
+        for namespace in namespaces.into_iter().flatten() {
+            if namespace["type"] == "pid" {
+                namespace["path"] = format!("{}/{container}", path::CONTAINERS).into();
+            }
+        }
+    }
+
     /// The spec as the agent gets it: guest paths for the root and for those
     /// mounts that have an entry in `sources`, binds of guest paths added, and
     /// nothing that only makes sense on the host.
@@ -465,6 +488,7 @@ impl Limits {
             cpu_millis: cpu_quota
                 .zip(cpu_period)
                 .and_then(|(q, p)| cpu_millis(q, p)),
+            huge_page_bytes: 0,
         })
     }
 }
@@ -516,7 +540,6 @@ mod tests {
                 memory_bytes: Some(64 << 20),
                 cpu_millis: Some(1500),
                 huge_page_bytes: 32 << 20,
-            huge_page_bytes: 0,
             }
         );
     }
@@ -612,6 +635,29 @@ mod tests {
         for limit in [0, -1] {
             assert_eq!(memory_limit(Some(limit)).unwrap(), None);
         }
+    }
+
+    #[test]
+    fn names_whose_processes_a_container_shares() {
+        let with = |path: &str| {
+            let namespaces = json!([{"type": "ipc"}, {"type": "pid", "path": path}]);
+            bundle(json!({"linux": {"namespaces": namespaces}}))
+        };
+        for path in [
+            "",
+            "/proc/self/ns/pid",
+            "/proc/12/ns/net",
+            "/proc/-1/ns/pid",
+        ] {
+            assert_eq!(with(path).joined_pid(), None, "{path}");
+        }
+        let mut target = with("/proc/4711/ns/pid");
+        assert_eq!(target.joined_pid(), Some(4711));
+        target.join_processes_of("c1");
+        assert_eq!(
+            target.json["linux"]["namespaces"],
+            json!([{"type": "ipc"}, {"type": "pid", "path": "/run/husk/containers/c1"}])
+        );
     }
 
     #[test]

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use crate::agent_client::{End, Exit};
 use crate::container_files::ContainerFiles;
 use crate::error::Error;
+use crate::stand_in::StandIn;
 use crate::stdio::{Stdio, StdioPaths};
 
 /// A container.
@@ -25,6 +26,8 @@ pub struct Container {
     pub bundle: PathBuf,
     /// What it runs in.
     pub kind: Kind,
+    /// What its pid on the node is that of; none: the VMM.
+    pub stand_in: Option<StandIn>,
     /// Its first process.
     pub init: Process,
     /// Processes that were added, running or not.

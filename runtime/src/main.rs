@@ -42,6 +42,7 @@ mod serve;
 mod shared_tree;
 mod shared_volume;
 mod socket;
+mod stand_in;
 mod start;
 mod state_dir;
 mod stdio;

@@ -26,6 +26,7 @@ use crate::event::EventSender;
 use crate::forward;
 use crate::id::Id;
 use crate::machine::Machine;
+use crate::stand_in::StandIn;
 use crate::state_dir::{State, StateDir};
 use crate::stdio::Owner;
 use crate::vm_process::{Vm, VmEnd};
@@ -328,8 +329,8 @@ impl Pod {
         }
     }
 
-    /// What containerd is told as the process id of everything in the pod: the
-    /// VMM's, since no process of the guest has a number here.
+    /// The VMM's process id. containerd is told it for what has none of its own,
+    /// since no process of the guest has a number here.
     fn pid(&self) -> u32 {
         match &self.machine {
             MachineState::Running(machine) | MachineState::Ended(machine, _) => {
@@ -339,11 +340,30 @@ impl Pod {
         }
     }
 
-    /// What was told as the process id of a container: the machine may have gone
-    /// before it.
+    /// What was told as the process id of a container and of every process in it:
+    /// the machine may have gone before it.
     fn pid_of(&self, id: &str) -> u32 {
-        let deletion = self.deleting.get(id);
-        deletion.map_or_else(|| self.pid(), |deletion| deletion.deleted.pid)
+        if let Some(deletion) = self.deleting.get(id) {
+            return deletion.deleted.pid;
+        }
+        let container = self.containers.get(id);
+        container.map_or_else(|| self.pid(), |container| self.pid_for(container))
+    }
+
+    fn pid_for(&self, container: &Container) -> u32 {
+        let stand_in = container.stand_in.as_ref();
+        stand_in.map_or_else(|| self.pid(), StandIn::tid)
+    }
+
+    /// The container that a process id was told for.
+    fn with_pid(&self, pid: u32) -> Option<&str> {
+        let is_its = |container: &Container| {
+            let stand_in = container.stand_in.as_ref();
+            stand_in.is_some_and(|stand_in| stand_in.tid() == pid)
+        };
+        let mut containers = self.containers.iter();
+        let (id, _) = containers.find(|(_, container)| is_its(container))?;
+        Some(id)
     }
 
     fn write_state(&self) {

@@ -77,7 +77,8 @@ impl Process {
         }
     }
 
-    fn open(self) -> Option<OwnedFd> {
+    /// A descriptor of it, if it still is the same.
+    pub fn open(self) -> Option<OwnedFd> {
         let pid = Pid::from_raw(i32::try_from(self.pid).ok()?)?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
         // Looked at after opening: what is open now cannot be another.

@@ -22,6 +22,7 @@ use crate::machine::{Machine, MachineRequest};
 use crate::process::Process as HostProcess;
 use crate::rootfs::RootfsPlan;
 use crate::shared_tree::SharedTree;
+use crate::stand_in::StandIn;
 use crate::state_dir::State;
 use crate::stdio::{OnFirstOutput, StdioPaths};
 
@@ -126,8 +127,11 @@ impl Pod {
     }
 
     /// The container of a pod that is there.
-    fn plan_member(&mut self, request: &CreateRequest, bundle: Bundle) -> Result<Files, Error> {
+    fn plan_member(&mut self, request: &CreateRequest, mut bundle: Bundle) -> Result<Files, Error> {
         bundle.container_limits()?;
+        if let Some(target) = bundle.joined_pid().and_then(|pid| self.with_pid(pid)) {
+            bundle.join_processes_of(target);
+        }
         let tree = match &self.machine {
             MachineState::Running(machine) => machine.tree().clone(),
             _ => {
@@ -187,11 +191,6 @@ impl Pod {
             let own = self.cgroup.as_ref().and_then(PodCgroup::own_path);
             self.state.cgroup = own.map(Path::to_owned);
         }
-        self.write_state();
-        Ok(MachineRequest {
-            config: self.settings.config.clone(),
-            pod,
-            state_dir: self.state_dir.clone(),
         if let Some(cgroup) = &self.cgroup {
             if pod.limits_are_a_sum {
                 pod.unlimited = cgroup.unlimited();
@@ -199,6 +198,11 @@ impl Pod {
             let limited = cgroup.limit_io(&pod.block_io);
             limited.inspect_err(|_| self.release())?;
         }
+        self.write_state();
+        Ok(MachineRequest {
+            config: self.settings.config.clone(),
+            pod,
+            state_dir: self.state_dir.clone(),
             state: self.state.clone(),
             debug: self.settings.debug,
         })
@@ -252,6 +256,7 @@ impl Pod {
         let container = Container {
             bundle: request.bundle.clone(),
             kind,
+            stand_in: None,
             init: Process::new(request.paths.clone(), ProcessState::Creating),
             execs: BTreeMap::new(),
             paused: false,
@@ -353,16 +358,20 @@ impl Pod {
 
     fn container_created(&mut self, created: Created, prepared: Option<Prepared>) {
         let Created { id, rootfs, reply } = created;
-        let pid = self.pid();
+        let vmm_pid = self.pid();
         let Some(container) = self.containers.get_mut(&id) else {
             // The pod is over.
             reply.send(Err(Error::ShuttingDown));
             return self.detach(prepared);
         };
         let (files, stdio) = match prepared {
-            Some(prepared) => (Some(prepared.files), Some(prepared.stdio)),
+            Some(prepared) => {
+                container.stand_in = prepared.stand_in;
+                (Some(prepared.files), Some(prepared.stdio))
+            }
             None => (None, None),
         };
+        let pid = container.stand_in.as_ref().map_or(vmm_pid, StandIn::tid);
         if let Kind::Guest(slot) = &mut container.kind {
             *slot = files;
         }

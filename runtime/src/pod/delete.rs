@@ -76,7 +76,7 @@ impl Pod {
     }
 
     fn delete_container(&mut self, id: String, mut container: Container, reply: Reply<Deleted>) {
-        let pid = self.pid();
+        let pid = self.pid_for(&container);
         let exit = match container.init.state() {
             State::Stopped(exit) => exit,
             // It was never run: deleting it is what ends it.
@@ -140,6 +140,7 @@ impl Pod {
 
     /// What has not ended by itself does now, for those who wait for it.
     fn tell_ended(&self, id: &str, container: &mut Container, exit: Exit) {
+        let pid = self.pid_for(container);
         for (exec, added) in &mut container.execs {
             match added.process.state() {
                 State::Stopped(_) => {}
@@ -147,13 +148,13 @@ impl Pod {
                 State::Created | State::Creating => added.process.finish_exit(exit),
                 State::Starting | State::Running => {
                     added.process.finish_exit(exit);
-                    self.send_exit(exec, id, exit);
+                    self.send_exit(exec, id, pid, exit);
                 }
             }
         }
         if !matches!(container.init.state(), State::Stopped(_)) {
             container.init.finish_exit(exit);
-            self.send_exit(id, id, exit);
+            self.send_exit(id, id, pid, exit);
         }
     }
 
@@ -202,7 +203,7 @@ impl Pod {
     }
 
     fn delete_exec(&mut self, id: &str, exec: String, reply: Reply<Deleted>) {
-        let pid = self.pid();
+        let pid = self.pid_of(id);
         let container = match self.container_mut(id) {
             Ok(container) => container,
             Err(error) => return reply.send(Err(error)),

@@ -128,15 +128,15 @@ impl Pod {
         process.stdio = stdio;
         process.finish_exit(exit);
         let name = if exec.is_empty() { id } else { exec };
-        self.send_exit(name, id, exit);
+        self.send_exit(name, id, self.pid_of(id), exit);
     }
 
     /// Tells the end of the process `name` of a container.
-    pub(super) fn send_exit(&self, name: &str, container: &str, exit: Exit) {
+    pub(super) fn send_exit(&self, name: &str, container: &str, pid: u32, exit: Exit) {
         let event = TaskExit {
             container_id: container.to_owned(),
             id: name.to_owned(),
-            pid: self.pid(),
+            pid,
             exit_status: exit.code,
             exited_at: MessageField::some(clock::timestamp(exit.at_ns)),
             ..TaskExit::default()

@@ -164,7 +164,7 @@ impl Pod {
     }
 
     fn started(&mut self, id: &str, exec: &str, outcome: Result<(), Error>, reply: Reply<u32>) {
-        let pid = self.pid();
+        let pid = self.pid_of(id);
         // They are answered by what is true now.
         for step in std::mem::take(&mut self.after_start) {
             self.handle.send(step);

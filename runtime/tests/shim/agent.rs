@@ -140,7 +140,7 @@ fn act(
             }
         }
         ["exit", code] => return Some(code.parse().unwrap()),
-        ["sleep" | "deaf" | "slow-to-go"] | ["devices", ..] | ["leaves", ..] => {
+        ["sleep" | "deaf" | "slow-to-go"] | ["devices", ..] | ["leaves" | "joins", ..] => {
             // Until a signal ends it; its streams stay open.
             std::mem::forget((stdin, stdout, stderr));
             return None;
@@ -218,6 +218,13 @@ impl Agent for Guest {
                 .unwrap()
                 .starts_with("/run/husk/")
         );
+        if let [command, path] = &arguments(&spec["process"])[..]
+            && command == "joins"
+            && spec["linux"]["namespaces"][0]["path"] != **path
+        {
+            let message = format!("not {path}: {}", spec["linux"]["namespaces"]);
+            return Err(status(Code::INVALID_ARGUMENT, &message));
+        }
         if arguments(&spec["process"])[0] == "devices" {
             let told = told_of_devices(&request, &spec);
             if told != arguments(&spec["process"])[1..] {

@@ -1,8 +1,8 @@
 //! A pod of Kubernetes.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use containerd_shim_protos::api::{KillRequest, StatsRequest};
+use containerd_shim_protos::api::{KillRequest, StateRequest, StatsRequest};
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::sandbox_api::{
@@ -16,7 +16,7 @@ use ttrpc::Code;
 
 use crate::Case;
 use crate::agent::FLOOD;
-use crate::case::{Bundle, Node, Shim, block_on};
+use crate::case::{Bundle, Node, Shim, block_on, is_alive};
 use crate::containerd::{refusal, soon};
 
 pub const CASES: &[Case] = &[
@@ -28,6 +28,7 @@ pub const CASES: &[Case] = &[
     ("pod_of_a_dead_shim_goes_at_last", deleted_and_dead),
     ("pod_shares_a_volume_until_its_last_user", shared_volume),
     ("pod_of_the_sandbox_api", sandbox_api),
+    ("pod_has_a_pid_for_each_container", pids),
 ];
 
 fn pod(node: &Node, id: &str) -> Bundle {
@@ -258,6 +259,54 @@ fn deleted_at_once() {
         shim.shut_down("p5").await;
         shim.assert_gone().await;
         node.assert_clean();
+    });
+}
+
+/// By which containerd says whose PID namespace another shall join.
+fn pids() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = pod(&node, "p9");
+        let shim = node.start(&bundle).await;
+        let of_pod = shim.create(&bundle.request()).await.unwrap().pid;
+        shim.run("p9", "").await.unwrap();
+        let mut pids = vec![of_pod];
+        for id in ["a", "b"] {
+            let bundle = member(&node, id, "p9", &["sleep"]);
+            let pid = shim.create(&bundle.request()).await.unwrap().pid;
+            assert_eq!(shim.run(id, "").await.unwrap(), pid);
+            let state = StateRequest {
+                id: id.to_owned(),
+                ..StateRequest::default()
+            };
+            assert_eq!(shim.task.state(soon(), &state).await.unwrap().pid, pid);
+            assert!(!pids.contains(&pid), "{pid} in {pids:?}");
+            assert!(is_alive(pid.cast_signed()));
+            pids.push(pid);
+        }
+        let debugger = |id: &str, pid: u32, path: &str| {
+            member(&node, id, "p9", &["joins", path]).with(|spec| {
+                spec["linux"]["namespaces"][0]["path"] = format!("/proc/{pid}/ns/pid").into();
+            })
+        };
+        let of_b = "/run/husk/containers/b";
+        add(&node, &shim, &debugger("d1", pids[2], of_b)).await;
+        // That of the pod, which its containers share.
+        let of_all = format!("/proc/{of_pod}/ns/pid");
+        add(&node, &shim, &debugger("d2", of_pod, &of_all)).await;
+        for id in ["a", "b", "d1", "d2"] {
+            kill(&shim, id).await;
+            let deleted = shim.delete(id, "").await.unwrap();
+            let known = pids.iter().skip(1).find(|pid| **pid == deleted.pid);
+            assert_eq!(known.is_some(), !id.starts_with('d'), "{id}");
+        }
+        let began = Instant::now();
+        while pids[1..].iter().any(|pid| is_alive(pid.cast_signed())) {
+            assert!(began.elapsed() < Duration::from_secs(5));
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        kill(&shim, "p9").await;
+        remove(&node, &shim, "p9").await;
     });
 }
 

@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::id::Id;
 use crate::machine::{Machine, MachineParts, MachineRequest, explained};
 use crate::shared_tree::SharedTree;
+use crate::stand_in::StandIn;
 use crate::state_dir::State;
 use crate::stdio::{OnFirstOutput, Owner, Stdio, StdioPaths};
 use crate::vm_process::Vm;
@@ -17,6 +18,7 @@ use crate::vm_process::Vm;
 pub(super) struct Prepared {
     pub(super) files: ContainerFiles,
     pub(super) stdio: Stdio,
+    pub(super) stand_in: Option<StandIn>,
 }
 
 /// The streams of a container that is about to be made.
@@ -68,7 +70,15 @@ pub(super) async fn boot_single(
         }
     };
     match create_in_guest(machine.vm(), machine.agent(), &id, guest, streams).await {
-        Ok(stdio) => Ok((machine, state, Prepared { files, stdio })),
+        Ok(stdio) => {
+            // Whoever runs it alone looks for its namespaces at the VMM's pid.
+            let prepared = Prepared {
+                files,
+                stdio,
+                stand_in: None,
+            };
+            Ok((machine, state, prepared))
+        }
         Err(error) => {
             machine.end().await;
             files.detach(None).await;
@@ -87,7 +97,11 @@ pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<
         Err(error) => Err(error),
     };
     match outcome {
-        Ok(stdio) => Ok(Prepared { files, stdio }),
+        Ok(stdio) => Ok(Prepared {
+            files,
+            stdio,
+            stand_in: stand_in(&vm).await,
+        }),
         Err(error) => {
             // It may be there all the same, when only the answer was late, and it
             // has seen the files that are about to go.
@@ -99,6 +113,14 @@ pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<
             Err(error)
         }
     }
+}
+
+/// Without one, it can be no other's target.
+async fn stand_in(vm: &Vm) -> Option<StandIn> {
+    let started = StandIn::start(vm.process()).await;
+    started
+        .inspect_err(|error| tracing::warn!(%error, "no pid of its own"))
+        .ok()
 }
 
 async fn create_in_guest(
