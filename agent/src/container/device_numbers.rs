@@ -7,7 +7,7 @@ use std::path::{Component, Path};
 use husk_protocol::agent::{DeviceNumber, device_number};
 
 use crate::error::Error;
-use crate::oci::{Device, DeviceKind, DeviceRule, Linux, Resources, Throttle};
+use crate::oci::{Device, DeviceKind, DeviceRule, Linux, Mount, Resources, Throttle};
 use crate::storage;
 
 /// Devices that one container may name: each waits for a disk to appear.
@@ -181,6 +181,28 @@ impl DeviceNumbers {
     }
 }
 
+/// What a container mounts of the guest's `/dev` has to be there.
+pub fn check_mounts(mounts: &[Mount]) -> Result<(), Error> {
+    let of_dev = |mount: &&Mount| {
+        let source = mount.source.as_deref();
+        mount.is_bind() && source.is_some_and(|source| source.starts_with("/dev"))
+    };
+    for mount in mounts.iter().filter(of_dev) {
+        let source = mount.source.as_deref().unwrap_or(Path::new(""));
+        if source.symlink_metadata().is_err() {
+            return Err(Error::Invalid {
+                field: "mounts",
+                reason: format!(
+                    "{}: the guest has no device {}",
+                    mount.destination.display(),
+                    source.display()
+                ),
+            });
+        }
+    }
+    Ok(())
+}
+
 fn parts(number: u64) -> Guest {
     Guest::Number(rustix::fs::major(number), rustix::fs::minor(number))
 }
@@ -295,6 +317,20 @@ mod tests {
             let error = numbers().translate(&mut linux).unwrap_err();
             assert!(error.to_string().contains(said), "{error}");
         }
+    }
+
+    #[test]
+    fn a_mounted_device_that_is_not_there_is_named() {
+        let mounts = |source: &str| -> Vec<Mount> {
+            let json =
+                format!(r#"[{{"destination": "/v", "type": "bind", "source": "{source}"}}]"#);
+            serde_json::from_str(&json).unwrap()
+        };
+        check_mounts(&mounts("/dev/null")).unwrap();
+        check_mounts(&mounts("/no/such")).unwrap();
+        let error = check_mounts(&mounts("/dev/nvidia0")).unwrap_err();
+        let said = "/v: the guest has no device /dev/nvidia0";
+        assert!(error.to_string().contains(said), "{error}");
     }
 
     #[test]

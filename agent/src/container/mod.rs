@@ -149,6 +149,7 @@ impl Container {
         attempt: &Attempt,
     ) -> Result<Self, Error> {
         let mut spec = order.spec;
+        device_numbers::check_mounts(&spec.mounts)?;
         order.devices.translate(&mut spec.linux)?;
         let resources = spec.linux.resources.clone().unwrap_or_default();
         let blocks = order.devices.blocks();
