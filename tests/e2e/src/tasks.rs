@@ -1,6 +1,6 @@
 //! containerd's task service, asked directly.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -26,6 +26,25 @@ pub struct Tasks {
     deadline: Duration,
 }
 
+/// Calls the RPC `$method` in the cases' namespace and waits for its answer.
+macro_rules! call {
+    ($self:ident, $method:ident, $request:expr) => {{
+        let mut request = tonic::Request::new($request);
+        request.metadata_mut().insert(
+            "containerd-namespace",
+            AsciiMetadataValue::from_static(NAMESPACE),
+        );
+        let mut client = $self.client.clone();
+        let answer = $self.runtime.block_on(async {
+            tokio::time::timeout($self.deadline, client.$method(request)).await
+        })?;
+        let answer = answer.map(tonic::Response::into_inner);
+        answer.map_err(|status| {
+            anyhow::anyhow!("{} of a task: {}", stringify!($method), status.message())
+        })
+    }};
+}
+
 impl Tasks {
     /// Connects to the socket at `path`.
     pub fn connect(path: PathBuf, deadline: Duration) -> Result<Self> {
@@ -39,18 +58,44 @@ impl Tasks {
 
     /// Every task of the cases' namespace, as `ctr task ls` shows them.
     pub fn list(&self) -> Result<Vec<api::Process>> {
-        let mut request = tonic::Request::new(api::ListTasksRequest::default());
-        request.metadata_mut().insert(
-            "containerd-namespace",
-            AsciiMetadataValue::from_static(NAMESPACE),
-        );
-        let mut client = self.client.clone();
-        let answer = self
-            .runtime
-            .block_on(async { tokio::time::timeout(self.deadline, client.list(request)).await })?;
-        Ok(answer
-            .map_err(|status| anyhow::anyhow!("list tasks: {}", status.message()))?
-            .into_inner()
-            .tasks)
+        let answer = call!(self, list, api::ListTasksRequest::default())?;
+        Ok(answer.tasks)
+    }
+
+    /// Makes a container's task, not yet started, whose terminal writes to a fifo.
+    pub fn create_on_terminal(
+        &self,
+        container: &str,
+        rootfs: Vec<api::Mount>,
+        output: &Path,
+    ) -> Result<()> {
+        let request = api::CreateTaskRequest {
+            container_id: container.to_owned(),
+            rootfs,
+            stdout: output.display().to_string(),
+            terminal: true,
+            ..Default::default()
+        };
+        call!(self, create, request).map(drop)
+    }
+
+    /// Starts a task that was made.
+    pub fn start(&self, container: &str) -> Result<()> {
+        let request = api::StartRequest {
+            container_id: container.to_owned(),
+            ..Default::default()
+        };
+        call!(self, start, request).map(drop)
+    }
+
+    /// Tells a task its terminal's size.
+    pub fn resize(&self, container: &str, width: u32, height: u32) -> Result<()> {
+        let request = api::ResizePtyRequest {
+            container_id: container.to_owned(),
+            width,
+            height,
+            ..Default::default()
+        };
+        call!(self, resize_pty, request).map(drop)
     }
 }

@@ -1,21 +1,21 @@
 //! A container's life as Kubernetes shapes it: init containers and sidecars,
-//! hooks and probes, last words, signals, and many of everything.
+//! hooks and probes, last words, signals.
 
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
 use super::{Bench, Case, case};
-use crate::cri::Cri;
 use crate::cri::api::{ContainerConfig, ContainerState, Mount, NamespaceMode, PodSandboxConfig};
 use crate::node::Runtime;
 use crate::pod::Pod;
-use crate::process::{self, eventually};
-use crate::stream::{Stream, channel};
+use crate::process::eventually;
+
+pub mod many;
+pub mod streams;
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
@@ -23,16 +23,9 @@ pub const CASES: &[Case] = &[
     case("lifecycle/debug-target", 40, debug_target),
     case("lifecycle/hooks-and-probes", 60, hooks_and_probes),
     case("lifecycle/termination-message", 40, termination_message),
-    case("lifecycle/stdin-once", 40, stdin_once),
     case("lifecycle/kill-all", 30, kill_all),
     case("lifecycle/exit-signals", 60, exit_signals),
     case("lifecycle/shared-pids-signals", 40, shared_pids_signals),
-    case("lifecycle/exec-refused", 40, exec_refused),
-    case("lifecycle/log-bytes", 60, log_bytes),
-    case("lifecycle/exec-200", 180, exec_200),
-    case("lifecycle/exec-50-at-once", 90, exec_50_at_once),
-    case("lifecycle/empty-image", 40, empty_image),
-    case("lifecycle/containers-64", 180, containers_64),
 ];
 
 /// Containers of a pod see each other's processes.
@@ -240,23 +233,6 @@ fn termination_message(bench: &Bench) -> Result<()> {
     pod.remove(&cri)
 }
 
-/// `stdinOnce`: the first client's end is the end of the input.
-fn stdin_once(bench: &Bench) -> Result<()> {
-    let cri = bench.cri()?;
-    let pod = Pod::run(bench, &cri, |_| {})?;
-    let mut config = pod.container(&["sh", "-c", "cat; echo at the end; exit 3"]);
-    (config.stdin, config.stdin_once) = (true, true);
-    let container = pod.start_config(&cri, &config)?;
-    let mut stream = Stream::open(&cri.attach_url(&container, false)?)?;
-    stream.send(channel::STDIN, b"a word\n")?;
-    stream.until_text(channel::STDOUT, "a word\n", bench.seconds(10))?;
-    drop(stream);
-    let status = pod.await_exit(&cri, &container)?;
-    ensure!(status.exit_code == 3, "{status:?}");
-    pod.await_log(&cri, &container, "stdout F at the end")?;
-    pod.remove(&cri)
-}
-
 fn kill_all(bench: &Bench) -> Result<()> {
     let (id, wait) = (bench.id(), bench.ctr.deadline());
     let script = "for n in 1 2; do \
@@ -348,240 +324,5 @@ fn shared_pids_signals(bench: &Bench) -> Result<()> {
     })
     .with_context(|| ps().unwrap_or_default())?;
     ensure!(ps()?.contains("sleep 1004"));
-    pod.remove(&cri)
-}
-
-/// What can't be executed: within a second more than what can, with the reason
-/// in the words that clients tell exit codes 127 and 126 by.
-fn exec_refused(bench: &Bench) -> Result<()> {
-    const MISSING: &[&str] = &["executable file not found", "no such file or directory"];
-    const UNFIT: &[&str] = &["permission denied", "is a directory"];
-    let cri = bench.cri()?;
-    let pod = Pod::run(bench, &cri, |_| {})?;
-    let prepare = "printf '#!/no/such/shell\\n' > /tmp/lost; echo text > /tmp/text; \
-                   chmod 755 /tmp/lost /tmp/text; echo ready; exec sleep 1000";
-    let container = pod.start(&cri, &["sh", "-c", prepare])?;
-    pod.await_log(&cri, &container, "ready")?;
-    let begun = Instant::now();
-    cri.exec_sync(&container, &["true"], 10)?.ok()?;
-    let usual = begun.elapsed();
-    for (command, reasons) in [
-        ("no-such-command", MISSING),
-        ("/no/such/command", MISSING),
-        ("/tmp/lost", MISSING),
-        ("/bin/not-executable", UNFIT),
-        ("/etc", UNFIT),
-        ("/tmp/text", &["exec format error"]),
-    ] {
-        let begun = Instant::now();
-        let refused = cri.exec_sync(&container, &[command], 10);
-        let extra = begun.elapsed().saturating_sub(usual);
-        let said = match refused {
-            Ok(done) => format!("it worked: {done:?}"),
-            Err(error) => format!("{error:#}"),
-        };
-        ensure!(
-            said.contains(command)
-                && reasons
-                    .iter()
-                    .any(|reason| said.to_lowercase().contains(reason)),
-            "{command}: {said}"
-        );
-        ensure!(
-            extra < Duration::from_secs(1),
-            "{command}: answered after {extra:?} more than an exec that works"
-        );
-    }
-    // None of them stays in the way.
-    cri.exec_sync(&container, &["true"], 10)?.ok()?;
-    pod.remove(&cri)
-}
-
-/// What a container wrote, from the lines of its log.
-fn logged(bytes: &[u8]) -> Vec<u8> {
-    let mut written = Vec::new();
-    for line in bytes.split_inclusive(|byte| *byte == b'\n') {
-        let mut fields = line.splitn(4, |byte| *byte == b' ').skip(2);
-        let (tag, text) = (
-            fields.next().unwrap_or_default(),
-            fields.next().unwrap_or_default(),
-        );
-        let text = match tag {
-            b"P" => text.strip_suffix(b"\n").unwrap_or(text),
-            _ => text,
-        };
-        written.extend(text);
-    }
-    written
-}
-
-/// A line of 1 MB, and bytes that are no text.
-fn log_bytes(bench: &Bench) -> Result<()> {
-    const LONG: usize = 1 << 20;
-    const BINARY: &str = "5000";
-    let cri = bench.cri()?;
-    let pod = Pod::run(bench, &cri, |_| {})?;
-    let script = format!(
-        "head -c {LONG} /dev/zero | tr '\\0' x; echo; probe pattern {BINARY}; echo; echo the end"
-    );
-    let container = pod.start(&cri, &["sh", "-c", &script])?;
-    let status = pod.await_exit(&cri, &container)?;
-    ensure!(status.exit_code == 0, "{status:?}");
-    let pattern = process::run(
-        std::process::Command::new(bench.node.work.join("probe")).args(["pattern", BINARY]),
-        bench.seconds(10),
-    )?
-    .ok()?
-    .stdout;
-    let mut expected = vec![b'x'; LONG];
-    expected.push(b'\n');
-    expected.extend(&pattern);
-    expected.extend(b"\nthe end\n");
-    let file = pod.log_file(&cri, &container)?;
-    let seen = eventually("the end of the log", bench.seconds(10), || {
-        let seen = logged(&fs::read(&file)?);
-        Ok(seen.ends_with(b"the end\n").then_some(seen))
-    })?;
-    let same = seen
-        .iter()
-        .zip(&expected)
-        .take_while(|(seen, expected)| seen == expected)
-        .count();
-    ensure!(
-        seen == expected,
-        "{} bytes, expected {}; the first {same} are the same",
-        seen.len(),
-        expected.len()
-    );
-    pod.remove(&cri)
-}
-
-fn exec_200(bench: &Bench) -> Result<()> {
-    let cri = bench.cri()?;
-    let pod = Pod::run(bench, &cri, |_| {})?;
-    let container = pod.start(&cri, &["sleep", "1000"])?;
-    for number in 0..200 {
-        let script = format!("echo {number}; exit {number}");
-        let done = cri
-            .exec_sync(&container, &["sh", "-c", &script], 10)
-            .with_context(|| format!("exec {number}"))?;
-        ensure!(
-            done.code == number && done.stdout == format!("{number}\n"),
-            "exec {number}: {done:?}"
-        );
-    }
-    // None of them has left a process.
-    let seen = cri.exec_sync(&container, &["ps"], 10)?.ok()?;
-    ensure!(seen.lines().count() == 3, "{seen}");
-    pod.remove(&cri)
-}
-
-fn exec_50_at_once(bench: &Bench) -> Result<()> {
-    const COUNT: i32 = 50;
-    let cri = bench.cri()?;
-    let pod = Pod::run(bench, &cri, |_| {})?;
-    let container = pod.start(&cri, &["sleep", "1000"])?;
-    let one = |number: i32| -> Result<()> {
-        let cri = Cri::connect(bench.node.socket.clone(), bench.seconds(60))?;
-        let script = format!(
-            "touch /tmp/{number}; until [ -e /tmp/go ]; do sleep 0.5; done; echo {number}; \
-             exit {number}"
-        );
-        let done = cri.exec_sync(&container, &["sh", "-c", &script], 0)?;
-        ensure!(
-            done.code == number && done.stdout == format!("{number}\n"),
-            "{done:?}"
-        );
-        Ok(())
-    };
-    thread::scope(|scope| {
-        let threads: Vec<_> = (0..COUNT)
-            .map(|number| scope.spawn(move || one(number)))
-            .collect();
-        // All of them run before the first may end.
-        let count = "probe count /tmp";
-        let all = eventually("all of them run", bench.seconds(45), || {
-            let seen = cri.exec_sync(&container, &["sh", "-c", count], 10)?.ok()?;
-            Ok((seen == COUNT.to_string()).then_some(()))
-        });
-        cri.exec_sync(&container, &["touch", "/tmp/go"], 10)?.ok()?;
-        for (number, thread) in threads.into_iter().enumerate() {
-            let done = thread.join();
-            done.map_err(|_| anyhow::anyhow!("its thread panicked"))
-                .flatten()
-                .with_context(|| format!("exec {number}"))?;
-        }
-        all
-    })?;
-    pod.remove(&cri)
-}
-
-/// An image without layers: no file at all, what it runs comes by a mount.
-fn empty_image(bench: &Bench) -> Result<()> {
-    const IMAGE: &str = "husk.test/empty:1";
-    crate::image::install_empty(&bench.node, IMAGE)?;
-    let ctr = bench.ctr.with_image(IMAGE);
-    let mount = format!(
-        "type=bind,src={},dst=/tools/probe,options=rbind:ro",
-        bench.node.work.join("probe").display()
-    );
-    let run = |flags: &[&str], command: &[&str]| {
-        let mut all = vec!["--mount", &mount];
-        all.extend(flags);
-        ctr.run(&all, &bench.id(), command)
-    };
-    // There is no /etc/passwd to look the user up in.
-    let ids = run(&["--user", "1234:2345"], &["/tools/probe", "ids"]);
-    let shell = run(&[], &["sh"]);
-    bench
-        .ctr
-        .call(&["images", "remove", "--sync", IMAGE])?
-        .ok()?;
-    let ids = ids?.ok()?;
-    ensure!(ids.out() == "1234 1234 2345 2345\n", "{}", ids.tail());
-    let shell = shell?;
-    ensure!(
-        shell.code() != 0 && shell.err().contains("\"sh\""),
-        "{}",
-        shell.tail()
-    );
-    Ok(())
-}
-
-fn containers_64(bench: &Bench) -> Result<()> {
-    const COUNT: usize = 64;
-    let cri = bench.cri()?;
-    let pod = Pod::run(bench, &cri, |_| {})?;
-    let mut ids = Vec::new();
-    for number in 0..COUNT {
-        let seconds = (2000 + number).to_string();
-        let started = pod.start(&cri, &["sleep", &seconds]);
-        ids.push(started.with_context(|| format!("container {number}"))?);
-    }
-    let listed = cri.containers(&pod.id)?;
-    let running = listed
-        .iter()
-        .filter(|container| container.state() == ContainerState::ContainerRunning)
-        .count();
-    ensure!(
-        running == COUNT,
-        "{running} of {} containers run",
-        listed.len()
-    );
-    for number in [0, COUNT - 1] {
-        let seen = cri
-            .exec_sync(
-                &ids[number],
-                &["sh", "-c", "tr '\\0' ' ' < /proc/1/cmdline"],
-                10,
-            )?
-            .ok()?;
-        ensure!(seen == format!("sleep {}", 2000 + number), "{seen}");
-    }
-    // One may go, and its place is free.
-    cri.stop(&ids[1], 0)?;
-    cri.remove(&ids[1])?;
-    let next = pod.start(&cri, &["echo", "in its place"])?;
-    pod.await_log(&cri, &next, "in its place")?;
     pod.remove(&cri)
 }

@@ -204,6 +204,8 @@ pub fn all() -> Vec<&'static Case> {
         network::CASES,
         streaming::CASES,
         lifecycle::CASES,
+        lifecycle::streams::CASES,
+        lifecycle::many::CASES,
         security::CASES,
         abuse::CASES,
         churn::CASES,
