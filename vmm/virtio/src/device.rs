@@ -41,6 +41,8 @@ pub enum DeviceType {
     Rng = 4,
     /// 5.10
     Vsock = 19,
+    /// 5.15
+    Mem = 24,
     /// 5.11
     Fs = 26,
 }

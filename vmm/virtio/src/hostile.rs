@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use crate::VirtioDevice;
 use crate::block::{Block, Engine};
 use crate::console::Console;
+use crate::mem::Mem;
 use crate::pci::PciFunction;
 use crate::rng::Rng;
 use crate::testing::{
@@ -182,6 +183,13 @@ proptest! {
         driver.write(NEAR.start, &[0; 16]);
         serves(&mut driver, 0, &[Buffer::readable(NEAR.start, 16), Buffer::writable(NEAR.start + 16, 513)]);
         prop_assert_eq!(file.metadata().unwrap().len(), 1 << 20);
+    }
+
+    #[test]
+    fn mem(acts in prop::collection::vec(any_act(), 1..300)) {
+        let mut driver = run(Mem::new(HIGH..HIGH + MEMORY_BYTES), acts);
+        driver.write(NEAR.start, &[0; 24]);
+        serves(&mut driver, 0, &[Buffer::readable(NEAR.start, 24), Buffer::writable(NEAR.start + 24, 10)]);
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod fd;
 pub mod fs;
 #[cfg(test)]
 mod hostile;
+pub mod mem;
 pub mod net;
 pub mod pci;
 pub mod queue;

@@ -332,6 +332,12 @@ impl Driver {
         );
     }
 
+    /// Waits for word that the configuration has changed.
+    pub(crate) fn wait_config(&mut self) {
+        assert!(self.interrupted(0, PATIENCE), "no word of a change");
+        assert_eq!(self.status() & NEEDS_RESET, 0);
+    }
+
     /// Waits until the device asks to be reset.
     pub(crate) fn wait_needs_reset(&mut self) {
         assert!(

@@ -1,0 +1,95 @@
+//! Memory that comes and goes (virtio 1.2, 5.15): the host says how much of a
+//! region the driver should have, and the driver plugs and unplugs blocks of it.
+//! Unplugged blocks hold no memory of the host's.
+
+mod blocks;
+mod worker;
+
+use std::any::Any;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::queue::FEATURES;
+use crate::{ActivateError, Activation, DeviceType, VirtioDevice, Worker};
+
+use blocks::Blocks;
+use worker::MemWorker;
+
+/// Bytes that are plugged or unplugged together; a huge page, so that what is
+/// left over stays whole.
+pub const BLOCK_BYTES: u64 = 2 << 20;
+
+/// `VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE` (5.15.3): the driver leaves alone what
+/// it has not plugged.
+const UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
+
+const QUEUE_SIZES: [u16; 1] = [16];
+
+/// Message to the device: the driver should have so many bytes of the region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resize(pub u64);
+
+/// A region of memory at rest.
+#[derive(Debug)]
+pub struct Mem {
+    blocks: Shared,
+}
+
+/// Both halves need it: the driver reads from vCPU threads what its requests
+/// have changed.
+#[derive(Clone, Debug)]
+struct Shared(Arc<Mutex<Blocks>>);
+
+impl Mem {
+    /// The driver may plug blocks of `region`, which is part of guest memory. It
+    /// begins with none, and is not to have any. Bounds that are not those of
+    /// blocks are moved inwards.
+    pub fn new(region: Range<u64>) -> Self {
+        Self {
+            blocks: Shared(Arc::new(Mutex::new(Blocks::new(region)))),
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Blocks> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl VirtioDevice for Mem {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Mem
+    }
+
+    fn offered_features(&self) -> u64 {
+        FEATURES | UNPLUGGED_INACCESSIBLE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let space = self.blocks.lock().config_space();
+        crate::config::read(&space, offset, data);
+    }
+
+    fn control(&mut self, message: Box<dyn Any + Send>) {
+        if let Ok(resize) = message.downcast::<Resize>() {
+            self.blocks.lock().request(resize.0);
+        }
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
+        Ok(Box::new(MemWorker {
+            requests: activation.take_queue(0)?,
+            interrupt: activation.interrupt,
+            memory: activation.memory,
+            blocks: self.blocks.clone(),
+        }))
+    }
+
+    /// What is plugged stays so: the driver's memory outlives a driver's reset.
+    fn reset(&mut self, _worker: Box<dyn Worker>) {}
+}
