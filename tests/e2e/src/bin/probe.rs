@@ -6,10 +6,12 @@ use std::net::{TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::thread;
 
+#[path = "probe/files.rs"]
+mod files;
 #[path = "probe/life.rs"]
 mod life;
 
-const USAGE: &str = "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | huge MIB | pattern BYTES | check BYTES | count DIR | ids | die SIGNAL | serve ADDR FILE";
+const USAGE: &str = "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | huge MIB | pattern BYTES | check BYTES | count DIR | files DIR | many DIR COUNT | hold FILE | try-lock FILE | map FILE | poke FILE TEXT | listen PATH | ask PATH TEXT | ids | die SIGNAL | serve ADDR FILE";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -24,6 +26,14 @@ fn main() -> ExitCode {
         ["pattern", bytes] => number(bytes).and_then(pattern),
         ["check", bytes] => number(bytes).and_then(check),
         ["count", dir] => count(dir),
+        ["files", dir] => files::files(dir),
+        ["many", dir, count] => number(count).and_then(|count| files::many(dir, count)),
+        ["hold", file] => files::hold(file),
+        ["try-lock", file] => files::try_lock(file),
+        ["map", file] => files::map(file),
+        ["poke", file, text] => files::poke(file, text),
+        ["listen", path] => files::listen(path),
+        ["ask", path, text] => files::ask(path, text),
         ["ids"] => life::ids(),
         ["die", signal] => number(signal).and_then(life::die),
         ["serve", address, file] => life::serve(address, file),
