@@ -90,7 +90,8 @@ impl Request {
     }
 }
 
-fn push_attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+/// Adds an attribute to those in `bytes`.
+pub fn push_attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
     let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
     bytes.extend(length.to_ne_bytes());
     bytes.extend(kind.to_ne_bytes());

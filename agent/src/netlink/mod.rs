@@ -4,11 +4,13 @@
 
 mod address;
 mod message;
+mod route;
+mod rule;
 
 use std::io;
 use std::time::Duration;
 
-use husk_protocol::agent::{Interface, Neighbour, Network, Route, Rule};
+use husk_protocol::agent::{Interface, Neighbour, Network};
 
 use crate::device;
 use crate::error::{Doing, OsError};
@@ -19,16 +21,13 @@ use message::{Mode, Request, RouteSocket};
 /// How long an interface that the host has plugged may take to appear.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-// linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/neighbour.h,
-// linux/fib_rules.h
+// linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/neighbour.h
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 const RTM_GETADDR: u16 = 22;
-const RTM_NEWROUTE: u16 = 24;
 const RTM_NEWNEIGH: u16 = 28;
-const RTM_NEWRULE: u16 = 32;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
@@ -38,34 +37,9 @@ const IFA_LOCAL: u16 = 2;
 const IFA_BROADCAST: u16 = 4;
 const IFA_FLAGS: u16 = 8;
 const IFA_F_NODAD: u32 = 0x02;
-const RTA_DST: u16 = 1;
-const RTA_OIF: u16 = 4;
-const RTA_GATEWAY: u16 = 5;
-const RTA_PRIORITY: u16 = 6;
-const RTA_PREFSRC: u16 = 7;
-const RTA_METRICS: u16 = 8;
-const RTA_TABLE: u16 = 15;
-const RTA_VIA: u16 = 18;
-const RTAX_MTU: u16 = 2;
-const RT_TABLE_UNSPEC: u32 = 0;
-const RT_TABLE_COMPAT: u32 = 252;
-const RT_TABLE_MAIN: u32 = 254;
-const RT_TABLE_LOCAL: u32 = 255;
-const RTPROT_STATIC: u8 = 4;
-const RTN_UNICAST: u8 = 1;
-const RTNH_F_ONLINK: u32 = 4;
 const NDA_DST: u16 = 1;
 const NDA_LLADDR: u16 = 2;
 const NUD_PERMANENT: u16 = 0x80;
-const FRA_DST: u16 = 1;
-const FRA_SRC: u16 = 2;
-const FRA_IIFNAME: u16 = 3;
-const FRA_PRIORITY: u16 = 6;
-const FRA_FWMARK: u16 = 10;
-const FRA_TABLE: u16 = 15;
-const FRA_FWMASK: u16 = 16;
-const FRA_OIFNAME: u16 = 17;
-const FR_ACT_TO_TBL: u8 = 1;
 
 /// A network that can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -96,15 +70,15 @@ pub async fn apply(network: &Network) -> Result<(), NetworkError> {
     let (through, direct): (Vec<_>, Vec<_>) = network
         .routes
         .iter()
-        .partition(|route| !route.gateway.is_empty());
+        .partition(|route| !route.gateway.is_empty() || !route.next_hops.is_empty());
     for route in direct.into_iter().chain(through) {
-        add_route(&socket, route)?;
+        route::add(&socket, route)?;
     }
     for neighbour in &network.neighbours {
         add_neighbour(&socket, neighbour)?;
     }
     for rule in &network.rules {
-        add_rule(&socket, rule)?;
+        rule::add(&socket, rule)?;
     }
     Ok(())
 }
@@ -312,85 +286,6 @@ fn other_addresses(socket: &RouteSocket, index: u32, wanted: &[Prefix]) -> io::R
     Ok(others)
 }
 
-fn add_route(socket: &RouteSocket, route: &Route) -> Result<(), NetworkError> {
-    let table = match route.table {
-        RT_TABLE_UNSPEC => RT_TABLE_MAIN,
-        // The kernel fills it from the addresses.
-        RT_TABLE_LOCAL => return Ok(()),
-        table => table,
-    };
-    let parse = |field, text: &str| match text.is_empty() {
-        true => Ok(None),
-        false => Prefix::parse(field, text).map(Some),
-    };
-    let destination = parse("route destination", &route.destination)?;
-    let gateway = parse("route gateway", &route.gateway)?;
-    let source = parse("route source", &route.source)?;
-    let given = u8::try_from(route.family).unwrap_or(0);
-    let family = match (given, &destination, &gateway) {
-        (0, Some(prefix), _) | (0, None, Some(prefix)) => prefix.address.family(),
-        (0, None, None) => Address::V4_FAMILY,
-        (given, ..) => given,
-    };
-    let length = destination.as_ref().map_or(0, |prefix| prefix.length);
-    let kind = match u8::try_from(route.kind).unwrap_or(0) {
-        0 => RTN_UNICAST,
-        kind => kind,
-    };
-    let scope = u8::try_from(route.scope).unwrap_or(0);
-    let short_table = u8::try_from(table).unwrap_or(RT_TABLE_COMPAT as u8);
-    // struct rtmsg
-    let fixed = [
-        family,
-        length,
-        0,
-        0,
-        short_table,
-        RTPROT_STATIC,
-        scope,
-        kind,
-    ];
-    let flags = route.flags & RTNH_F_ONLINK;
-    let mut request = Request::new(RTM_NEWROUTE, Mode::Replace, &[&fixed, &flags.to_ne_bytes()])
-        .number(RTA_TABLE, table);
-    if let Some(prefix) = &destination {
-        request = request.attribute(RTA_DST, &prefix.address.bytes());
-    }
-    if let Some(gateway) = &gateway {
-        request = if gateway.address.family() == family {
-            request.attribute(RTA_GATEWAY, &gateway.address.bytes())
-        } else {
-            // struct rtvia: IPv4 through an IPv6 neighbour.
-            let mut via = u16::from(gateway.address.family()).to_ne_bytes().to_vec();
-            via.extend(gateway.address.bytes());
-            request.attribute(RTA_VIA, &via)
-        };
-    }
-    if let Some(source) = &source {
-        request = request.attribute(RTA_PREFSRC, &source.address.bytes());
-    }
-    if !route.device.is_empty() {
-        request = request.number(RTA_OIF, index_of(socket, &route.device)?);
-    }
-    if route.metric != 0 {
-        request = request.number(RTA_PRIORITY, route.metric);
-    }
-    if route.mtu != 0 {
-        request = request.nested_number(RTA_METRICS, RTAX_MTU, route.mtu);
-    }
-    let name = format!(
-        "{} via {:?} on {:?}",
-        if route.destination.is_empty() {
-            "default"
-        } else {
-            &route.destination
-        },
-        route.gateway,
-        route.device
-    );
-    Ok(unless_exists(socket.request(request)).doing("add route", name)?)
-}
-
 fn add_neighbour(socket: &RouteSocket, neighbour: &Neighbour) -> Result<(), NetworkError> {
     let address = Prefix::parse("neighbour", &neighbour.address)?.address;
     let index = index_of(socket, &neighbour.device)?;
@@ -413,55 +308,6 @@ fn add_neighbour(socket: &RouteSocket, neighbour: &Neighbour) -> Result<(), Netw
     Ok(socket
         .request(request)
         .doing("add neighbour", &neighbour.address)?)
-}
-
-fn add_rule(socket: &RouteSocket, rule: &Rule) -> Result<(), NetworkError> {
-    let parse = |field, text: &str| match text.is_empty() {
-        true => Ok(None),
-        false => Prefix::parse(field, text).map(Some),
-    };
-    let source = parse("rule source", &rule.source)?;
-    let destination = parse("rule destination", &rule.destination)?;
-    let given = u8::try_from(rule.family).unwrap_or(0);
-    let family = match (given, &source, &destination) {
-        (0, Some(prefix), _) | (0, None, Some(prefix)) => prefix.address.family(),
-        (0, None, None) => Address::V4_FAMILY,
-        (given, ..) => given,
-    };
-    let length = |prefix: &Option<Prefix>| prefix.as_ref().map_or(0, |prefix| prefix.length);
-    let short_table = u8::try_from(rule.table).unwrap_or(RT_TABLE_COMPAT as u8);
-    // struct fib_rule_hdr
-    let fixed = [
-        family,
-        length(&destination),
-        length(&source),
-        0,
-        short_table,
-        0,
-        0,
-        FR_ACT_TO_TBL,
-    ];
-    let mut request = Request::new(RTM_NEWRULE, Mode::Create, &[&fixed, &[0; 4]])
-        .number(FRA_TABLE, rule.table)
-        .number(FRA_PRIORITY, rule.priority);
-    if let Some(prefix) = &source {
-        request = request.attribute(FRA_SRC, &prefix.address.bytes());
-    }
-    if let Some(prefix) = &destination {
-        request = request.attribute(FRA_DST, &prefix.address.bytes());
-    }
-    if !rule.input_device.is_empty() {
-        request = request.name(FRA_IIFNAME, &rule.input_device);
-    }
-    if !rule.output_device.is_empty() {
-        request = request.name(FRA_OIFNAME, &rule.output_device);
-    }
-    if rule.mark != 0 || rule.mask != 0 {
-        request = request
-            .number(FRA_FWMARK, rule.mark)
-            .number(FRA_FWMASK, rule.mask);
-    }
-    Ok(unless_exists(socket.request(request)).doing("add rule", rule.priority)?)
 }
 
 fn unless_exists(result: io::Result<()>) -> io::Result<()> {

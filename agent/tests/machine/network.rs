@@ -1,7 +1,7 @@
 //! The pod's network, on veth devices of a fresh network namespace.
 
 use husk_protocol::agent::{
-    CreateSandboxRequest, DialRequest, Interface, Neighbour, Network, Route, Rule,
+    CreateSandboxRequest, DialRequest, Interface, Neighbour, Network, NextHop, Range, Route, Rule,
     UpdateNetworkRequest,
 };
 use std::io::{Read, Write};
@@ -19,6 +19,15 @@ const PREPARE: &str = "ip link add eth1 address 02:00:00:00:00:01 type veth peer
     ip link add eth0 address 02:00:00:00:00:02 type veth peer name p2; \
     ip link set p1 up; ip link set p2 up";
 
+fn range(first: u32, last: u32) -> protobuf::MessageField<Range> {
+    Some(Range {
+        first,
+        last,
+        ..Default::default()
+    })
+    .into()
+}
+
 fn network() -> Network {
     Network {
         interfaces: vec![
@@ -27,6 +36,12 @@ fn network() -> Network {
                 hardware_address: FIRST.to_vec(),
                 mtu: 1400,
                 addresses: vec!["10.1.0.5/24".to_owned(), "fd00:1::5/64".to_owned()],
+                ..Default::default()
+            },
+            Interface {
+                name: "lo".to_owned(),
+                hardware_address: vec![0; 6],
+                addresses: vec!["10.2.0.9/32".to_owned()],
                 ..Default::default()
             },
             Interface {
@@ -72,6 +87,33 @@ fn network() -> Network {
                 table: 1000,
                 ..Default::default()
             },
+            Route {
+                destination: "10.90.0.0/16".to_owned(),
+                next_hops: vec![
+                    NextHop {
+                        gateway: "10.1.0.3".to_owned(),
+                        device: "eth0".to_owned(),
+                        ..Default::default()
+                    },
+                    NextHop {
+                        gateway: "169.254.1.1".to_owned(),
+                        device: "eth1".to_owned(),
+                        hops: 2,
+                        ..Default::default()
+                    },
+                ],
+                family: 2,
+                ..Default::default()
+            },
+            // Of a proxy that takes in whatever goes there.
+            Route {
+                destination: "10.99.0.0/24".to_owned(),
+                device: "lo".to_owned(),
+                scope: 254,
+                kind: 2,
+                table: 255,
+                ..Default::default()
+            },
         ],
         neighbours: vec![Neighbour {
             address: "169.254.1.1".to_owned(),
@@ -80,13 +122,34 @@ fn network() -> Network {
             state: 0x80,
             ..Default::default()
         }],
-        rules: vec![Rule {
-            family: 2,
-            priority: 700,
-            table: 1000,
-            source: "10.1.0.5/32".to_owned(),
-            ..Default::default()
-        }],
+        rules: vec![
+            Rule {
+                family: 2,
+                priority: 700,
+                table: 1000,
+                source: "10.1.0.5/32".to_owned(),
+                ..Default::default()
+            },
+            Rule {
+                family: 2,
+                priority: 701,
+                table: 1000,
+                mark: 0,
+                mask: 15,
+                inverted: true,
+                suppress_prefix_length: 1,
+                ..Default::default()
+            },
+            Rule {
+                family: 10,
+                priority: 702,
+                table: 1000,
+                ip_protocol: 6,
+                destination_ports: range(80, 90),
+                uids: range(5, 9),
+                ..Default::default()
+            },
+        ],
         ..Default::default()
     }
 }
@@ -179,7 +242,24 @@ async fn the_network_is_as_asked_for() {
             neighbours.contains("169.254.1.1 lladdr ee:ee:ee:ee:ee:ee PERMANENT"),
             "{neighbours}"
         );
-        assert!(ip(&agent, "rule").contains("700:\tfrom 10.1.0.5 lookup 1000"));
+        for hop in [
+            "via 10.1.0.3 dev eth0 weight 1",
+            "via 169.254.1.1 dev eth1 weight 3",
+            "local 10.99.0.0/24 dev lo",
+        ] {
+            assert!(routes.contains(hop), "{hop}: {routes}");
+        }
+        assert!(ip(&agent, "-o address show lo").contains("10.2.0.9/32"));
+        let rules = ip(&agent, "rule");
+        for rule in [
+            "700:\tfrom 10.1.0.5 lookup 1000",
+            "701:\tnot from all fwmark 0/0xf lookup 1000 suppress_prefixlength 0",
+        ] {
+            assert!(rules.contains(rule), "{rule}: {rules}");
+        }
+        let rules = ip(&agent, "-6 rule");
+        let rule = "702:\tfrom all uidrange 5-9 ipproto tcp dport 80-90 lookup 1000";
+        assert!(rules.contains(rule), "{rule}: {rules}");
         // Once more changes nothing.
         let request = UpdateNetworkRequest {
             network: Some(network()).into(),

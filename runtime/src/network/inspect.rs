@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use futures::TryStreamExt;
-use husk_protocol::agent::{Interface, Neighbour, Network, Route, Rule};
+use husk_protocol::agent::{Interface, Neighbour, Network, NextHop, Range, Route, Rule};
 use husk_vmm_spec::MacAddress;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
@@ -13,10 +13,12 @@ use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteType,
-    RouteVia,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteNextHop,
+    RouteProtocol, RouteScope, RouteType, RouteVia,
 };
-use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use rtnetlink::packet_route::rule::{
+    RuleAction, RuleAttribute, RuleFlags, RuleMessage, RulePortRange,
+};
 use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
 
 use super::NetworkError;
@@ -24,8 +26,8 @@ use super::NetworkError;
 /// Rules that every namespace has: local, main, default.
 const DEFAULT_RULES: [u32; 3] = [0, 32766, 32767];
 
-/// `RT_TABLE_LOCAL` of linux/rtnetlink.h, which the kernel keeps by itself.
-const TABLE_LOCAL: u32 = 255;
+/// `FRA_SUPPRESS_IFGROUP` of linux/fib_rules.h when there is no such group.
+const NOT_SUPPRESSED: u32 = u32::MAX;
 
 /// An Ethernet interface of the namespace.
 pub(super) struct FoundLink {
@@ -54,9 +56,11 @@ pub(super) async fn read(handle: &Handle) -> Result<FoundNetwork, NetworkError> 
         .await
         .map_err(dump("list interfaces"))?;
     let links: Vec<FoundLink> = messages.iter().filter_map(link).collect();
+    let loopback = messages.iter().find_map(loopback);
     let names: HashMap<u32, &str> = links
         .iter()
         .map(|link| (link.index, link.name.as_str()))
+        .chain(loopback.iter().map(|link| (link.index, link.name.as_str())))
         .collect();
 
     let addresses: Vec<AddressMessage> = handle
@@ -66,8 +70,9 @@ pub(super) async fn read(handle: &Handle) -> Result<FoundNetwork, NetworkError> 
         .try_collect()
         .await
         .map_err(dump("list addresses"))?;
-    let interfaces = links
+    let mut interfaces: Vec<Interface> = links
         .iter()
+        .chain(&loopback)
         .map(|link| Interface {
             name: link.name.clone(),
             hardware_address: link.mac.0.to_vec(),
@@ -80,8 +85,14 @@ pub(super) async fn read(handle: &Handle) -> Result<FoundNetwork, NetworkError> 
             ..Default::default()
         })
         .collect();
+    // The guest has a loopback as well; here it has more addresses, or nothing.
+    let is_loopback = |interface: &Interface| Some(&interface.name) == loopback_name(&loopback);
+    interfaces.retain(|interface| !is_loopback(interface) || !interface.addresses.is_empty());
 
-    let mut routes = Vec::new();
+    let mut routes: Vec<Route> = addresses
+        .iter()
+        .filter_map(|message| peer_route(message, &names))
+        .collect();
     let mut rules = Vec::new();
     for (version, family) in [
         (IpVersion::V4, AddressFamily::Inet),
@@ -165,27 +176,87 @@ fn link(message: &LinkMessage) -> Option<FoundLink> {
     })
 }
 
+/// The loopback, which is the guest's own.
+fn loopback(message: &LinkMessage) -> Option<FoundLink> {
+    if message.header.link_layer_type != LinkLayerType::Loopback {
+        return None;
+    }
+    let name = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::IfName(text) => Some(text.clone()),
+            _ => None,
+        });
+    Some(FoundLink {
+        index: message.header.index,
+        name: name?,
+        mac: MacAddress([0; 6]),
+        // As it is.
+        mtu: 0,
+    })
+}
+
+fn loopback_name(loopback: &Option<FoundLink>) -> Option<&String> {
+    loopback.as_ref().map(|link| &link.name)
+}
+
 fn is_our_tap(name: &str) -> bool {
     name.strip_prefix("husk")
         .is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_digit()))
 }
 
+/// Ours and, on a point-to-point link, the peer's.
+fn address_and_peer(message: &AddressMessage) -> Option<(IpAddr, Option<IpAddr>)> {
+    let mut local = None;
+    let mut address = None;
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(ip) => local = Some(*ip),
+            AddressAttribute::Address(ip) => address = Some(*ip),
+            _ => {}
+        }
+    }
+    match (local, address) {
+        (Some(local), Some(address)) if local != address => Some((local, Some(address))),
+        (local, address) => Some((local.or(address)?, None)),
+    }
+}
+
 /// The address in CIDR notation. Link-local ones follow from the hardware
-/// address, and the guest's kernel makes them itself.
+/// address, and the guest's kernel makes them and the loopback's own itself.
 fn address(message: &AddressMessage) -> Option<String> {
     if message.header.scope == AddressScope::Link && message.header.family == AddressFamily::Inet6 {
         return None;
     }
-    let mut found = None;
-    for attribute in &message.attributes {
-        match attribute {
-            // On a point-to-point link Address is the peer and Local is ours.
-            AddressAttribute::Local(ip) => found = Some(*ip),
-            AddressAttribute::Address(ip) if found.is_none() => found = Some(*ip),
-            _ => {}
-        }
+    let (ip, peer) = address_and_peer(message)?;
+    let length = match peer {
+        None => message.header.prefix_len,
+        // The prefix is the peer's.
+        Some(_) => whole_length(ip),
+    };
+    (!ip.is_loopback()).then(|| format!("{ip}/{length}"))
+}
+
+fn whole_length(ip: IpAddr) -> u8 {
+    match ip {
+        IpAddr::V4(_) => 32,
+        IpAddr::V6(_) => 128,
     }
-    found.map(|ip| format!("{ip}/{}", message.header.prefix_len))
+}
+
+/// The kernel's route to the other end of a point-to-point link.
+fn peer_route(message: &AddressMessage, names: &HashMap<u32, &str>) -> Option<Route> {
+    let (ip, peer) = address_and_peer(message)?;
+    Some(Route {
+        destination: format!("{}/{}", peer?, message.header.prefix_len),
+        device: (*names.get(&message.header.index)?).to_owned(),
+        source: ip.to_string(),
+        scope: u8::from(RouteScope::Link).into(),
+        family: u8::from(message.header.family).into(),
+        kind: u8::from(RouteType::Unicast).into(),
+        ..Default::default()
+    })
 }
 
 /// Routes that somebody added. Those the kernel derives from addresses and
@@ -218,6 +289,10 @@ fn route(message: &RouteMessage, names: &HashMap<u32, &str>) -> Option<Route> {
             RouteAttribute::PrefSource(address) => route.source = ip(address)?.to_string(),
             RouteAttribute::Oif(index) => route.device = (*names.get(index)?).to_owned(),
             RouteAttribute::Priority(metric) => route.metric = *metric,
+            RouteAttribute::MultiPath(hops) => {
+                let hops = hops.iter().map(|hop| next_hop(hop, names));
+                route.next_hops = hops.collect::<Option<_>>()?;
+            }
             RouteAttribute::Table(table) => route.table = *table,
             RouteAttribute::Metrics(metrics) => {
                 for metric in metrics {
@@ -229,12 +304,25 @@ fn route(message: &RouteMessage, names: &HashMap<u32, &str>) -> Option<Route> {
             _ => {}
         }
     }
-    let local = route.table == TABLE_LOCAL;
-    let wants_device = header.kind == RouteType::Unicast;
-    if local || (wants_device && route.device.is_empty()) {
-        return None;
+    let wants_device = header.kind == RouteType::Unicast && route.next_hops.is_empty();
+    (!wants_device || !route.device.is_empty()).then_some(route)
+}
+
+fn next_hop(hop: &RouteNextHop, names: &HashMap<u32, &str>) -> Option<NextHop> {
+    let mut found = NextHop {
+        device: (*names.get(&hop.interface_index)?).to_owned(),
+        flags: u32::from(hop.flags.bits()) & RouteFlags::Onlink.bits(),
+        hops: hop.hops.into(),
+        ..Default::default()
+    };
+    for attribute in &hop.attributes {
+        match attribute {
+            RouteAttribute::Gateway(address) => found.gateway = ip(address)?.to_string(),
+            RouteAttribute::Via(RouteVia::Inet6(address)) => found.gateway = address.to_string(),
+            _ => {}
+        }
     }
-    Some(route)
+    Some(found)
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {
@@ -273,20 +361,24 @@ fn neighbour(message: &NeighbourMessage, names: &HashMap<u32, &str>) -> Option<N
     (!neighbour.address.is_empty() && !neighbour.hardware_address.is_empty()).then_some(neighbour)
 }
 
+/// A rule that somebody added. One that says what can't be said here would be for
+/// other traffic than it was meant for: better none.
 fn rule(message: &RuleMessage) -> Option<Rule> {
-    if message.header.action != RuleAction::ToTable {
-        return None;
-    }
+    let header = &message.header;
     let mut rule = Rule {
-        family: u8::from(message.header.family).into(),
-        table: message.header.table.into(),
+        family: u8::from(header.family).into(),
+        table: header.table.into(),
+        inverted: header.flags.contains(RuleFlags::Invert),
+        tos: header.tos.into(),
         ..Default::default()
     };
+    let mut unknown =
+        (header.action != RuleAction::ToTable).then(|| format!("{:?}", header.action));
     for attribute in &message.attributes {
         match attribute {
-            RuleAttribute::Source(ip) => rule.source = format!("{ip}/{}", message.header.src_len),
+            RuleAttribute::Source(ip) => rule.source = format!("{ip}/{}", header.src_len),
             RuleAttribute::Destination(ip) => {
-                rule.destination = format!("{ip}/{}", message.header.dst_len);
+                rule.destination = format!("{ip}/{}", header.dst_len);
             }
             RuleAttribute::Priority(priority) => rule.priority = *priority,
             RuleAttribute::FwMark(mark) => rule.mark = *mark,
@@ -294,8 +386,143 @@ fn rule(message: &RuleMessage) -> Option<Rule> {
             RuleAttribute::Table(table) => rule.table = *table,
             RuleAttribute::Iifname(name) => rule.input_device = name.clone(),
             RuleAttribute::Oifname(name) => rule.output_device = name.clone(),
-            _ => {}
+            RuleAttribute::IpProtocol(protocol) => {
+                rule.ip_protocol = u8::from(*protocol).into();
+            }
+            RuleAttribute::SourcePortRange(ports) => rule.source_ports = range(ports).into(),
+            RuleAttribute::DestinationPortRange(ports) => {
+                rule.destination_ports = range(ports).into();
+            }
+            RuleAttribute::UidRange(uids) => {
+                rule.uids = Some(Range {
+                    first: uids.start,
+                    last: uids.end,
+                    ..Default::default()
+                })
+                .into();
+            }
+            RuleAttribute::SuppressPrefixLen(length) => {
+                // None is the largest number.
+                rule.suppress_prefix_length = length.wrapping_add(1);
+            }
+            // Who made it; and no group.
+            RuleAttribute::Protocol(_) | RuleAttribute::SuppressIfGroup(NOT_SUPPRESSED) => {}
+            other => unknown = Some(format!("{other:?}")),
         }
     }
+    if let Some(unknown) = unknown {
+        tracing::warn!(
+            priority = rule.priority,
+            unknown,
+            "a routing rule is left out"
+        );
+        return None;
+    }
     (!DEFAULT_RULES.contains(&rule.priority)).then_some(rule)
+}
+
+fn range(ports: &RulePortRange) -> Option<Range> {
+    Some(Range {
+        first: ports.start.into(),
+        last: ports.end.into(),
+        ..Default::default()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sched::{CloneFlags, unshare};
+
+    const PREPARE: &str = "ip link set lo up
+        ip address add 10.2.0.9/32 dev lo
+        ip link add eth0 type veth peer name p0
+        ip address flush dev p0
+        ip address add 10.1.0.2/24 dev eth0
+        ip address add 10.3.0.2 peer 10.3.0.1/32 dev eth0
+        ip link set eth0 up
+        ip route add 10.90.0.0/16 nexthop via 10.1.0.3 weight 1 nexthop via 10.1.0.4 weight 3
+        ip route add local 10.99.0.0/24 dev lo
+        ip route add blackhole 10.70.0.0/16
+        ip -6 route add unreachable fd00:71::/32
+        ip rule add not fwmark 0x0/0xf table 100 priority 500
+        ip rule add ipproto tcp dport 80-90 table 100 priority 501 suppress_prefixlength 0
+        ip rule add uidrange 5-9 table 100 priority 502
+        ip rule add goto 32766 priority 503
+        ip rule add tos 0x10 unreachable priority 504";
+
+    /// What a namespace of this thread's own holds after those commands.
+    fn inspected() -> Option<Network> {
+        let work = || {
+            if unshare(CloneFlags::CLONE_NEWNET).is_err() {
+                return None;
+            }
+            for line in PREPARE.lines() {
+                let mut command = std::process::Command::new("ip");
+                let done = command.args(line.split_whitespace().skip(1)).status();
+                if !done.is_ok_and(|status| status.success()) {
+                    println!("failed: {line}");
+                    return None;
+                }
+            }
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_io()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+                tokio::spawn(connection);
+                Some(read(&handle).await.unwrap().guest)
+            })
+        };
+        std::thread::spawn(work).join().unwrap()
+    }
+
+    #[test]
+    fn finds_what_somebody_added() {
+        let Some(network) = inspected() else {
+            println!("SKIPPED: no network namespace can be made");
+            return;
+        };
+        let names: Vec<_> = network.interfaces.iter().map(|i| i.name.as_str()).collect();
+        assert_eq!(names, ["eth0", "lo"]);
+        assert_eq!(
+            network.interfaces[0].addresses,
+            ["10.1.0.2/24", "10.3.0.2/32"]
+        );
+        assert_eq!(network.interfaces[1].addresses, ["10.2.0.9/32"]);
+
+        let route = |destination: &str| {
+            let mut routes = network.routes.iter();
+            routes.find(|route| route.destination == destination)
+        };
+        let peer = route("10.3.0.1/32").unwrap();
+        assert_eq!(
+            (peer.device.as_str(), peer.source.as_str()),
+            ("eth0", "10.3.0.2")
+        );
+        let hops = &route("10.90.0.0/16").unwrap().next_hops;
+        let hops: Vec<_> = hops.iter().map(|h| (h.gateway.as_str(), h.hops)).collect();
+        assert_eq!(hops, [("10.1.0.3", 0), ("10.1.0.4", 2)]);
+        let local = route("10.99.0.0/24").unwrap();
+        assert_eq!(
+            (local.table, local.kind, local.device.as_str()),
+            (255, 2, "lo")
+        );
+        assert_eq!(route("10.70.0.0/16").unwrap().kind, 6);
+        assert_eq!(route("fd00:71::/32").unwrap().kind, 7);
+        // The kernel's own are not among them.
+        assert_eq!(network.routes.len(), 5, "{:?}", network.routes);
+
+        let rules: Vec<_> = network.rules.iter().map(|rule| rule.priority).collect();
+        assert_eq!(rules, [500, 501, 502], "what can't be said is left out");
+        let [turned, ports, uids] = &network.rules[..] else {
+            unreachable!()
+        };
+        assert!(turned.inverted && turned.mask == 15);
+        assert_eq!((ports.ip_protocol, ports.suppress_prefix_length), (6, 1));
+        let ends = |range: &Range| (range.first, range.last);
+        assert_eq!(ports.destination_ports.as_ref().map(ends), Some((80, 90)));
+        assert_eq!(uids.uids.as_ref().map(ends), Some((5, 9)));
+    }
 }
