@@ -186,6 +186,7 @@ pub fn plan(
         },
         memory: MemorySpec {
             boot_mib: size.memory_mib,
+            pluggable_mib: 0,
         },
         boot: BootSpec {
             kernel: descriptors.push(parts.kernel),

@@ -103,7 +103,10 @@ fn plan() -> Result<(Plan, File)> {
         spec: VmSpec {
             kvm: Descriptor(0),
             vcpus: VcpuSpec { boot: 1, max: 1 },
-            memory: MemorySpec { boot_mib: 256 },
+            memory: MemorySpec {
+                boot_mib: 256,
+                pluggable_mib: 0,
+            },
             boot: BootSpec {
                 kernel: Descriptor(1),
                 initramfs: None,

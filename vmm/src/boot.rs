@@ -13,7 +13,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion};
 use crate::address_space::AddressSpace;
 use crate::arch::x86_64::boot_params::{self, LoadError};
 use crate::arch::x86_64::elf::{self, ElfError};
-use crate::arch::x86_64::{mptable, regs};
+use crate::arch::x86_64::{layout, mptable, regs};
 use crate::console::ConsoleOutput;
 use crate::devices::{Devices, PlugError, When};
 use crate::exit::ExitLatch;
@@ -95,7 +95,9 @@ pub fn boot(
     let host = |what| move |source| BootError::Host { what, source };
 
     // Memory, and what the kernel finds in it.
-    let memory = memory::create(spec.memory.boot_mib)?;
+    let (ram, pluggable) = (spec.memory.boot_mib, spec.memory.pluggable_mib);
+    let memory = memory::create(ram, pluggable)?;
+    let [ram, pluggable] = [ram, pluggable].map(|mib| u64::from(mib) << 20);
     let vm = Vm::new(take(descriptors, "kvm", spec.kvm)?, &memory, spec.vcpus.max)?;
     let kernel = elf::load(
         &memory,
@@ -109,7 +111,7 @@ pub fn boot(
         )?),
         None => None,
     };
-    boot_params::write(&memory, &spec.boot.command_line, initramfs)?;
+    boot_params::write(&memory, ram, &spec.boot.command_line, initramfs)?;
     let table = |what| move |source| BootError::Table { what, source };
     mptable::write(&memory, spec.vcpus.max).map_err(table("the MP table"))?;
     regs::write_tables(&memory).map_err(table("the page tables"))?;
@@ -139,6 +141,7 @@ pub fn boot(
         Arc::clone(&console),
     );
     devices.add_basics(&console)?;
+    devices.add_memory(layout::pluggable_range(ram, pluggable))?;
     if let Some(vsock) = &spec.vsock {
         devices.add_vsock(vsock, descriptors)?;
     }

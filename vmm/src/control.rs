@@ -118,6 +118,7 @@ fn answer(packet: Packet, machine: &mut Machine) -> Answer {
         Request::AddHostPorts(ports) => {
             done(machine.devices().add_host_ports(&ports, &mut descriptors))
         }
+        Request::PlugMemory(mib) => done(machine.devices().plug_memory(mib)),
         Request::RemoveHostPorts(ports) => done(machine.devices().remove_host_ports(ports)),
         Request::AddDevice(device) => done(
             device

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,6 +10,7 @@ use husk_virtio::block::{Block, DiskError, Engine};
 use husk_virtio::console::Console;
 use husk_virtio::event_loop::{LoopGone, LoopHandle};
 use husk_virtio::fs::{self, BackEndError, Fs};
+use husk_virtio::mem::{Mem, Resize};
 use husk_virtio::net::Net;
 use husk_virtio::pci::{Reporter, VirtioPci};
 use husk_virtio::rng::Rng;
@@ -37,6 +39,9 @@ pub enum PlugError {
     /// There is no vsock device.
     #[error("the machine has no vsock device")]
     NoVsock,
+    /// No memory can be plugged.
+    #[error("the machine has no pluggable memory")]
+    NoMemory,
     /// The host refuses something.
     #[error("device {name:?}")]
     Host {
@@ -81,6 +86,7 @@ pub struct Devices {
     reporter: Reporter,
     plugged: Vec<Plugged>,
     vsock: Option<Arc<Mutex<VirtioPci>>>,
+    pluggable_memory: Option<Arc<Mutex<VirtioPci>>>,
 }
 
 /// A device that can be unplugged.
@@ -120,6 +126,7 @@ impl Devices {
             reporter,
             plugged: Vec::new(),
             vsock: None,
+            pluggable_memory: None,
         }
     }
 
@@ -139,6 +146,29 @@ impl Devices {
         }
         self.put_on_bus("rng", Box::new(Rng), When::AtBoot)?;
         Ok(())
+    }
+
+    /// Adds what plugs memory in `range`, unless that is empty.
+    ///
+    /// # Errors
+    /// The host refuses something.
+    pub fn add_memory(&mut self, range: Range<u64>) -> Result<(), PlugError> {
+        if !range.is_empty() {
+            let device = Box::new(Mem::new(range));
+            let (function, _slot) = self.put_on_bus("memory", device, When::AtBoot)?;
+            self.pluggable_memory = Some(function);
+        }
+        Ok(())
+    }
+
+    /// Tells the guest how much of the pluggable memory to have, MiB.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn plug_memory(&self, mib: u32) -> Result<(), PlugError> {
+        let device = self.pluggable_memory.as_ref();
+        let message = Box::new(Resize(u64::from(mib) << 20));
+        tell(device.ok_or(PlugError::NoMemory)?, message)
     }
 
     /// Adds the vsock device.
@@ -223,12 +253,7 @@ impl Devices {
     }
 
     fn tell_vsock(&self, message: Box<dyn Any + Send>) -> Result<(), PlugError> {
-        let vsock = self.vsock.as_ref().ok_or(PlugError::NoVsock)?;
-        vsock
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .control(message)?;
-        Ok(())
+        tell(self.vsock.as_ref().ok_or(PlugError::NoVsock)?, message)
     }
 
     fn put_on_bus(
@@ -262,6 +287,14 @@ impl Devices {
         };
         Ok((function, slot))
     }
+}
+
+fn tell(function: &Mutex<VirtioPci>, message: Box<dyn Any + Send>) -> Result<(), PlugError> {
+    function
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .control(message)?;
+    Ok(())
 }
 
 fn take_ports(

@@ -17,6 +17,9 @@ pub enum Request {
     AddDevice(DeviceSpec),
     /// Unplugs a device that the agent has let go of.
     RemoveDevice(DeviceId),
+    /// Tells the guest to have this much of its pluggable memory, MiB; more than
+    /// there is means all of it. The guest plugs and unplugs in its own time.
+    PlugMemory(u32),
     /// Stops every vCPU.
     Pause,
     /// Lets every vCPU run again.

@@ -18,7 +18,8 @@ pub use device::{
     TAG_BYTES, VsockSpec,
 };
 pub use valid::{
-    CID_MIN, COMMAND_LINE_BYTES, MEMORY_MAX_MIB, MEMORY_MIN_MIB, SpecError, VCPU_MAX, ValidVmSpec,
+    CID_MIN, COMMAND_LINE_BYTES, MEMORY_MAX_MIB, MEMORY_MIN_MIB, PLUGGABLE_UNIT_MIB, SpecError,
+    VCPU_MAX, ValidVmSpec,
 };
 pub use vm::{BootSpec, ConsoleSpec, Descriptor, JailSpec, MemorySpec, VcpuSpec, VmSpec};
 

@@ -10,6 +10,10 @@ pub const MEMORY_MIN_MIB: u32 = 32;
 /// Most guest memory, MiB (4 TiB).
 pub const MEMORY_MAX_MIB: u32 = 4 << 20;
 
+/// What pluggable memory is a multiple of, MiB: Linux takes memory in blocks of so
+/// much (`MIN_MEMORY_BLOCK_SIZE` of asm/sparsemem.h).
+pub const PLUGGABLE_UNIT_MIB: u32 = 128;
+
 /// Most vCPUs. xAPIC ids end at 254 and the kernel is built for 240.
 pub const VCPU_MAX: u8 = 240;
 
@@ -29,6 +33,16 @@ pub enum SpecError {
     /// Memory outside the bounds.
     #[error("memory.boot_mib is {0}; it must be from {MEMORY_MIN_MIB} to {MEMORY_MAX_MIB}")]
     Memory(u32),
+    /// Pluggable memory that is not made of whole parts, or too much.
+    #[error(
+        "memory.pluggable_mib is {pluggable} beside {boot} at boot; it must be a multiple of {PLUGGABLE_UNIT_MIB}, and both at most {MEMORY_MAX_MIB}"
+    )]
+    Pluggable {
+        /// As asked.
+        boot: u32,
+        /// As asked.
+        pluggable: u32,
+    },
     /// vCPU counts outside the bounds.
     #[error("vcpus are boot {boot}, max {max}; it must be 1 <= boot <= max <= {VCPU_MAX}")]
     Vcpus {
@@ -127,6 +141,14 @@ impl ValidVmSpec {
         let memory = spec.memory.boot_mib;
         if !(MEMORY_MIN_MIB..=MEMORY_MAX_MIB).contains(&memory) {
             return Err(SpecError::Memory(memory));
+        }
+        let pluggable = spec.memory.pluggable_mib;
+        let whole = pluggable.is_multiple_of(PLUGGABLE_UNIT_MIB);
+        if !whole || pluggable > MEMORY_MAX_MIB - memory {
+            return Err(SpecError::Pluggable {
+                boot: memory,
+                pluggable,
+            });
         }
         let (boot, max) = (spec.vcpus.boot, spec.vcpus.max);
         if boot == 0 || boot > max || max > VCPU_MAX {
@@ -284,7 +306,10 @@ mod tests {
         VmSpec {
             kvm: Descriptor(0),
             vcpus: VcpuSpec { boot: 1, max: 2 },
-            memory: MemorySpec { boot_mib: 128 },
+            memory: MemorySpec {
+                boot_mib: 128,
+                pluggable_mib: 0,
+            },
             boot: BootSpec {
                 kernel: Descriptor(1),
                 initramfs: None,
@@ -343,6 +368,14 @@ mod tests {
         let cases: [(Change, &str); 12] = [
             (|s| s.memory.boot_mib = 1, "memory.boot_mib is 1"),
             (|s| s.memory.boot_mib = u32::MAX, "memory.boot_mib"),
+            (
+                |s| s.memory.pluggable_mib = 100,
+                "memory.pluggable_mib is 100",
+            ),
+            (
+                |s| s.memory.pluggable_mib = MEMORY_MAX_MIB,
+                "memory.pluggable_mib",
+            ),
             (|s| s.vcpus.boot = 0, "boot 0"),
             (|s| s.vcpus.boot = 3, "boot 3, max 2"),
             (|s| s.boot.command_line = "a\0b".into(), "without NUL"),

@@ -63,6 +63,9 @@ pub struct VcpuSpec {
 pub struct MemorySpec {
     /// Size at boot, MiB.
     pub boot_mib: u32,
+    /// How much may be plugged later, MiB.
+    #[serde(default)]
+    pub pluggable_mib: u32,
 }
 
 /// What the guest boots.

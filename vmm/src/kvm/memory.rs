@@ -41,16 +41,19 @@ pub enum MemoryError {
     Layout(#[source] vm_memory::GuestRegionCollectionError),
 }
 
-/// Makes `mib` MiB of guest memory. Pages exist once they are touched.
+/// Makes `mib` MiB of guest memory, and a region of `pluggable_mib` MiB behind
+/// it. Pages exist once they are touched.
 ///
 /// # Errors
 /// The host refuses so much memory or address space.
-pub fn create(mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
-    let bytes = u64::from(mib) << 20;
-    let file = Arc::new(sealed_file(bytes)?);
+pub fn create(mib: u32, pluggable_mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
+    let (bytes, pluggable) = (u64::from(mib) << 20, u64::from(pluggable_mib) << 20);
+    let file = Arc::new(sealed_file(bytes + pluggable)?);
     let mut offset = 0;
     let mut regions = Vec::new();
-    for range in layout::memory_ranges(bytes) {
+    let pluggable = Some(layout::pluggable_range(bytes, pluggable));
+    let pluggable = pluggable.filter(|range| !range.is_empty());
+    for range in layout::memory_ranges(bytes).chain(pluggable) {
         let length = range.end - range.start;
         let map_error = |source| MemoryError::Map {
             gpa: range.start,
@@ -139,7 +142,7 @@ mod tests {
 
     #[test]
     fn memory_above_the_hole_is_the_rest_of_the_file() {
-        let memory = create(3 * 1024 + 64).unwrap();
+        let memory = create(3 * 1024 + 64, 0).unwrap();
         assert_eq!(memory.num_regions(), 2);
         let high = memory.find_region(GuestAddress(1 << 32)).unwrap();
         assert_eq!(high.len(), 64 << 20);
@@ -149,8 +152,16 @@ mod tests {
     }
 
     #[test]
+    fn pluggable_memory_is_the_end_of_the_file() {
+        let memory = create(64, 128).unwrap();
+        let region = memory.find_region(GuestAddress(4 << 30)).unwrap();
+        assert_eq!((memory.num_regions(), region.len()), (2, 128 << 20));
+        assert_eq!(region.file_offset().unwrap().start(), 64 << 20);
+    }
+
+    #[test]
     fn the_file_keeps_its_size() {
-        let memory = create(64).unwrap();
+        let memory = create(64, 0).unwrap();
         let region = memory.find_region(GuestAddress(0)).unwrap();
         let file = region.file_offset().unwrap().file();
         assert!(file.set_len(1 << 20).is_err());

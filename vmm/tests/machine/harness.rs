@@ -54,7 +54,10 @@ impl Request0 {
         let spec = VmSpec {
             kvm: Descriptor(0),
             vcpus: VcpuSpec { boot: 1, max: 1 },
-            memory: MemorySpec { boot_mib: 64 },
+            memory: MemorySpec {
+                boot_mib: 64,
+                pluggable_mib: 0,
+            },
             boot: BootSpec {
                 kernel: Descriptor(1),
                 initramfs: None,

@@ -84,12 +84,14 @@ pub fn load_initramfs(
     Ok(Initramfs { start, bytes })
 }
 
-/// Writes the command line and `boot_params`.
+/// Writes the command line and `boot_params`, which tell of `ram_bytes` of
+/// memory.
 ///
 /// # Errors
 /// Guest memory is too small for them.
 pub fn write(
     memory: &GuestMemoryMmap,
+    ram_bytes: u64,
     command_line: &str,
     initramfs: Option<Initramfs>,
 ) -> Result<(), LoadError> {
@@ -114,7 +116,7 @@ pub fn write(
         put(RAMDISK_IMAGE, &(initramfs.start as u32).to_le_bytes());
         put(RAMDISK_SIZE, &(initramfs.bytes as u32).to_le_bytes());
     }
-    let map = address_map(memory);
+    let map = address_map(ram_bytes);
     put(E820_ENTRIES, &[map.len() as u8]);
     let table: Vec<u8> = map.iter().flat_map(Area::bytes).collect();
     put(E820_TABLE, &table);
@@ -139,15 +141,18 @@ impl Area {
     }
 }
 
-fn address_map(memory: &GuestMemoryMmap) -> Vec<Area> {
+fn address_map(ram_bytes: u64) -> Vec<Area> {
     let entry = |start, end, kind| Area { start, end, kind };
     let mut map = vec![
         entry(0, layout::CONVENTIONAL_END, E820_RAM),
         entry(layout::MP_TABLE, layout::MP_TABLE_END, E820_RESERVED),
     ];
-    for region in memory.iter() {
-        let start = region.start_addr().0.max(layout::HIGH_MEMORY);
-        map.push(entry(start, region.start_addr().0 + region.len(), E820_RAM));
+    for range in layout::memory_ranges(ram_bytes) {
+        map.push(entry(
+            range.start.max(layout::HIGH_MEMORY),
+            range.end,
+            E820_RAM,
+        ));
     }
     map
 }
@@ -164,7 +169,7 @@ mod tests {
     use std::io::Write;
 
     fn map_of(mib: u32) -> Vec<(u64, u64, u32)> {
-        address_map(&memory::create(mib).unwrap())
+        address_map(u64::from(mib) << 20)
             .iter()
             .map(|area| (area.start, area.end, area.kind))
             .collect()
@@ -185,7 +190,7 @@ mod tests {
 
     #[test]
     fn the_initramfs_ends_low_memory_and_never_meets_the_kernel() {
-        let memory = memory::create(64).unwrap();
+        let memory = memory::create(64, 0).unwrap();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[7; 5000]).unwrap();
         let kernel = Kernel {

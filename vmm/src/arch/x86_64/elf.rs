@@ -197,7 +197,7 @@ mod tests {
 
     #[test]
     fn segments_land_where_they_say() {
-        let memory = memory::create(3 * 1024 + 64).unwrap();
+        let memory = memory::create(3 * 1024 + 64, 0).unwrap();
         for address in [1 << 20, (1 << 20) + 5, 1 << 32] {
             let kernel = load(&memory, &file(address, address + 1, 100)).unwrap();
             assert_eq!((kernel.entry, kernel.end), (address + 1, address + 100));
@@ -211,7 +211,7 @@ mod tests {
 
     #[test]
     fn addresses_elsewhere_are_refused() {
-        let memory = memory::create(64).unwrap();
+        let memory = memory::create(64, 0).unwrap();
         for (address, entry, memory_bytes) in [
             (0x9_0000, 0x9_0000, 4),
             (63 << 20, 63 << 20, 2 << 20),
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn what_is_no_kernel_is_refused() {
-        let memory = memory::create(64).unwrap();
+        let memory = memory::create(64, 0).unwrap();
         let sound = file(1 << 20, 1 << 20, 4);
         for (at, wrong) in [(0, b'x'), (4, 1), (16, 3), (18, 3), (54, 1), (57, 1)] {
             let file = sound.try_clone().unwrap();

@@ -11,6 +11,7 @@
 //! c000_0000  no memory from here: PCI functions
 //! fec0_0000  interrupt controllers (only the local APICs, at fee0_0000)
 //! 1_0000_0000  memory again, what did not fit below c000_0000
+//! above that, at a multiple of 8000_0000: memory that is plugged later
 //! ```
 
 use std::ops::Range;
@@ -68,9 +69,30 @@ pub fn memory_ranges(size: u64) -> impl Iterator<Item = Range<u64>> {
         .filter(|range| !range.is_empty())
 }
 
+/// What memory that is plugged later begins at a multiple of: the largest blocks
+/// in which Linux takes it (`MAX_BLOCK_SIZE` of arch/x86/mm/init_64.c).
+const PLUGGABLE_ALIGNMENT: u64 = 2 << 30;
+
+/// Where `pluggable` bytes lie that may be plugged beside `size` at boot.
+pub fn pluggable_range(size: u64, pluggable: u64) -> Range<u64> {
+    let end = memory_ranges(size).map(|range| range.end).max();
+    let start = end.unwrap_or(0).max(HOLE_END);
+    let start = start.next_multiple_of(PLUGGABLE_ALIGNMENT);
+    start..start + pluggable
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pluggable_memory_meets_nothing() {
+        assert_eq!(pluggable_range(64 << 20, 1 << 30), 4 << 30..5 << 30);
+        assert_eq!(
+            pluggable_range(4 << 30, 128 << 20),
+            6 << 30..(6 << 30) + (128 << 20)
+        );
+    }
 
     #[test]
     fn memory_leaves_the_hole_free() {
