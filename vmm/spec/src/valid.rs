@@ -365,7 +365,7 @@ mod tests {
 
     #[test]
     fn names_what_is_wrong() {
-        let cases: [(Change, &str); 12] = [
+        let cases: [(Change, &str); 14] = [
             (|s| s.memory.boot_mib = 1, "memory.boot_mib is 1"),
             (|s| s.memory.boot_mib = u32::MAX, "memory.boot_mib"),
             (
