@@ -12,6 +12,7 @@ use husk_protocol::path;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::hook::{ContainerHooks, Hooks};
 use crate::id::{Id, IdError};
 
 mod annotation;
@@ -132,10 +133,12 @@ pub struct Mount {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 struct Spec {
+    oci_version: String,
     hostname: Option<String>,
     annotations: Option<BTreeMap<String, String>>,
     root: Option<Root>,
     mounts: Option<Vec<Mount>>,
+    hooks: Option<Hooks>,
     process: Option<Process>,
     linux: Option<Linux>,
 }
@@ -447,7 +450,10 @@ impl Bundle {
         let Some(spec) = json.as_object_mut() else {
             return Vec::new();
         };
-        spec.remove("hooks");
+        // Programs of the node's stay here.
+        if let Some(hooks) = spec.get_mut("hooks").and_then(Value::as_object_mut) {
+            hooks.retain(|turn, _| turn == "startContainer");
+        }
         if !binds.is_empty() {
             let mounts = spec.entry("mounts").or_insert_with(|| json!([]));
             if let Some(mounts) = mounts.as_array_mut() {
@@ -461,6 +467,17 @@ impl Bundle {
             }
         }
         json.to_string().into_bytes()
+    }
+
+    /// What the node runs at the turns of the container's life.
+    pub fn hooks(&self, id: &Id) -> ContainerHooks {
+        ContainerHooks::new(
+            self.spec.hooks.clone().unwrap_or_default(),
+            &self.spec.oci_version,
+            id.as_str(),
+            &self.dir,
+            &self.annotations(),
+        )
     }
 
     /// The pod's id as Kubernetes knows it.
@@ -668,7 +685,7 @@ mod tests {
                 {"destination": "/proc", "type": "proc", "source": "proc"},
                 {"destination": "/v", "type": "bind", "source": "/srv", "options": ["rbind"]},
             ],
-            "hooks": {"prestart": [{"path": "/bin/hook"}]},
+            "hooks": {"prestart": [{"path": "/bin/hook"}], "startContainer": [{"path": "/hook"}]},
             "surprise": {"kept": [1, 2]},
         }));
         let sources = BTreeMap::from([(1, "/guest/v".to_owned())]);
@@ -684,6 +701,9 @@ mod tests {
         assert_eq!(guest["mounts"][2]["destination"], "/etc/hosts");
         assert_eq!(guest["mounts"][2]["source"], "/guest/hosts");
         assert_eq!(guest["surprise"], json!({"kept": [1, 2]}));
-        assert!(guest.get("hooks").is_none());
+        assert_eq!(
+            guest["hooks"],
+            json!({"startContainer": [{"path": "/hook"}]})
+        );
     }
 }

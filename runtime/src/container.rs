@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use containerd_shim_protos::types::task::Status;
 use tokio::sync::watch;
@@ -16,6 +17,7 @@ use tokio::time::Instant;
 use crate::agent_client::{End, Exit};
 use crate::container_files::ContainerFiles;
 use crate::error::Error;
+use crate::hook::ContainerHooks;
 use crate::stand_in::StandIn;
 use crate::stdio::{Stdio, StdioPaths};
 
@@ -28,6 +30,8 @@ pub struct Container {
     pub kind: Kind,
     /// What its pid on the node is that of; none: the VMM.
     pub stand_in: Option<StandIn>,
+    /// What is run at the turns of its life, once it is made.
+    pub hooks: Option<Arc<ContainerHooks>>,
     /// Its first process.
     pub init: Process,
     /// Processes that were added, running or not.

@@ -10,6 +10,7 @@ use crate::bundle::BundleError;
 use crate::cgroup::CgroupError;
 use crate::config::ConfigError;
 use crate::device::DeviceError;
+use crate::hook::HookError;
 use crate::id::IdError;
 use crate::network::NetworkError;
 use crate::pod_config::PodConfigError;
@@ -95,6 +96,9 @@ pub enum Error {
     /// A device of the node.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A hook of the spec.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// A disk of the machine.
     #[error("disk of the machine")]
     Disk(#[source] io::Error),
@@ -139,6 +143,7 @@ impl Error {
             Self::Plan(error) => error.code(),
             Self::Config(_)
             | Self::Vm(_)
+            | Self::Hook(_)
             | Self::Disk(_)
             | Self::SharedTree(_)
             | Self::Network(_)

@@ -115,7 +115,10 @@ impl Pod {
             Err(error) => return fail(reply, error.into()),
         };
         let outcome = match role {
-            Role::Member { .. } => self.plan_member(request, bundle).map(Plan::Member),
+            Role::Member { .. } => self
+                .plan_member(request, bundle)
+                .map(Box::new)
+                .map(Plan::Member),
             role => self.plan_first(request, bundle, &role),
         };
         let plan = match outcome {
@@ -220,6 +223,7 @@ impl Pod {
         let rootfs = RootfsPlan::new(&request.rootfs, root)?;
         let (id, disks) = (request.id.clone(), Arc::clone(&self.disks));
         let pod_binds = self.pod_binds;
+        let hooks = Arc::new(bundle.hooks(&request.id));
         let streams = Streams {
             paths: request.paths.clone(),
             owner: self.owner(request.id.as_str()),
@@ -235,6 +239,7 @@ impl Pod {
                 pod_binds,
             },
             streams,
+            hooks,
         })
     }
 
@@ -257,6 +262,7 @@ impl Pod {
             bundle: request.bundle.clone(),
             kind,
             stand_in: None,
+            hooks: None,
             init: Process::new(request.paths.clone(), ProcessState::Creating),
             execs: BTreeMap::new(),
             paused: false,
@@ -289,7 +295,7 @@ impl Pod {
             }
             Plan::Member(files) => match self.machine() {
                 Ok((vm, agent)) => self.later(async move {
-                    let outcome = create_member(vm, agent, files).await;
+                    let outcome = create_member(vm, agent, *files).await;
                     |pod: &mut Pod| pod.member_created(created, outcome)
                 }),
                 Err(error) => self.member_created(created, Err(error)),
@@ -367,6 +373,7 @@ impl Pod {
         let (files, stdio) = match prepared {
             Some(prepared) => {
                 container.stand_in = prepared.stand_in;
+                container.hooks = Some(prepared.hooks);
                 (Some(prepared.files), Some(prepared.stdio))
             }
             None => (None, None),
@@ -432,7 +439,7 @@ enum Plan {
     /// A machine and its one container.
     Single(MachineRequest, Box<dyn FnOnce(SharedTree) -> Files + Send>),
     /// A container more.
-    Member(Files),
+    Member(Box<Files>),
 }
 
 /// Whom to tell.

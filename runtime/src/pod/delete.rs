@@ -91,6 +91,7 @@ impl Pod {
             Kind::Guest(files) => Some(files.take()),
             Kind::Sandbox => None,
         };
+        let hooks = container.hooks.take();
         // It counts as ended until it is gone, as with runc: who asks in between
         // shall not take its files for free.
         self.containers.insert(id.clone(), container);
@@ -123,6 +124,9 @@ impl Pod {
             }
             if let Some(end) = machine_end {
                 end.await;
+            }
+            if let Some(hooks) = hooks {
+                hooks.deleted().await;
             }
             move |pod: &mut Pod| pod.container_deleted(&id)
         });

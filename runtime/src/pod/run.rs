@@ -122,9 +122,16 @@ impl Pod {
             Err(error) => return self.started(&id, &exec, Err(error), reply),
         };
         if exec.is_empty() {
+            let hooks = self.containers.get(&id).and_then(|c| c.hooks.clone());
+            let pid = self.pid_of(&id);
             self.later(async move {
                 let outcome = match agent.start_container(&id).await {
-                    Ok(()) => Ok(()),
+                    Ok(()) => {
+                        if let Some(hooks) = hooks {
+                            hooks.started(pid).await;
+                        }
+                        Ok(())
+                    }
                     Err(error) => Err(explained(&vm, &agent, error).await),
                 };
                 move |pod: &mut Pod| {

@@ -28,6 +28,8 @@ pub const CASES: &[Case] = &[
     ("life_leaves_no_ports_behind", failed_execs),
     ("life_outlives_containerd", containerd_restarts),
     ("life_without_events", no_events),
+    ("life_has_hooks", hooks),
+    ("life_may_be_refused_by_a_hook", refused_by_a_hook),
 ];
 
 pub async fn running(node: &Node, id: &str, command: &[&str]) -> (Bundle, Shim) {
@@ -432,5 +434,59 @@ fn no_events() {
         shim.run("n", "").await.unwrap();
         assert_eq!(shim.wait("n", "").await.unwrap().exit_status, 0);
         finish(&node, &shim, "n").await;
+    });
+}
+
+fn hook(script: &str) -> serde_json::Value {
+    json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}])
+}
+
+fn hooks() {
+    block_on(async {
+        let node = Node::new().await;
+        let log = node.path("hooks");
+        let writes = |turn: &str| hook(&format!("echo {turn} >> {}; cat >> {0}", log.display()));
+        let bundle = node.bundle("h1", &["sleep"]).with(|spec| {
+            spec["hooks"] = json!({
+                "prestart": writes("prestart"), "createRuntime": writes("createRuntime"),
+                "poststart": writes("poststart"), "poststop": writes("poststop"),
+            });
+        });
+        let logged = || std::fs::read_to_string(&log).unwrap();
+        let shim = node.start(&bundle).await;
+        let pid = shim.create(&bundle.request()).await.unwrap().pid;
+        let text = logged();
+        assert!(
+            text.starts_with("prestart\n") && text.contains("createRuntime\n"),
+            "{text}"
+        );
+        assert_eq!(text.matches(&format!("\"pid\":{pid}")).count(), 2, "{text}");
+        assert!(!text.contains("poststart"), "{text}");
+        shim.run("h1", "").await.unwrap();
+        assert!(logged().contains("poststart\n"), "{}", logged());
+        kill(&shim, "h1", "", 9).await.unwrap();
+        shim.wait("h1", "").await.unwrap();
+        assert!(!logged().contains("poststop"), "{}", logged());
+        shim.delete("h1", "").await.unwrap();
+        assert!(logged().contains("poststop\n"), "{}", logged());
+        shim.shut_down("h1").await;
+        shim.assert_gone().await;
+        node.assert_clean();
+    });
+}
+
+fn refused_by_a_hook() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("h2", &["sleep"]).with(|spec| {
+            spec["hooks"] = json!({"createRuntime": hook("echo not today >&2; exit 1")});
+        });
+        let shim = node.start(&bundle).await;
+        let (_, message) = refusal(shim.create(&bundle.request()).await);
+        let expected = "createRuntime hook /bin/sh: exit status: 1: not today";
+        assert!(message.contains(expected), "{message}");
+        shim.shut_down("h2").await;
+        shim.assert_gone().await;
+        node.assert_clean();
     });
 }

@@ -1,11 +1,14 @@
 //! What takes time when a container is made: the machine boots, its files are
 //! mounted, the guest prepares it.
 
+use std::sync::Arc;
+
 use husk_protocol::agent::CreateContainerRequest;
 
 use crate::agent_client::Agent;
 use crate::container_files::{ContainerFiles, FilesRequest, GuestFiles};
 use crate::error::Error;
+use crate::hook::ContainerHooks;
 use crate::id::Id;
 use crate::machine::{Machine, MachineParts, MachineRequest, explained};
 use crate::shared_tree::SharedTree;
@@ -19,6 +22,7 @@ pub(super) struct Prepared {
     pub(super) files: ContainerFiles,
     pub(super) stdio: Stdio,
     pub(super) stand_in: Option<StandIn>,
+    pub(super) hooks: Arc<ContainerHooks>,
 }
 
 /// The streams of a container that is about to be made.
@@ -32,6 +36,7 @@ pub(super) struct Streams {
 pub(super) struct Files {
     pub(super) files: FilesRequest,
     pub(super) streams: Streams,
+    pub(super) hooks: Arc<ContainerHooks>,
 }
 
 /// Boots the machine of a pod.
@@ -45,7 +50,11 @@ pub(super) async fn boot_single(
     files: Box<dyn FnOnce(SharedTree) -> Files + Send>,
 ) -> Result<(Machine, State, Prepared), Error> {
     let parts = MachineParts::prepare(request).await?;
-    let Files { files, streams } = files(parts.tree().clone());
+    let Files {
+        files,
+        streams,
+        hooks,
+    } = files(parts.tree().clone());
     let id = files.id.clone();
     let (files, guest) = match files.prepare().await {
         Ok(prepared) => prepared,
@@ -69,13 +78,16 @@ pub(super) async fn boot_single(
             return Err(error);
         }
     };
-    match create_in_guest(machine.vm(), machine.agent(), &id, guest, streams).await {
+    let made = create_in_guest(machine.vm(), machine.agent(), &id, guest, streams).await;
+    let made = with_hooks(made, &hooks, machine.vm().process().pid).await;
+    match made {
         Ok(stdio) => {
             // Whoever runs it alone looks for its namespaces at the VMM's pid.
             let prepared = Prepared {
                 files,
                 stdio,
                 stand_in: None,
+                hooks,
             };
             Ok((machine, state, prepared))
         }
@@ -89,18 +101,25 @@ pub(super) async fn boot_single(
 
 /// Has the guest of a running machine prepare a container.
 pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<Prepared, Error> {
-    let Files { files, streams } = files;
+    let Files {
+        files,
+        streams,
+        hooks,
+    } = files;
     let id = files.id.clone();
     let (mut files, guest) = files.prepare().await?;
     let outcome = match files.plug(&vm, &agent).await {
         Ok(()) => create_in_guest(&vm, &agent, &id, guest, streams).await,
         Err(error) => Err(error),
     };
-    match outcome {
+    let stand_in = stand_in(&vm).await;
+    let pid = stand_in.as_ref().map_or(vm.process().pid, StandIn::tid);
+    match with_hooks(outcome, &hooks, pid).await {
         Ok(stdio) => Ok(Prepared {
             files,
             stdio,
-            stand_in: stand_in(&vm).await,
+            stand_in,
+            hooks,
         }),
         Err(error) => {
             // It may be there all the same, when only the answer was late, and it
@@ -113,6 +132,20 @@ pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<
             Err(error)
         }
     }
+}
+
+/// A container that its hooks want no more of has not been made.
+async fn with_hooks(
+    made: Result<Stdio, Error>,
+    hooks: &ContainerHooks,
+    pid: u32,
+) -> Result<Stdio, Error> {
+    let stdio = made?;
+    if let Err(error) = hooks.created(pid).await {
+        hooks.deleted().await;
+        return Err(error.into());
+    }
+    Ok(stdio)
 }
 
 /// Without one, it can be no other's target.
