@@ -8,6 +8,7 @@ pub mod ctr;
 pub mod footprint;
 pub mod host;
 pub mod image;
+pub mod netns;
 pub mod node;
 pub mod oci;
 pub mod pod;

@@ -4,9 +4,11 @@
 pub mod abuse;
 pub mod churn;
 pub mod crash;
+pub mod interfaces;
 pub mod lifecycle;
 pub mod network;
 pub mod pod;
+pub mod pod_network;
 pub mod resources;
 pub mod run;
 pub mod security;
@@ -202,6 +204,8 @@ pub fn all() -> Vec<&'static Case> {
         pod::CASES,
         resources::CASES,
         network::CASES,
+        interfaces::CASES,
+        pod_network::CASES,
         streaming::CASES,
         lifecycle::CASES,
         lifecycle::streams::CASES,
