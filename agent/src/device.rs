@@ -90,36 +90,30 @@ pub fn remove(class_entry: &Path) -> Result<(), OsError> {
     write(&function, "1")
 }
 
-/// Brings vCPUs online until there are so many, and all memory. Returns how
-/// many vCPUs there are.
-pub fn bring_online(vcpus: u32) -> Result<u32, OsError> {
-    for block in entries("/sys/devices/system/memory") {
-        let state = block.join("state");
-        if text(&state).as_deref() == Some("offline") {
-            write(&state, "online")?;
-        }
-    }
-    let cpus = || {
-        entries("/sys/devices/system/cpu").filter(|path| {
-            let name = path
-                .file_name()
-                .and_then(|name| name.to_str())
-                .unwrap_or_default();
-            let number = name.strip_prefix("cpu").unwrap_or_default();
-            !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+/// Brings vCPUs on- or offline until there are so many; the first one stays.
+/// Returns how many there are. Memory needs no such help: the kernel takes what
+/// is plugged.
+pub fn set_vcpus(wanted: u32) -> Result<u32, OsError> {
+    let mut vcpus: Vec<(u32, PathBuf)> = entries("/sys/devices/system/cpu")
+        .filter_map(|path| {
+            let name = path.file_name()?.to_str()?;
+            Some((name.strip_prefix("cpu")?.parse().ok()?, path))
         })
-    };
-    // The first one often has no switch: it can't be off.
-    let is_offline = |path: &PathBuf| text(&path.join("online")).as_deref() == Some("0");
-    let mut online = cpus().filter(|path| !is_offline(path)).count();
-    for path in cpus().filter(is_offline) {
-        if online >= vcpus as usize {
-            break;
+        .collect();
+    vcpus.sort_unstable();
+    let mut online = 0;
+    for (index, (_, path)) in (0..).zip(vcpus) {
+        let switch = path.join("online");
+        // The first one often has no switch: it can't be off.
+        let state = text(&switch);
+        let is_online = state.as_deref() != Some("0");
+        let shall_be = index < wanted.max(1);
+        if state.is_some() && is_online != shall_be {
+            write(&switch, if shall_be { "1" } else { "0" })?;
         }
-        write(path.join("online"), "1")?;
-        online += 1;
+        online += u32::from(shall_be || state.is_none());
     }
-    Ok(u32::try_from(online).unwrap_or(u32::MAX))
+    Ok(online)
 }
 
 fn entries(directory: &str) -> impl Iterator<Item = PathBuf> + use<> {

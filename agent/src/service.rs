@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use husk_protocol::agent::{
     Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
     CreateSandboxResponse, DeleteContainerRequest, DialRequest, Empty, Event, ExecRequest,
-    ExecResponse, ListProcessesResponse, OnlineResourcesRequest, OnlineResourcesResponse, OomEvent,
-    ProcessInfo, ProcessRequest, RemoveDeviceRequest, ResizePtyRequest, SignalRequest,
+    ExecResponse, ListProcessesResponse, OomEvent, ProcessInfo, ProcessRequest,
+    RemoveDeviceRequest, ResizePtyRequest, SetVcpusRequest, SetVcpusResponse, SignalRequest,
     StatsResponse, UpdateNetworkRequest, UpdateResourcesRequest, WaitResponse, event,
     remove_device_request,
 };
@@ -269,13 +269,13 @@ impl Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn online_resources(
+    async fn set_vcpus(
         &self,
         _: &TtrpcContext,
-        request: OnlineResourcesRequest,
-    ) -> ttrpc::Result<OnlineResourcesResponse> {
-        let online = move || device::bring_online(request.vcpus).map_err(Error::from);
-        Ok(OnlineResourcesResponse {
+        request: SetVcpusRequest,
+    ) -> ttrpc::Result<SetVcpusResponse> {
+        let online = move || device::set_vcpus(request.vcpus).map_err(Error::from);
+        Ok(SetVcpusResponse {
             vcpus: blocking(online).await?,
             ..Default::default()
         })
