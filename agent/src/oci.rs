@@ -21,6 +21,7 @@ where
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Spec {
+    pub oci_version: String,
     pub root: Option<Root>,
     pub process: Option<Process>,
     pub hostname: Option<String>,
@@ -28,7 +29,30 @@ pub struct Spec {
     #[serde(deserialize_with = "null_is_none")]
     pub mounts: Vec<Mount>,
     #[serde(deserialize_with = "null_is_none")]
+    pub hooks: Hooks,
+    #[serde(deserialize_with = "null_is_none")]
+    pub annotations: BTreeMap<String, String>,
+    #[serde(deserialize_with = "null_is_none")]
     pub linux: Linux,
+}
+
+/// Those of the guest; the others are run on the host.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Hooks {
+    #[serde(deserialize_with = "null_is_none")]
+    pub start_container: Vec<Hook>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Hook {
+    pub path: PathBuf,
+    #[serde(default, deserialize_with = "null_is_none")]
+    pub args: Vec<String>,
+    #[serde(default, deserialize_with = "null_is_none")]
+    pub env: Vec<String>,
+    /// Seconds.
+    pub timeout: Option<u64>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

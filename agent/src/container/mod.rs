@@ -189,6 +189,7 @@ impl Container {
             cgroups: vec![cgroup.procs_file()],
             terminal: order.terminal,
             kind: Kind::Container(Box::new(ContainerPlan {
+                id: order.id.clone(),
                 spec,
                 stage: around.stage.clone(),
                 pid_namespace,

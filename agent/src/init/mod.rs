@@ -7,6 +7,7 @@ pub mod channel;
 mod copy_up;
 pub mod devices;
 mod executable;
+mod hook;
 mod in_root;
 pub mod mount_options;
 pub mod mounts;
@@ -34,6 +35,8 @@ use plan::{Failure, FailureKind, Kind, Order, Plan, Report};
 pub enum InitError {
     #[error(transparent)]
     Executable(#[from] ExecutableError),
+    #[error("startContainer hook {path}: {reason}")]
+    Hook { path: String, reason: String },
     #[error("{field} is invalid: {reason}")]
     Invalid { field: &'static str, reason: String },
     #[error("cannot mount {target} ({fstype}): {log}")]
@@ -99,13 +102,14 @@ fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
             become_child(channel)?;
             let terminal = rootfs::enter(&container, plan.terminal)?;
             program::set_personality(container.spec.linux.personality)?;
+            let hooks = hook::Hooks::prepare(&container.spec, &container.id)?;
             let program = program::prepare(process, filter, terminal.as_ref(), own)?;
             let master = terminal.as_ref().map(|terminal| &terminal.master);
             channel
                 .send(&Report::Ready, master)
                 .doing("tell", "the agent")?;
             let Order::Continue = channel.receive().doing("wait for", "the agent")?;
-            program.execute()
+            program.execute(hooks, own)
         }
         Kind::Exec(exec) => {
             program::set_oom_score(&exec.process)?;
@@ -121,7 +125,7 @@ fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
             channel
                 .send(&Report::Ready, master)
                 .doing("tell", "the agent")?;
-            program.execute()
+            program.execute(hook::Hooks::default(), own)
         }
     }
 }

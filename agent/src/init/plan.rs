@@ -45,6 +45,8 @@ impl Kind {
 /// A container's first process.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ContainerPlan {
+    /// The container's id.
+    pub id: String,
     /// The container's OCI spec.
     pub spec: Spec,
     /// An empty directory on a private mount; the root is attached there.

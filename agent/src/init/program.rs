@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit};
 use super::InitError;
 use super::capabilities::Capabilities;
 use super::executable::{self, ExecutableError, FileId};
+use super::hook::Hooks;
 use super::seccomp::Filter;
 use super::terminal::Terminal;
 use crate::error::{Doing, OsError};
@@ -122,10 +123,11 @@ pub fn prepare(
 }
 
 impl Program {
-    /// Becomes the program. With no_new_privs there is no system call of ours
-    /// between the filter and the execution; without, capset(2) is one, which
-    /// the filter has to allow, as with other runtimes.
-    pub fn execute(self) -> Result<Infallible, InitError> {
+    /// Becomes the program, after the hooks. With no_new_privs there is no system
+    /// call of ours between the filter and the execution; without, capset(2) is
+    /// one, and with hooks there is what starts them: the filter has to allow it,
+    /// as with other runtimes.
+    pub fn execute(self, hooks: Hooks, own: FileId) -> Result<Infallible, InitError> {
         let path = c_string("process.args", &self.path.to_string_lossy())?;
         reset_signals();
         hide_descriptors().doing("close", "inherited descriptors")?;
@@ -141,6 +143,7 @@ impl Program {
             load()?;
             self.capabilities.finish()?;
         }
+        hooks.run(own)?;
         let Err(errno) = nix::unistd::execve(&path, &self.arguments, &self.environment);
         Err(ExecutableError::refused(&self.path, &errno.into()).into())
     }

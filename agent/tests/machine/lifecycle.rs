@@ -33,6 +33,36 @@ agent_test! {
 }
 
 agent_test! {
+    async fn hooks_of_the_container_run_before_its_program(agent: Agent) {
+        let hook = |script: &str| json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin", "WHO=hook"]}]);
+        let mut spec = agent.spec(&["/bin/sh", "-c", "cat /tmp/told; rm /tmp/told"]);
+        spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+        spec["annotations"] = json!({"a": "b"});
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1777"]}));
+        spec["hooks"] = json!({"startContainer": hook("(id -u; echo $WHO $$; cat) > /tmp/told")});
+        let (code, told, _) = agent.output(&spec).await;
+        let (lines, state) = told.split_at(told.find('{').unwrap());
+        assert_eq!((code, lines), (0, "1000\nhook 2\n"));
+        let state: serde_json::Value = serde_json::from_str(state).unwrap();
+        assert_eq!(state["annotations"], spec["annotations"]);
+        assert_eq!((&state["status"], &state["pid"]), (&json!("created"), &json!(1)));
+        // Without its program.
+        spec["hooks"] = json!({"startContainer": hook("exit 3")});
+        agent.create("b", &spec).await.unwrap();
+        let (_, message) = status(agent.start_container("b").await.unwrap_err());
+        assert_eq!(message, "startContainer hook /bin/sh: exit status: 3");
+        agent.delete("b").await;
+        // The agent is nobody's program.
+        spec["hooks"] = json!({"startContainer": [{"path": "/proc/self/exe"}]});
+        agent.create("c", &spec).await.unwrap();
+        let (code, message) = status(agent.start_container("c").await.unwrap_err());
+        assert_eq!(code, Code::PERMISSION_DENIED, "{message}");
+        agent.delete("c").await;
+    }
+}
+
+agent_test! {
     async fn a_created_container_can_be_deleted(agent: Agent) {
         agent.create("a", &agent.spec(&["/bin/true"])).await.unwrap();
         agent.delete("a").await;
