@@ -1,6 +1,7 @@
 //! What the end-to-end cases, the demo and the benchmarks share: a containerd
 //! node driven by `ctr` and by the CRI, and looked at from outside.
 
+pub mod block;
 pub mod case;
 pub mod clean;
 pub mod cri;

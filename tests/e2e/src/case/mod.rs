@@ -13,8 +13,10 @@ pub mod resources;
 pub mod run;
 pub mod security;
 pub mod stdio;
+pub mod storage;
 pub mod streaming;
 pub mod task;
+pub mod volume;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -200,6 +202,8 @@ pub fn all() -> Vec<&'static Case> {
     [
         run::CASES,
         stdio::CASES,
+        storage::CASES,
+        volume::CASES,
         task::CASES,
         pod::CASES,
         resources::CASES,

@@ -1,0 +1,471 @@
+//! Volumes of pods, laid out as the kubelet does.
+
+use std::fs;
+use std::os::unix::fs::{FileExt, PermissionsExt, chown, symlink};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Bench, Case, case, husk_case};
+use crate::block::{LoopDevice, NodeMount};
+use crate::cri::Cri;
+use crate::cri::api::{Device, Int64Value, Mount, MountPropagation};
+use crate::pod::Pod;
+use crate::process::eventually;
+
+/// The cases of this theme.
+pub const CASES: &[Case] = &[
+    case("volume/block-device", 60, block_device),
+    case("volume/device-node", 60, device_node),
+    husk_case("volume/device-refused", 40, device_refused),
+    case("volume/memory", 40, memory),
+    case("volume/swapped-files", 40, swapped_files),
+    case("volume/sub-paths", 40, sub_paths),
+    case("volume/many-entries", 40, many_entries),
+    case("volume/propagation", 40, propagation),
+    case("volume/groups", 40, groups),
+    case("volume/shared-by-containers", 60, shared_by_containers),
+];
+
+fn mount(from: &Path, to: &str) -> Mount {
+    Mount {
+        container_path: to.into(),
+        host_path: from.display().to_string(),
+        ..Default::default()
+    }
+}
+
+fn read_only(from: &Path, to: &str) -> Mount {
+    Mount {
+        readonly: true,
+        ..mount(from, to)
+    }
+}
+
+fn device(from: &str, to: &str, permissions: &str) -> Device {
+    Device {
+        container_path: to.into(),
+        host_path: from.into(),
+        permissions: permissions.into(),
+    }
+}
+
+/// A container that sleeps, with volumes and devices.
+fn sleeper(cri: &Cri, pod: &Pod, mounts: &[Mount], devices: &[Device]) -> Result<String> {
+    let mut config = pod.container(&["sleep", "1000"]);
+    config.mounts = mounts.to_vec();
+    config.devices = devices.to_vec();
+    pod.start_config(cri, &config)
+}
+
+/// What a shell in the container prints.
+fn shell(cri: &Cri, container: &str, script: &str) -> Result<String> {
+    cri.exec_sync(container, &["sh", "-c", script], 20)?
+        .ok()
+        .with_context(|| script.to_owned())
+}
+
+/// `volumeDevices`: the same disk to write for one container and to read for
+/// another, at a path of its own.
+fn block_device(bench: &Bench) -> Result<()> {
+    let disk = LoopDevice::new(&bench.folder().join("disk.img"), 16)?;
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let with = |access| sleeper(&cri, &pod, &[], &[device(&disk.path, "/dev/xvda", access)]);
+    let writer = with("rwm")?;
+    let write = "test -b /dev/xvda && blockdev --getsize64 /dev/xvda && \
+                 printf 'on a raw disk' | dd of=/dev/xvda bs=512 seek=100 conv=notrunc,fsync 2>/dev/null";
+    let seen = shell(&cri, &writer, write)?;
+    ensure!(seen == "16777216", "size {seen:?}");
+    let mut text = [0; 13];
+    fs::File::open(&disk.file)?.read_exact_at(&mut text, 51_200)?;
+    ensure!(
+        &text == b"on a raw disk",
+        "the node reads {:?}",
+        String::from_utf8_lossy(&text)
+    );
+
+    let reader = with("r")?;
+    let read = "dd if=/dev/xvda bs=512 skip=100 count=1 2>/dev/null | head -c 13";
+    let seen = shell(&cri, &reader, read)?;
+    ensure!(seen == "on a raw disk", "the reader sees {seen:?}");
+    let refused = cri.exec_sync(&reader, &["sh", "-c", "echo x > /dev/xvda"], 10)?;
+    ensure!(
+        refused.code != 0 && refused.stderr.contains("not permitted"),
+        "{refused:?}"
+    );
+    // Direct access, as databases have it.
+    let direct = "dd if=/dev/xvda bs=4096 skip=12 count=1 iflag=direct 2>/dev/null | tail -c 2048 | head -c 13";
+    let seen = shell(&cri, &writer, direct)?;
+    ensure!(seen == "on a raw disk", "directly: {seen:?}");
+
+    // The next container has it again, and one that does not ask has none.
+    cri.stop(&writer, 0)?;
+    cri.remove(&writer)?;
+    let next = with("rwm")?;
+    let seen = shell(&cri, &next, read)?;
+    ensure!(seen == "on a raw disk", "the next one sees {seen:?}");
+    let without = sleeper(&cri, &pod, &[], &[])?;
+    let seen = shell(&cri, &without, "ls /dev/xvda 2>&1 || true")?;
+    ensure!(seen.contains("No such file"), "{seen:?}");
+    pod.remove(&cri)
+}
+
+/// Volumes that are device nodes: whether they may be opened is for the rules
+/// about devices to say.
+fn device_node(bench: &Bench) -> Result<()> {
+    let disk = LoopDevice::new(&bench.folder().join("disk.img"), 4)?;
+    let file = fs::File::options().write(true).open(&disk.file)?;
+    file.write_all_at(b"first", 0)?;
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let node = mount(Path::new(&disk.path), "/mnt/disk");
+    let closed = sleeper(&cri, &pod, std::slice::from_ref(&node), &[])?;
+    let script = "test -b /mnt/disk && echo there; head -c 5 /mnt/disk 2>&1 || true";
+    let seen = shell(&cri, &closed, script)?;
+    ensure!(
+        seen.starts_with("there\n") && seen.contains("not permitted"),
+        "{seen:?}"
+    );
+    let open = sleeper(
+        &cri,
+        &pod,
+        &[node],
+        &[device(&disk.path, "/dev/own", "rwm")],
+    )?;
+    let script = "head -c 5 /mnt/disk; echo; printf SECOND | dd of=/dev/own conv=notrunc,fsync 2>/dev/null; \
+                  head -c 6 /mnt/disk";
+    let seen = shell(&cri, &open, script)?;
+    ensure!(seen == "first\nSECOND", "{seen:?}");
+
+    // What hides a file.
+    let null = [mount(Path::new("/dev/null"), "/etc/motd")];
+    let hidden = sleeper(&cri, &pod, &null, &[])?;
+    let seen = shell(
+        &cri,
+        &hidden,
+        "wc -c < /etc/motd; echo x > /etc/motd; test -c /etc/motd && echo device",
+    )?;
+    ensure!(seen == "0\ndevice", "{seen:?}");
+    // What a guest has as well.
+    let usual = [
+        device("/dev/fuse", "/dev/fuse", "rwm"),
+        device("/dev/net/tun", "/dev/own-tun", "rwm"),
+    ];
+    let usual = sleeper(&cri, &pod, &[], &usual)?;
+    let script = "( : <> /dev/fuse ) && ( : <> /dev/own-tun ) && ls -d /dev/fuse /dev/own-tun";
+    let seen = shell(&cri, &usual, script)?;
+    ensure!(seen == "/dev/fuse\n/dev/own-tun", "{seen:?}");
+    pod.remove(&cri)
+}
+
+/// A device that is none of the guest's.
+fn device_refused(bench: &Bench) -> Result<()> {
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let kvm = "/dev/kvm";
+    for (mounts, devices) in [
+        (vec![], vec![device(kvm, "/dev/mine", "rwm")]),
+        (vec![mount(Path::new(kvm), "/dev/mine")], vec![]),
+    ] {
+        let refused = sleeper(&cri, &pod, &mounts, &devices);
+        let said = refused
+            .err()
+            .map(|error| format!("{error:#}"))
+            .unwrap_or_default();
+        ensure!(
+            said.contains("/dev/mine: the guest has no") && said.contains("kvm"),
+            "{said:?}"
+        );
+    }
+    let next = pod.start(&cri, &["echo", "works"])?;
+    pod.await_log(&cri, &next, "works")?;
+    pod.remove(&cri)
+}
+
+/// An emptyDir in memory: its size holds, and its containers share it.
+fn memory(bench: &Bench) -> Result<()> {
+    let place = bench.folder().join("memory");
+    let mounted = NodeMount::new("tmpfs", "tmpfs", "size=8m,mode=1777", &place)?;
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let cache = [mount(&place, "/cache")];
+    let first = sleeper(&cri, &pod, &cache, &[])?;
+    let second = sleeper(&cri, &pod, &cache, &[])?;
+    let seen = shell(
+        &cri,
+        &first,
+        "df -k /cache | tail -n 1 | awk '{ print $2 }'",
+    )?;
+    ensure!(seen == "8192", "{seen:?} KiB");
+    let fill =
+        "dd if=/dev/zero of=/cache/big bs=1M count=16 2>&1; wc -c < /cache/big; rm /cache/big";
+    let seen = shell(&cri, &first, fill)?;
+    ensure!(
+        seen.contains("No space left on device") && seen.ends_with("\n8388608"),
+        "{seen:?}"
+    );
+    shell(&cri, &first, "echo small > /cache/file")?;
+    let seen = shell(&cri, &second, "cat /cache/file")?;
+    ensure!(seen == "small", "{seen:?}");
+    ensure!(fs::read_to_string(place.join("file"))? == "small\n");
+    pod.remove(&cri)?;
+    drop(mounted);
+    Ok(())
+}
+
+/// A ConfigMap's files, and their update: a new directory takes the place of
+/// the old one in one step.
+fn swapped_files(bench: &Bench) -> Result<()> {
+    let place = bench.folder().join("settings");
+    let write = |version: &str, entries: &[(&str, &str)]| -> Result<()> {
+        let dir = place.join(version);
+        fs::create_dir_all(&dir)?;
+        for (name, text) in entries {
+            fs::write(dir.join(name), text)?;
+        }
+        symlink(version, place.join("..data_tmp"))?;
+        fs::rename(place.join("..data_tmp"), place.join("..data"))?;
+        Ok(())
+    };
+    write("..1", &[("key", "one"), ("gone", "one")])?;
+    for name in ["key", "gone"] {
+        symlink(format!("..data/{name}"), place.join(name))?;
+    }
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let mounts = [
+        read_only(&place, "/settings"),
+        // A subPath is what it was at the start.
+        read_only(&place.join("..1/key"), "/etc/key"),
+    ];
+    let container = sleeper(&cri, &pod, &mounts, &[])?;
+    let seen = shell(
+        &cri,
+        &container,
+        "cat /settings/key /settings/gone /etc/key",
+    )?;
+    ensure!(seen == "oneoneone", "{seen:?}");
+    // A program that keeps it open goes on reading what it has.
+    let script = "exec 3< /settings/key; echo open; \
+                  while ! grep -q two /settings/key; do sleep 0.1; done; cat <&3";
+    let holder = {
+        let mut config = pod.container(&["sh", "-c", script]);
+        config.mounts = mounts.to_vec();
+        pod.start_config(&cri, &config)?
+    };
+    pod.await_log(&cri, &holder, "open")?;
+
+    write("..2", &[("key", "two"), ("new", "two")])?;
+    symlink("..data/new", place.join("new"))?;
+    fs::remove_file(place.join("gone"))?;
+    fs::remove_dir_all(place.join("..1"))?;
+    eventually("the update is seen", bench.seconds(5), || {
+        let seen = cri.exec_sync(&container, &["cat", "/settings/key", "/settings/new"], 10)?;
+        Ok((seen.stdout == "twotwo").then_some(()))
+    })?;
+    eventually("the old name is gone", bench.seconds(5), || {
+        let seen = cri.exec_sync(&container, &["ls", "/settings"], 10)?.ok()?;
+        Ok((seen == "key\nnew").then_some(()))
+    })?;
+    let seen = shell(&cri, &container, "cat /etc/key")?;
+    ensure!(seen == "one", "the subPath reads {seen:?}");
+    let refused = cri.exec_sync(&container, &["touch", "/settings/mine"], 10)?;
+    ensure!(refused.stderr.contains("Read-only"), "{refused:?}");
+    let status = pod.await_exit(&cri, &holder)?;
+    let log = pod.await_log(&cri, &holder, "one")?;
+    ensure!(status.exit_code == 0, "{status:?} {log}");
+    pod.remove(&cri)
+}
+
+/// Parts of one volume, inside each other, each with its own rights.
+fn sub_paths(bench: &Bench) -> Result<()> {
+    let volume = bench.folder().join("volume");
+    for folder in ["web/static", "db", "logs/pod-1"] {
+        fs::create_dir_all(volume.join(folder))?;
+    }
+    fs::write(volume.join("web/page"), "page\n")?;
+    fs::write(volume.join("web/static/style"), "style\n")?;
+    fs::write(volume.join("one-file"), "alone\n")?;
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let container = sleeper(
+        &cri,
+        &pod,
+        &[
+            read_only(&volume.join("web"), "/srv"),
+            mount(&volume.join("db"), "/srv/static"),
+            mount(&volume.join("one-file"), "/etc/app/settings"),
+            // subPathExpr, expanded.
+            mount(&volume.join("logs/pod-1"), "/var/log/app"),
+        ],
+        &[],
+    )?;
+    let script = "cat /srv/page; ls -A /srv/static | wc -l; echo row > /srv/static/table; \
+                  cat /etc/app/settings; echo more >> /etc/app/settings; echo line > /var/log/app/log; \
+                  touch /srv/mine 2>&1; ls /srv";
+    let seen = shell(&cri, &container, script)?;
+    let seen: Vec<&str> = seen.lines().collect();
+    ensure!(
+        seen.len() == 6
+            && seen[..3] == ["page", "0", "alone"]
+            && seen[3].contains("Read-only file system")
+            && seen[4..] == ["page", "static"],
+        "{seen:?}"
+    );
+    for (file, text) in [
+        ("db/table", "row\n"),
+        ("one-file", "alone\nmore\n"),
+        ("logs/pod-1/log", "line\n"),
+    ] {
+        let found = fs::read_to_string(volume.join(file))?;
+        ensure!(found == text, "{file}: {found:?}");
+    }
+    ensure!(!volume.join("web/mine").exists() && volume.join("web/static/style").exists());
+    pod.remove(&cri)
+}
+
+/// Any number, any name, any size.
+fn many_entries(bench: &Bench) -> Result<()> {
+    const ENTRIES: usize = 2000;
+    let place = bench.folder().join("settings");
+    fs::create_dir_all(&place)?;
+    for number in 0..ENTRIES {
+        fs::write(place.join(format!("entry-{number}")), number.to_string())?;
+    }
+    fs::write(place.join("\u{e4} name with spaces"), "named")?;
+    fs::write(place.join("large"), vec![b'x'; 4 << 20])?;
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let container = sleeper(&cri, &pod, &[read_only(&place, "/settings")], &[])?;
+    let script = "cd /settings; probe count .; cat entry-0 entry-1999; echo; cat *spaces; echo; wc -c < large; \
+                  cat entry-* | md5sum | cut -c -32";
+    let seen = shell(&cri, &container, script)?;
+    let lines: Vec<&str> = seen.lines().collect();
+    let expected = ["2002", "01999", "named", "4194304"];
+    ensure!(
+        lines.len() == 5 && lines[..4] == expected,
+        "{seen:?}, expected {expected:?}"
+    );
+    // All of them, in a shell's order, which is that of their bytes.
+    let mut names: Vec<String> = (0..ENTRIES)
+        .map(|number| format!("entry-{number}"))
+        .collect();
+    names.sort();
+    let list = bench.folder().join("all");
+    let texts = names.iter().map(|name| name.trim_start_matches("entry-"));
+    fs::write(&list, texts.collect::<String>())?;
+    let mut command = std::process::Command::new("md5sum");
+    let sum = crate::process::run(command.arg(&list), bench.seconds(10))?
+        .ok()?
+        .out();
+    ensure!(sum.starts_with(lines[4]), "{}, expected {sum}", lines[4]);
+    pod.remove(&cri)
+}
+
+/// What the node mounts below a volume later is seen if that was asked for.
+fn propagation(bench: &Bench) -> Result<()> {
+    let volume = bench.folder().join("volume");
+    fs::create_dir_all(volume.join("early"))?;
+    let early = NodeMount::new("tmpfs", "tmpfs", "size=1m", &volume.join("early"))?;
+    fs::write(volume.join("early/file"), "early\n")?;
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let with = |propagation: MountPropagation| {
+        let mut volume = mount(&volume, "/volume");
+        volume.propagation = propagation.into();
+        sleeper(&cri, &pod, &[volume], &[])
+    };
+    let follows = with(MountPropagation::PropagationHostToContainer)?;
+    let stays = with(MountPropagation::PropagationPrivate)?;
+    for container in [&follows, &stays] {
+        let seen = shell(&cri, container, "cat /volume/early/file")?;
+        ensure!(seen == "early", "{seen:?}");
+    }
+    let late = NodeMount::new("tmpfs", "tmpfs", "size=1m", &volume.join("late"))?;
+    fs::write(volume.join("late/file"), "late\n")?;
+    eventually("the later mount is seen", bench.seconds(5), || {
+        let seen = cri.exec_sync(&follows, &["cat", "/volume/late/file"], 10)?;
+        Ok((seen.stdout == "late\n").then_some(()))
+    })?;
+    let seen = shell(&cri, &stays, "ls -A /volume/late | wc -l")?;
+    ensure!(seen == "0", "a private mount followed: {seen:?}");
+    pod.remove(&cri)?;
+    drop((late, early));
+    Ok(())
+}
+
+/// fsGroup as the kubelet prepares it: the group owns the volume, and what is
+/// made there is the group's.
+fn groups(bench: &Bench) -> Result<()> {
+    const GROUP: u32 = 4321;
+    let volume = bench.folder().join("volume");
+    fs::create_dir_all(&volume)?;
+    chown(&volume, None, Some(GROUP))?;
+    fs::set_permissions(&volume, fs::Permissions::from_mode(0o2770))?;
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let as_user = |groups: &[i64]| {
+        let mut config = pod.container(&["sleep", "1000"]);
+        config.mounts = vec![mount(&volume, "/volume")];
+        let linux = config.linux.get_or_insert_default();
+        let context = linux.security_context.get_or_insert_default();
+        context.run_as_user = Some(Int64Value { value: 1000 });
+        context.run_as_group = Some(Int64Value { value: 1000 });
+        context.supplemental_groups = groups.to_vec();
+        pod.start_config(&cri, &config)
+    };
+    let member = as_user(&[GROUP.into()])?;
+    let script = "umask 002; mkdir /volume/folder && echo text > /volume/folder/file && \
+                  stat -c '%u %g %a' /volume/folder /volume/folder/file; cat /volume/folder/file";
+    let seen = shell(&cri, &member, script)?;
+    ensure!(seen == "1000 4321 2775\n1000 4321 664\ntext", "{seen:?}");
+    let other = as_user(&[])?;
+    let refused = cri.exec_sync(&other, &["ls", "/volume"], 10)?;
+    ensure!(refused.stderr.contains("Permission denied"), "{refused:?}");
+    pod.remove(&cri)
+}
+
+/// Sockets, fifos, locks and memory of files meet between a pod's containers.
+fn shared_by_containers(bench: &Bench) -> Result<()> {
+    let volume = bench.folder().join("volume");
+    fs::create_dir_all(&volume)?;
+    fs::write(volume.join("lock"), "")?;
+    fs::write(volume.join("page"), [b'.'; 4096])?;
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let run = |command: &[&str]| {
+        let mut config = pod.container(command);
+        config.mounts = vec![mount(&volume, "/volume")];
+        pod.start_config(&cri, &config)
+    };
+    let other = run(&["sleep", "1000"])?;
+    let server = run(&["probe", "listen", "/volume/socket"])?;
+    pod.await_log(&cri, &server, "listening")?;
+    let seen = shell(&cri, &other, "probe ask /volume/socket 'over a socket'")?;
+    ensure!(seen == "OVER A SOCKET", "{seen:?}");
+
+    let holder = run(&["probe", "hold", "/volume/lock"])?;
+    pod.await_log(&cri, &holder, "locked")?;
+    let seen = shell(&cri, &other, "probe try-lock /volume/lock")?;
+    ensure!(seen == "held", "a lock is {seen:?}");
+    cri.stop(&holder, 0)?;
+    eventually("the lock of the dead is free", bench.seconds(5), || {
+        Ok((shell(&cri, &other, "probe try-lock /volume/lock")? == "free").then_some(()))
+    })?;
+
+    let mapper = run(&["probe", "map", "/volume/page"])?;
+    pod.await_log(&cri, &mapper, "first byte .")?;
+    shell(&cri, &other, "probe poke /volume/page X")?;
+    pod.await_log(&cri, &mapper, "first byte X")?;
+
+    let reader = run(&[
+        "sh",
+        "-c",
+        "mkfifo /volume/fifo; echo made; cat /volume/fifo",
+    ])?;
+    pod.await_log(&cri, &reader, "made")?;
+    shell(&cri, &other, "echo 'through a fifo' > /volume/fifo")?;
+    pod.await_log(&cri, &reader, "through a fifo")?;
+    pod.remove(&cri)
+}
