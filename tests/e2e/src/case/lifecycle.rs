@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 
 use super::{Bench, Case, case};
 use crate::cri::api::{ContainerConfig, ContainerState, Mount, NamespaceMode, PodSandboxConfig};
@@ -22,6 +23,7 @@ pub const CASES: &[Case] = &[
     case("lifecycle/init-sidecar-app", 60, init_sidecar_app),
     case("lifecycle/debug-target", 40, debug_target),
     case("lifecycle/hooks-and-probes", 60, hooks_and_probes),
+    case("lifecycle/oci-hooks", 40, oci_hooks),
     case("lifecycle/termination-message", 40, termination_message),
     case("lifecycle/kill-all", 30, kill_all),
     case("lifecycle/exit-signals", 60, exit_signals),
@@ -190,6 +192,55 @@ fn hooks_and_probes(bench: &Bench) -> Result<()> {
     let status = cri.container_status(&container)?;
     ensure!(status.exit_code == 9, "{status:?}");
     pod.remove(&cri)
+}
+
+/// Programs that the spec wants run: the node's at the turns of the container's
+/// life, and one of the container's before its own.
+fn oci_hooks(bench: &Bench) -> Result<()> {
+    const TURNS: [(&str, &str); 4] = [
+        ("prestart", "creating"),
+        ("createRuntime", "creating"),
+        ("poststart", "running"),
+        ("poststop", "stopped"),
+    ];
+    let shell = |script: &str| json!([{ "path": "/bin/sh", "args": ["sh", "-c", script] }]);
+    let file = |turn: &str| bench.folder().join(turn);
+    let done = crate::oci::run(bench, &["cat", "/tmp/told"], |spec| {
+        for (turn, _) in TURNS {
+            spec["hooks"][turn] = shell(&format!("cat > {}", file(turn).display()));
+        }
+        spec["hooks"]["startContainer"] = shell("/bin/cat > /tmp/told");
+    })?
+    .ok()?;
+    let told: Value = serde_json::from_slice(&done.stdout).with_context(|| done.tail())?;
+    ensure!(told["status"] == "created", "startContainer: {told}");
+    for (turn, status) in TURNS {
+        let text = fs::read(file(turn)).with_context(|| turn.to_owned())?;
+        let other: Value = serde_json::from_slice(&text)?;
+        ensure!(
+            other["status"] == status && other["id"] == told["id"],
+            "{turn}: {other}"
+        );
+    }
+    // One that says no.
+    for turn in ["createRuntime", "startContainer"] {
+        let refused = crate::oci::run(bench, &["echo", "it runs"], |spec| {
+            spec["hooks"][turn] = shell("echo not today >&2; exit 3");
+        })?;
+        ensure!(
+            refused.code() != 0 && refused.out().is_empty(),
+            "{turn}: {}",
+            refused.tail()
+        );
+        // runc does not tell why a container's own hook ended it.
+        let said = refused.err();
+        ensure!(
+            turn == "startContainer"
+                || said.contains("createRuntime hook") && said.contains("not today"),
+            "{turn}: {said}"
+        );
+    }
+    Ok(())
 }
 
 /// The kubelet mounts a file where the container leaves its last words.
