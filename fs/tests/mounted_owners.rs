@@ -239,8 +239,15 @@ fn extended_attributes() {
 
         // What is the host's stays there.
         set(&host, "trusted.overlay.opaque", b"y").unwrap();
-        assert_eq!(get(&path, "trusted.overlay.opaque"), Err(Errno::OPNOTSUPP));
-        assert_eq!(set(&path, "trusted.mine", b"y"), Err(Errno::OPNOTSUPP));
+        assert_eq!(get(&path, "trusted.overlay.opaque"), Err(Errno::NODATA));
+        // The guest has its own, which are no trusted ones on the host.
+        set(&path, "trusted.mine", b"y").unwrap();
+        assert_eq!(get(&path, "trusted.mine").unwrap(), b"y");
+        assert_eq!(get(&host, "trusted.mine"), Err(Errno::NODATA));
+        assert_eq!(get(&host, "user.husk.trusted.mine").unwrap(), b"y");
+        let kept = "user.husk.trusted.mine";
+        assert_eq!(get(&path, kept), Err(Errno::OPNOTSUPP));
+        assert_eq!(set(&path, kept, b"z"), Err(Errno::OPNOTSUPP));
         assert_eq!(set(&path, "security.selinux", b"y"), Err(Errno::OPNOTSUPP));
         let mut names = vec![0; rustix::fs::llistxattr_query(&path).unwrap()];
         let size = rustix::fs::llistxattr(&path, names.as_mut_slice()).unwrap();
@@ -250,7 +257,9 @@ fn extended_attributes() {
             .filter(|n| !n.is_empty())
             .collect();
         names.sort();
-        assert_eq!(names, [&b"user.colour"[..], b"user.empty"]);
+        assert_eq!(names, [&b"trusted.mine"[..], b"user.colour", b"user.empty"]);
+        rustix::fs::lremovexattr(&path, "trusted.mine").unwrap();
+        assert_eq!(get(&host, "user.husk.trusted.mine"), Err(Errno::NODATA));
 
         rustix::fs::lremovexattr(&path, "user.colour").unwrap();
         assert_eq!(get(&host, "user.colour"), Err(Errno::NODATA));
