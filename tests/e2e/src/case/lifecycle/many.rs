@@ -46,7 +46,7 @@ fn exec_50_at_once(bench: &Bench) -> Result<()> {
     let one = |number: i32| -> Result<()> {
         let cri = Cri::connect(bench.node.socket.clone(), bench.seconds(60))?;
         let script = format!(
-            "touch /tmp/{number}; until [ -e /tmp/go ]; do sleep 0.5; done; echo {number}; \
+            "touch /tmp/{number}; until [ -e /tmp/go ]; do sleep 2; done; echo {number}; \
              exit {number}"
         );
         let done = cri.exec_sync(&container, &["sh", "-c", &script], 0)?;
