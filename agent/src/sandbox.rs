@@ -14,6 +14,7 @@ use tokio::time::timeout;
 
 use crate::clock;
 use crate::container::attempt::{Attempt, Underway, attempt};
+use crate::container::cgroup::machine_grows_to;
 use crate::container::{Container, DeviceNumbers, Order, PidSource, Surroundings};
 use crate::error::{Doing, Error, OsError};
 use crate::events::{Event, EventQueue, Events};
@@ -114,6 +115,9 @@ impl Sandbox {
     }
 
     async fn create_pod(&self, request: CreateSandboxRequest) -> Result<Pod, Error> {
+        if request.memory_max_mib > 0 {
+            machine_grows_to(request.memory_max_mib.saturating_mul(1 << 20));
+        }
         if request.power_off_seconds > 0 {
             let seconds = request.power_off_seconds.into();
             self.power_off.get_or_init(|| Duration::from_secs(seconds));

@@ -371,6 +371,20 @@ impl Agent {
         Ok(())
     }
 
+    /// Brings vCPUs on- or offline until there are so many.
+    ///
+    /// # Errors
+    /// As the agent says.
+    pub async fn set_vcpus(&self, vcpus: u8) -> Result<(), AgentError> {
+        let request = agent::SetVcpusRequest {
+            vcpus: vcpus.into(),
+            ..agent::SetVcpusRequest::default()
+        };
+        let ask = |context| self.client.set_vcpus(context, &request);
+        self.answer("SetVcpus", QUICK, ask).await?;
+        Ok(())
+    }
+
     /// Finds devices that were plugged.
     ///
     /// # Errors

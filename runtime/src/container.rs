@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::agent_client::{End, Exit};
+use crate::bundle::Limits;
 use crate::container_files::ContainerFiles;
 use crate::error::Error;
 use crate::hook::ContainerHooks;
@@ -36,6 +37,8 @@ pub struct Container {
     pub init: Process,
     /// Processes that were added, running or not.
     pub execs: BTreeMap<String, Exec>,
+    /// What it may use.
+    pub limits: Limits,
     /// Frozen.
     pub paused: bool,
     /// When containerd was last told that its memory ran out.

@@ -19,10 +19,11 @@ use crate::clock;
 use crate::config::{Config, Patience};
 use crate::error::Error;
 use crate::file_server::FileServer;
+use crate::growth::{Fitter, Growth};
 use crate::network::PodNetwork;
 use crate::shared_tree::SharedTree;
 use crate::state_dir::{State, StateDir};
-use crate::vm_plan::{self, Disk, HostFacts, VmParts};
+use crate::vm_plan::{self, Disk, HostFacts, Room, VmParts, VmSize};
 use crate::vm_process::{Vm, VmEnd, VmError, Vmm};
 use crate::volume;
 
@@ -48,7 +49,9 @@ pub struct MachineRequest {
 #[derive(Debug)]
 pub struct MachineParts {
     request: MachineRequest,
-    size: vm_plan::VmSize,
+    size: VmSize,
+    room: Room,
+    host: HostFacts,
     kvm: OwnedFd,
     kernel: OwnedFd,
     initramfs: OwnedFd,
@@ -66,6 +69,7 @@ pub struct Machine {
     tree: SharedTree,
     file_server: Arc<FileServer>,
     netns: Option<PathBuf>,
+    fitter: Fitter,
 }
 
 impl MachineParts {
@@ -75,7 +79,9 @@ impl MachineParts {
     /// Something is missing; nothing stays.
     pub async fn prepare(request: MachineRequest) -> Result<Self, Error> {
         let config = &request.config;
-        let size = vm_plan::size(&request.pod, host_facts())?;
+        let host = host_facts();
+        let size = vm_plan::size(&request.pod, host)?;
+        let room = vm_plan::room(&request.pod, size, host);
         // Whatever is missing is told before anything has begun.
         let kvm = open("KVM", Path::new("/dev/kvm"), true)?;
         let kernel = open("guest kernel", &config.kernel, false)?;
@@ -105,6 +111,8 @@ impl MachineParts {
         };
         Ok(Self {
             size,
+            room,
+            host,
             kvm,
             kernel,
             initramfs,
@@ -163,8 +171,10 @@ impl MachineParts {
             file_server: Some(self.file_server_socket),
             disks,
         };
-        let line = vm_plan::command_line(&request.config.kernel_parameters, request.debug);
-        let (spec, descriptors) = vm_plan::plan(self.size, line, parts)?;
+        let (size, room) = (self.size, self.room);
+        let extra = &request.config.kernel_parameters;
+        let line = vm_plan::command_line(size, room, extra, request.debug);
+        let (spec, descriptors) = vm_plan::plan(size, room, line, parts)?;
         let (vm, timeline) = match self
             .vmm
             .start(&spec, descriptors, patience, request.config.patience())
@@ -193,8 +203,10 @@ impl MachineParts {
             tree: self.tree,
             file_server: Arc::new(self.file_server),
             netns: request.pod.netns.clone(),
+            fitter: Fitter::new(Growth::new(size, room, self.host)),
         };
-        let sandbox = sandbox_request(&request.pod, network, request.config.patience());
+        let mut sandbox = sandbox_request(&request.pod, network, request.config.patience());
+        sandbox.memory_max_mib = (size.memory_mib + room.pluggable_mib).into();
         match machine.set_up(&sandbox, patience).await {
             Ok(()) => {
                 state.timeline.agent_ready_ns = clock::monotonic_ns();
@@ -232,6 +244,11 @@ impl Machine {
     /// The namespace whose interfaces the machine took over.
     pub fn netns(&self) -> Option<&Path> {
         self.netns.as_deref()
+    }
+
+    /// What changes its size.
+    pub fn fitter(&self) -> &Fitter {
+        &self.fitter
     }
 
     /// Ends the machine at once, and all that belongs to it.

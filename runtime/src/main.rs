@@ -24,6 +24,7 @@ mod event;
 mod file_server;
 mod flags;
 mod forward;
+mod growth;
 mod hook;
 mod host_mount;
 mod id;

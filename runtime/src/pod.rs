@@ -24,6 +24,7 @@ use crate::disk::PodDisks;
 use crate::error::Error;
 use crate::event::EventSender;
 use crate::forward;
+use crate::growth::Fitter;
 use crate::id::Id;
 use crate::machine::Machine;
 use crate::stand_in::StandIn;
@@ -308,6 +309,27 @@ impl Pod {
     fn process_mut(&mut self, id: &str, exec: &str) -> Result<&mut Process, Error> {
         let container = self.container_mut(id)?;
         container.process_mut(exec).ok_or_else(|| no_process(exec))
+    }
+
+    /// What makes the machine fit for the containers of now.
+    fn fitter(&self) -> Option<Fitter> {
+        let MachineState::Running(machine) = &self.machine else {
+            return None;
+        };
+        let guests = self.containers.values();
+        let limits: Vec<_> = guests
+            .filter(|container| matches!(container.kind, Kind::Guest(_)))
+            .map(|container| container.limits)
+            .collect();
+        machine.fitter().want(&limits);
+        Some(machine.fitter().clone())
+    }
+
+    /// Makes the machine fit, beside the pod's task.
+    fn fit_machine(&self) {
+        if let (Some(fitter), Ok((vm, agent))) = (self.fitter(), self.machine()) {
+            tokio::spawn(async move { fitter.fit(&vm, &agent).await });
+        }
     }
 
     /// Whose the output of a container or an added process is.

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use husk_protocol::{path, port};
 use husk_vmm_spec::{
     BlockSpec, BootSpec, ConsoleSpec, Descriptor, FsSpec, HostPort, MEMORY_MAX_MIB, MemorySpec,
-    NetSpec, SpecError, VCPU_MAX, ValidVmSpec, VcpuSpec, VmSpec, VsockSpec,
+    NetSpec, PLUGGABLE_UNIT_MIB, SpecError, VCPU_MAX, ValidVmSpec, VcpuSpec, VmSpec, VsockSpec,
 };
 use ttrpc::Code;
 
@@ -25,6 +25,12 @@ const PAGES_FOR_ONE: u64 = 64;
 
 /// vCPUs where nothing limits the pod.
 const DEFAULT_VCPUS: u8 = 1;
+
+/// vCPUs to which every machine may grow, where the node has them.
+const USUAL_VCPUS: u8 = 4;
+
+/// Memory to which a pod may grow, as a multiple of what it begins with.
+const PLUGGABLE_FACTOR: u32 = 4;
 
 /// Context id of every guest: each has a vsock of its own, so none clash.
 const CID: u32 = 3;
@@ -45,6 +51,15 @@ pub struct VmSize {
     pub memory_mib: u32,
     /// Processors.
     pub vcpus: u8,
+}
+
+/// What a machine may grow to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Processors.
+    pub vcpus: u8,
+    /// Memory beyond that of its start, MiB.
+    pub pluggable_mib: u32,
 }
 
 /// The descriptors that a machine is made of.
@@ -123,6 +138,24 @@ pub fn size(pod: &PodSpec, host: HostFacts) -> Result<VmSize, PlanError> {
     })
 }
 
+/// How much room to grow the machine of `pod` gets, which begins with `boot`. A
+/// processor that is off costs the guest some hundred KiB, so they are few.
+/// Memory that may be plugged costs nothing, but the guest could use it unasked:
+/// only pods get it, in whose cgroup the node counts it.
+pub fn room(pod: &PodSpec, boot: VmSize, host: HostFacts) -> Room {
+    let most = boot.vcpus.saturating_mul(2).max(USUAL_VCPUS);
+    let most = most.min(host.cpus).min(VCPU_MAX);
+    let memory = boot.memory_mib.saturating_mul(PLUGGABLE_FACTOR);
+    let memory = memory
+        .min(host.memory_mib)
+        .min(MEMORY_MAX_MIB - boot.memory_mib);
+    let whole = memory - memory % PLUGGABLE_UNIT_MIB;
+    Room {
+        vcpus: most.max(boot.vcpus),
+        pluggable_mib: if pod.limits_are_a_sum { whole } else { 0 },
+    }
+}
+
 /// Memory in which what the pod may use fits, MiB.
 fn memory_for(pod: &PodSpec, host: HostFacts) -> Result<u32, PlanError> {
     let mib = |bytes: u64| bytes.div_ceil(1 << 20);
@@ -153,7 +186,7 @@ fn checked(asked: u64, host: HostFacts, beside_mib: u64) -> Result<u32, PlanErro
 
 /// The kernel's command line: `extra` comes last, and with `debug` the guest
 /// tells more.
-pub fn command_line(extra: &str, debug: bool) -> String {
+pub fn command_line(size: VmSize, room: Room, extra: &str, debug: bool) -> String {
     // The agent's own output is on the console as well.
     let mut line = "console=hvc0 panic=-1 reboot=t".to_owned();
     line.push_str(if debug {
@@ -161,6 +194,14 @@ pub fn command_line(extra: &str, debug: bool) -> String {
     } else {
         " quiet loglevel=4 husk.log=info"
     });
+    if room.vcpus > size.vcpus {
+        // The agent brings the others online.
+        line.push_str(&format!(" maxcpus={}", size.vcpus));
+    }
+    if room.pluggable_mib > 0 {
+        // As much of it as possible stays such that it can be unplugged.
+        line.push_str(" memory_hotplug.online_policy=auto-movable");
+    }
     if !extra.is_empty() {
         line.push(' ');
         line.push_str(extra);
@@ -174,6 +215,7 @@ pub fn command_line(extra: &str, debug: bool) -> String {
 /// A value that the VMM would refuse.
 pub fn plan(
     size: VmSize,
+    room: Room,
     command_line: String,
     parts: VmParts,
 ) -> Result<(ValidVmSpec, Vec<OwnedFd>), PlanError> {
@@ -182,11 +224,11 @@ pub fn plan(
         kvm: descriptors.push(parts.kvm),
         vcpus: VcpuSpec {
             boot: size.vcpus,
-            max: size.vcpus,
+            max: room.vcpus,
         },
         memory: MemorySpec {
             boot_mib: size.memory_mib,
-            pluggable_mib: 0,
+            pluggable_mib: room.pluggable_mib,
         },
         boot: BootSpec {
             kernel: descriptors.push(parts.kernel),
@@ -338,6 +380,21 @@ mod tests {
     }
 
     #[test]
+    fn gives_pods_room_to_grow() {
+        let boot = |memory_mib, vcpus| VmSize { memory_mib, vcpus };
+        let mut pod = pod(None, None, Overrides::default());
+        let alone = room(&pod, boot(512, 1), HOST);
+        assert_eq!((alone.vcpus, alone.pluggable_mib), (4, 0));
+        pod.limits_are_a_sum = true;
+        for (memory_mib, vcpus, most, pluggable) in
+            [(512, 1, 4, 2048), (161, 4, 4, 640), (6000, 8, 8, 8192)]
+        {
+            let room = room(&pod, boot(memory_mib, vcpus), HOST);
+            assert_eq!((room.vcpus, room.pluggable_mib), (most, pluggable));
+        }
+    }
+
+    #[test]
     fn adds_huge_pages() {
         let mut limited = pod(Some(64 << 20), None, Overrides::default());
         limited.limits.huge_page_bytes = 32 << 20;
@@ -384,11 +441,18 @@ mod tests {
             memory_mib: 128,
             vcpus: 2,
         };
-        let (spec, descriptors) = plan(size, command_line("a=b", false), parts).unwrap();
+        let room = Room {
+            vcpus: 4,
+            pluggable_mib: 256,
+        };
+        let line = command_line(size, room, "a=b", false);
+        let (spec, descriptors) = plan(size, room, line, parts).unwrap();
         let spec = spec.spec();
         assert_eq!(descriptors.len(), 8);
         assert_eq!(spec.memory.boot_mib, 128);
-        assert_eq!(spec.vcpus, VcpuSpec { boot: 2, max: 2 });
+        assert_eq!(spec.memory.pluggable_mib, 256);
+        assert_eq!(spec.vcpus, VcpuSpec { boot: 2, max: 4 });
+        assert!(spec.boot.command_line.contains(" maxcpus=2 "));
         assert!(spec.boot.command_line.ends_with(" a=b"));
         assert_eq!(spec.filesystems[0].tag, "husk");
         assert_eq!(spec.vsock.as_ref().unwrap().host_ports[0].port, 1024);

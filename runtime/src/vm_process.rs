@@ -255,6 +255,15 @@ impl Vm {
             .await
     }
 
+    /// Tells the guest how much of its pluggable memory to have, MiB.
+    ///
+    /// # Errors
+    /// The VMM could not.
+    pub async fn plug_memory(&self, mib: u32) -> Result<(), VmError> {
+        self.request("plug memory", Request::PlugMemory(mib), Vec::new())
+            .await
+    }
+
     /// Ends the machine and waits until its process is gone.
     pub async fn kill(&self) -> VmEnd {
         self.dismiss();

@@ -5,7 +5,7 @@ mod huge_pages;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use super::device_filter::{self, DeviceFilter};
@@ -263,9 +263,19 @@ impl Cgroup {
     }
 }
 
+/// What the machine may grow to, bytes, where it may.
+static GROWS_TO: OnceLock<u64> = OnceLock::new();
+
+/// The machine's memory may grow to so many bytes.
+pub fn machine_grows_to(bytes: u64) {
+    // There is one sandbox, which says so once.
+    let _ = GROWS_TO.set(bytes);
+}
+
 fn machine_bytes() -> u64 {
     let info = rustix::system::sysinfo();
-    info.totalram.saturating_mul(info.mem_unit.into())
+    let now = info.totalram.saturating_mul(info.mem_unit.into());
+    now.max(GROWS_TO.get().copied().unwrap_or(0))
 }
 
 /// How many processes `memory.events` says the kernel has killed.

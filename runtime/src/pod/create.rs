@@ -11,7 +11,7 @@ use husk_protocol::limit;
 use protobuf::MessageField;
 
 use super::{MachineState, Pod, PodHandle, Reply};
-use crate::bundle::{Bundle, PodSpec, Role};
+use crate::bundle::{Bundle, Limits, PodSpec, Role};
 use crate::cgroup::PodCgroup;
 use crate::clock;
 use crate::container::{Container, Kind, Process, State as ProcessState};
@@ -75,7 +75,7 @@ impl Pod {
                     rootfs: Vec::new(),
                     paths: StdioPaths::default(),
                 };
-                self.carry_out(&request, Plan::Sandbox(machine), reply);
+                self.carry_out(&request, Limits::default(), Plan::Sandbox(machine), reply);
             }
             Err(error) => reply.send(Err(error)),
         }
@@ -114,6 +114,14 @@ impl Pod {
             Ok(role) => role,
             Err(error) => return fail(reply, error.into()),
         };
+        let limits = match role {
+            Role::Sandbox => Ok(Limits::default()),
+            Role::Single | Role::Member { .. } => bundle.container_limits(),
+        };
+        let limits = match limits {
+            Ok(limits) => limits,
+            Err(error) => return fail(reply, error.into()),
+        };
         let outcome = match role {
             Role::Member { .. } => self
                 .plan_member(request, bundle)
@@ -125,13 +133,12 @@ impl Pod {
             Ok(plan) => plan,
             Err(error) => return fail(reply, error),
         };
-        self.carry_out(request, plan, reply);
+        self.carry_out(request, limits, plan, reply);
         Ok(())
     }
 
     /// The container of a pod that is there.
     fn plan_member(&mut self, request: &CreateRequest, mut bundle: Bundle) -> Result<Files, Error> {
-        bundle.container_limits()?;
         if let Some(target) = bundle.joined_pid().and_then(|pid| self.with_pid(pid)) {
             bundle.join_processes_of(target);
         }
@@ -157,10 +164,7 @@ impl Pod {
         let pod = bundle.pod_spec(role)?;
         let files = match role {
             Role::Sandbox => None,
-            Role::Single | Role::Member { .. } => {
-                bundle.container_limits()?;
-                Some(self.plan_files(request, bundle)?)
-            }
+            Role::Single | Role::Member { .. } => Some(self.plan_files(request, bundle)?),
         };
         let request = self.plan_machine(pod)?;
         Ok(match files {
@@ -252,7 +256,13 @@ impl Pod {
         })
     }
 
-    fn carry_out(&mut self, request: &CreateRequest, plan: Plan, reply: Reply<u32>) {
+    fn carry_out(
+        &mut self,
+        request: &CreateRequest,
+        limits: Limits,
+        plan: Plan,
+        reply: Reply<u32>,
+    ) {
         self.begin_work();
         let kind = match plan {
             Plan::Sandbox(_) => Kind::Sandbox,
@@ -265,6 +275,7 @@ impl Pod {
             hooks: None,
             init: Process::new(request.paths.clone(), ProcessState::Creating),
             execs: BTreeMap::new(),
+            limits,
             paused: false,
             oom_told: None,
             created_ns: clock::wall_ns(),
@@ -294,10 +305,16 @@ impl Pod {
                 });
             }
             Plan::Member(files) => match self.machine() {
-                Ok((vm, agent)) => self.later(async move {
-                    let outcome = create_member(vm, agent, *files).await;
-                    |pod: &mut Pod| pod.member_created(created, outcome)
-                }),
+                Ok((vm, agent)) => {
+                    let fitter = self.fitter();
+                    self.later(async move {
+                        if let Some(fitter) = fitter {
+                            fitter.fit(&vm, &agent).await;
+                        }
+                        let outcome = create_member(vm, agent, *files).await;
+                        |pod: &mut Pod| pod.member_created(created, outcome)
+                    });
+                }
                 Err(error) => self.member_created(created, Err(error)),
             },
         }
@@ -350,6 +367,7 @@ impl Pod {
 
     fn create_failed(&mut self, created: Created, error: Error) {
         self.containers.remove(&created.id);
+        self.fit_machine();
         created.reply.send(Err(error));
         // The others may have gone meanwhile.
         if let Some(machine) = self.take_last_machine() {

@@ -189,6 +189,7 @@ impl Pod {
         // Unless the pod itself is over.
         self.containers.remove(id);
         let deletion = self.deleting.remove(id);
+        self.fit_machine();
         self.work_ended();
         let Some(Deletion { deleted, waiting }) = deletion else {
             return;

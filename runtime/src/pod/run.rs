@@ -18,6 +18,7 @@ use crate::agent_client::{Agent, AgentError, Exit};
 use crate::config::Patience;
 use crate::container::{Exec, Kind, Process, State};
 use crate::error::Error;
+use crate::growth::{larger, updated};
 use crate::id::Id;
 use crate::machine::explained;
 use crate::stdio::{GuestStreams, Stdio, StdioPaths};
@@ -330,10 +331,37 @@ impl Pod {
             // The machine's size is what it is.
             Ok((Kind::Sandbox, _)) => reply.send(Ok(())),
             Ok((_, State::Stopped(_))) => reply.send(Err(Error::Finished)),
-            Ok(_) => self.with_agent(reply, move |agent| async move {
-                agent.update_resources(&id, resources).await
-            }),
+            Ok(_) => self.update_container(id, resources, reply),
         }
+    }
+
+    /// The machine has room for the old limits and the new ones until the guest
+    /// has changed them.
+    fn update_container(&mut self, id: String, resources: Vec<u8>, reply: Reply<()>) {
+        let (vm, agent) = match self.machine() {
+            Ok(machine) => machine,
+            Err(error) => return reply.send(Err(error)),
+        };
+        let Ok(container) = self.container_mut(&id) else {
+            return;
+        };
+        let old = container.limits;
+        let new = updated(old, &resources);
+        container.limits = larger(old, new);
+        let fitter = self.fitter();
+        self.later(async move {
+            if let Some(fitter) = fitter {
+                fitter.fit(&vm, &agent).await;
+            }
+            let outcome = agent.update_resources(&id, resources).await;
+            move |pod: &mut Pod| {
+                if let Ok(container) = pod.container_mut(&id) {
+                    container.limits = if outcome.is_ok() { new } else { old };
+                }
+                pod.fit_machine();
+                reply.send(outcome.map_err(Error::from));
+            }
+        });
     }
 
     /// Freezes a container.

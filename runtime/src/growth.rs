@@ -1,0 +1,253 @@
+//! How a running machine follows the limits of the pod's containers, which come,
+//! change and go. It never gets smaller than it was made.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde_json::Value;
+
+use crate::agent_client::Agent;
+use crate::bundle::{Limits, PodSpec, Unlimited};
+use crate::vm_plan::{self, HostFacts, Room, VmSize};
+use crate::vm_process::Vm;
+
+/// The default period of CPU quotas, microseconds.
+const CPU_PERIOD: u64 = 100_000;
+
+/// What a machine has beyond what it began with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Processors, those of the beginning too.
+    pub vcpus: u8,
+    /// Memory, those of the beginning not counted, MiB.
+    pub plugged_mib: u32,
+}
+
+/// What a machine may become.
+#[derive(Clone, Copy, Debug)]
+pub struct Growth {
+    boot: VmSize,
+    room: Room,
+    host: HostFacts,
+}
+
+impl Growth {
+    /// For a machine that began as `boot`.
+    pub fn new(boot: VmSize, room: Room, host: HostFacts) -> Self {
+        Self { boot, room, host }
+    }
+
+    /// As it began.
+    pub fn start(&self) -> Target {
+        Target {
+            vcpus: self.boot.vcpus,
+            plugged_mib: 0,
+        }
+    }
+
+    /// What containers with these limits need, as far as there is room for it.
+    pub fn target(&self, containers: &[Limits]) -> Target {
+        let pod = PodSpec {
+            limits: sum(containers),
+            unlimited: Unlimited {
+                memory: containers.iter().any(|one| one.memory_bytes.is_none()),
+                cpu: containers.iter().any(|one| one.cpu_millis.is_none()),
+            },
+            ..PodSpec::default()
+        };
+        // More than the node has is as much as there is room for.
+        let needed = vm_plan::size(&pod, self.host).unwrap_or(VmSize {
+            memory_mib: u32::MAX,
+            vcpus: u8::MAX,
+        });
+        let beyond = needed.memory_mib.saturating_sub(self.boot.memory_mib);
+        Target {
+            vcpus: needed.vcpus.clamp(self.boot.vcpus, self.room.vcpus),
+            plugged_mib: beyond.min(self.room.pluggable_mib),
+        }
+    }
+}
+
+/// Limits after containerd has sent new `resources` (OCI `linux.resources`): what
+/// those do not mention stays. The agent says what is wrong with them.
+pub fn updated(limits: Limits, resources: &[u8]) -> Limits {
+    let resources: Value = serde_json::from_slice(resources).unwrap_or_default();
+    let memory = resources["memory"]["limit"].as_i64();
+    let quota = resources["cpu"]["quota"].as_i64();
+    let period = resources["cpu"]["period"].as_u64().unwrap_or(CPU_PERIOD);
+    let Ok(new) = Limits::new(memory, quota, Some(period)) else {
+        return limits;
+    };
+    let mentioned = |number: Option<i64>| number.is_some_and(|number| number != 0);
+    Limits {
+        memory_bytes: if mentioned(memory) {
+            new.memory_bytes
+        } else {
+            limits.memory_bytes
+        },
+        cpu_millis: if mentioned(quota) {
+            new.cpu_millis
+        } else {
+            limits.cpu_millis
+        },
+        ..limits
+    }
+}
+
+/// What two sets of limits allow together.
+pub fn larger(one: Limits, other: Limits) -> Limits {
+    // None is no limit.
+    let max = |one: Option<u64>, other: Option<u64>| Some(one?.max(other?));
+    Limits {
+        memory_bytes: max(one.memory_bytes, other.memory_bytes),
+        cpu_millis: max(one.cpu_millis, other.cpu_millis),
+        huge_page_bytes: one.huge_page_bytes.max(other.huge_page_bytes),
+    }
+}
+
+/// The sum over the containers that have limits.
+fn sum(containers: &[Limits]) -> Limits {
+    let add = |sum: Option<u64>, one: Option<u64>| match (sum, one) {
+        (Some(sum), Some(one)) => Some(sum.saturating_add(one)),
+        (sum, one) => sum.or(one),
+    };
+    containers
+        .iter()
+        .fold(Limits::default(), |sum, one| Limits {
+            memory_bytes: add(sum.memory_bytes, one.memory_bytes),
+            cpu_millis: add(sum.cpu_millis, one.cpu_millis),
+            huge_page_bytes: sum.huge_page_bytes.saturating_add(one.huge_page_bytes),
+        })
+}
+
+/// Makes a running machine what it should be.
+#[derive(Clone, Debug)]
+pub struct Fitter {
+    growth: Growth,
+    /// What was asked for last.
+    wanted: Arc<Mutex<Target>>,
+    /// What the machine is; whoever holds it is changing that.
+    is: Arc<tokio::sync::Mutex<Target>>,
+}
+
+impl Fitter {
+    /// For a machine that has just begun.
+    pub fn new(growth: Growth) -> Self {
+        Self {
+            growth,
+            wanted: Arc::new(Mutex::new(growth.start())),
+            is: Arc::new(tokio::sync::Mutex::new(growth.start())),
+        }
+    }
+
+    /// Notes that these are the limits of the pod's containers.
+    pub fn want(&self, containers: &[Limits]) {
+        *self.wanted.lock().unwrap_or_else(PoisonError::into_inner) =
+            self.growth.target(containers);
+    }
+
+    /// Makes the machine what was asked for last. That it cannot be is no reason
+    /// to do without the container: it has less than it could use.
+    pub async fn fit(&self, vm: &Vm, agent: &Agent) {
+        let mut is = self.is.lock().await;
+        let wanted = *self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        if wanted.plugged_mib != is.plugged_mib {
+            match vm.plug_memory(wanted.plugged_mib).await {
+                Ok(()) => is.plugged_mib = wanted.plugged_mib,
+                Err(error) => {
+                    tracing::warn!("memory: {}", crate::error::chain(&error));
+                }
+            }
+        }
+        if wanted.vcpus != is.vcpus {
+            match agent.set_vcpus(wanted.vcpus).await {
+                Ok(()) => is.vcpus = wanted.vcpus,
+                Err(error) => tracing::warn!(%error, "vCPUs"),
+            }
+        }
+        tracing::debug!(?wanted, "machine's size");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn limits(memory_mib: Option<u64>, cpu_millis: Option<u64>) -> Limits {
+        Limits {
+            memory_bytes: memory_mib.map(|mib| mib * MIB),
+            cpu_millis,
+            huge_page_bytes: 0,
+        }
+    }
+
+    fn growth() -> Growth {
+        let boot = VmSize {
+            memory_mib: 512,
+            vcpus: 1,
+        };
+        let host = HostFacts {
+            memory_mib: 8192,
+            cpus: 8,
+        };
+        let room = Room {
+            vcpus: 4,
+            pluggable_mib: 2048,
+        };
+        Growth::new(boot, room, host)
+    }
+
+    #[test]
+    fn a_machine_is_never_smaller_than_it_began() {
+        for containers in [&[][..], &[limits(Some(64), Some(100))]] {
+            assert_eq!(growth().target(containers), growth().start());
+        }
+    }
+
+    #[test]
+    fn a_machine_follows_the_sum_of_the_limits() {
+        let one = limits(Some(512), Some(1500));
+        // What kernel and agent need is on top: 96 MiB and a 64th.
+        let target = growth().target(&[one]);
+        assert_eq!((target.vcpus, target.plugged_mib), (2, 96 + 8));
+        let target = growth().target(&[one, one]);
+        assert_eq!((target.vcpus, target.plugged_mib), (3, 512 + 96 + 16));
+        // One without limits gets what one alone would get.
+        let target = growth().target(&[one, limits(None, None)]);
+        assert_eq!((target.vcpus, target.plugged_mib), (3, 512 + 96 + 16));
+    }
+
+    #[test]
+    fn an_update_changes_what_it_mentions() {
+        let before = limits(Some(64), Some(500));
+        let after = |text: &str| {
+            let limits = updated(before, text.as_bytes());
+            (
+                limits.memory_bytes.map(|bytes| bytes / MIB),
+                limits.cpu_millis,
+            )
+        };
+        assert_eq!(after("{}"), (Some(64), Some(500)));
+        assert_eq!(after("nonsense"), (Some(64), Some(500)));
+        assert_eq!(
+            after(r#"{"memory": {"limit": 134217728}}"#),
+            (Some(128), Some(500))
+        );
+        assert_eq!(
+            after(r#"{"memory": {"limit": -1}, "cpu": {"quota": 250000}}"#),
+            (None, Some(2500))
+        );
+        assert_eq!(after(r#"{"cpu": {"quota": -1}}"#), (Some(64), None));
+        let other = limits(Some(32), None);
+        assert_eq!(larger(before, other), limits(Some(64), None));
+    }
+
+    #[test]
+    fn there_is_no_more_than_there_is_room_for() {
+        for memory_mib in [4096, 1 << 30] {
+            let target = growth().target(&[limits(Some(memory_mib), Some(64_000))]);
+            assert_eq!((target.vcpus, target.plugged_mib), (4, 2048));
+        }
+    }
+}
