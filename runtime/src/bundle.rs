@@ -4,7 +4,7 @@
 //! the agent as it came.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::hook::{ContainerHooks, Hooks};
 use crate::id::{Id, IdError};
+use crate::joined::POD_FILE;
 
 mod annotation;
 mod block_io;
@@ -243,8 +244,8 @@ pub enum BundleError {
     NoRoot,
     /// The pod asks for the node's own network.
     #[error(
-        "the spec has no network namespace, that is the host's network; a virtual machine cannot \
-         have it: give the pod a network of its own (no hostNetwork, no --net-host)"
+        "the spec has no network namespace of its own, that is the host's network; a virtual \
+         machine cannot have it: give the pod a network of its own (no hostNetwork, no --net-host)"
     )]
     HostNetwork,
     /// A memory limit no container can run under.
@@ -289,7 +290,21 @@ impl Bundle {
     /// # Errors
     /// A container of a pod whose id is missing or no id.
     pub fn role(&self) -> Result<Role, BundleError> {
-        annotation::role(&self.annotations())
+        let role = annotation::role(&self.annotations())?;
+        match fs::read_to_string(self.dir.join(POD_FILE)) {
+            Ok(pod) if role == Role::Single => Ok(Role::Member {
+                sandbox: Id::new("pod", &pod)?,
+            }),
+            _ => Ok(role),
+        }
+    }
+
+    /// The network namespace that the spec names.
+    pub fn netns(&self) -> Option<&Path> {
+        let namespaces = self.spec.linux.as_ref()?.namespaces.as_ref()?;
+        let network = namespaces.iter().find(|n| n.kind == "network")?;
+        let path = network.path.as_deref()?;
+        (!path.as_os_str().is_empty()).then_some(path)
     }
 
     /// The pod that the bundle of a [`Role::Single`] or [`Role::Sandbox`] asks
@@ -302,16 +317,11 @@ impl Bundle {
         let overrides = Overrides::read(&annotations)?;
         let empty = Linux::default();
         let linux = self.spec.linux.as_ref().unwrap_or(&empty);
-        let network = linux
-            .namespaces
-            .iter()
-            .flatten()
-            .find(|namespace| namespace.kind == "network")
-            .ok_or(BundleError::HostNetwork)?;
-        let netns = network
-            .path
-            .clone()
-            .filter(|path| !path.as_os_str().is_empty());
+        let mut namespaces = linux.namespaces.iter().flatten();
+        if !namespaces.any(|namespace| namespace.kind == "network") {
+            return Err(BundleError::HostNetwork);
+        }
+        let netns = self.netns().map(Path::to_owned);
         let limits = match role {
             Role::Sandbox => annotation::sandbox_limits(&annotations)?,
             Role::Single | Role::Member { .. } => self.container_limits()?,

@@ -14,6 +14,9 @@ use containerd_shim_protos::protobuf::Message;
 use crate::bundle::{Bundle, BundleError, Role};
 use crate::config::{Config, ConfigError};
 use crate::flags::Flags;
+use crate::id::Id;
+use crate::joined::{self, POD_FILE};
+use crate::network::NetnsId;
 use crate::process::Process;
 use crate::serve::TTRPC_ADDRESS;
 use crate::socket::{DEFAULT_DIR, ShimSocket, SocketError};
@@ -79,7 +82,7 @@ struct Wish {
 /// There is no shim and none could be started; nothing stays.
 pub fn start(flags: &Flags) -> Result<(), StartError> {
     // Told here already, where the error reaches whoever asked.
-    Config::load()?;
+    let config = Config::load()?;
     let mut input = Vec::new();
     io::stdin()
         .take(INPUT)
@@ -88,7 +91,10 @@ pub fn start(flags: &Flags) -> Result<(), StartError> {
     let wish = Wish::read(&input, flags);
     let bundle = env::current_dir().map_err(io_error("working directory"))?;
     let role = match Bundle::load(&bundle) {
-        Ok(bundle) => bundle.role()?,
+        Ok(loaded) => match (loaded.role()?, loaded.netns()) {
+            (Role::Single, Some(netns)) => join(flags, &wish, &bundle, &config, netns)?,
+            (role, _) => role,
+        },
         // A pod of the Sandbox API comes without a spec.
         Err(BundleError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
             Role::Sandbox
@@ -110,6 +116,32 @@ pub fn start(flags: &Flags) -> Result<(), StartError> {
     io::stdout()
         .write_all(&answer(&wish, &socket))
         .map_err(io_error("writing the answer"))
+}
+
+/// The role of a container that names a network namespace: another pod's makes
+/// it a container of that.
+fn join(
+    flags: &Flags,
+    wish: &Wish,
+    bundle: &Path,
+    config: &Config,
+    netns: &Path,
+) -> Result<Role, StartError> {
+    let namespace = Id::new("namespace", &flags.namespace).map_err(BundleError::from)?;
+    let found = joined::pod_with(&config.state_dir, &namespace, netns);
+    let Some(pod) = found.filter(|pod| pod.as_str() != flags.id) else {
+        // Its interfaces would be taken away from the node.
+        return match NetnsId::of(netns) == NetnsId::of(Path::new("/proc/self/ns/net")) {
+            true => Err(BundleError::HostNetwork.into()),
+            false => Ok(Role::Single),
+        };
+    };
+    let (dir, name) = (&wish.socket_dir, pod.as_str());
+    if !ShimSocket::new(dir, &flags.address, &flags.namespace, name).answers() {
+        return Ok(Role::Single);
+    }
+    write(bundle, POD_FILE, name)?;
+    Ok(Role::Member { sandbox: pod })
 }
 
 fn start_shim(

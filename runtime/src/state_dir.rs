@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::id::Id;
+use crate::network::NetnsId;
 use crate::process::Process;
 
 const FILE: &str = "state.json";
@@ -40,6 +41,8 @@ pub struct State {
     pub is_deleted: bool,
     /// Its cgroup, below the mount point of cgroup v2.
     pub cgroup: Option<PathBuf>,
+    /// The network namespace that its machine took over.
+    pub netns: Option<NetnsId>,
     /// Its start.
     pub timeline: Timeline,
 }

@@ -19,6 +19,7 @@ use crate::container_files::FilesRequest;
 use crate::error::Error;
 use crate::id::Id;
 use crate::machine::{Machine, MachineRequest};
+use crate::network::NetnsId;
 use crate::process::Process as HostProcess;
 use crate::rootfs::RootfsPlan;
 use crate::shared_tree::SharedTree;
@@ -190,6 +191,7 @@ impl Pod {
         self.state_dir.create()?;
         self.state = State {
             shim: HostProcess::find(std::process::id()),
+            netns: pod.netns.as_deref().and_then(NetnsId::of),
             ..State::default()
         };
         self.state.timeline.request_ns = clock::monotonic_ns();

@@ -11,6 +11,7 @@ mod containerd;
 mod devices;
 mod ends;
 mod errors;
+mod joined;
 mod lifecycle;
 mod program;
 mod sandbox;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         lifecycle::CASES,
         ends::CASES,
         sandbox::CASES,
+        joined::CASES,
         devices::CASES,
     ]
     .concat();

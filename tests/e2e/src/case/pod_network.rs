@@ -81,7 +81,10 @@ fn host_network(bench: &Bench) -> Result<()> {
             let said = pod.err().map(|error| format!("{error:#}"));
             let said = said.context("a pod has the node's network")?;
             let by_ctr = done.expect_code(1)?;
-            for said in [said, by_ctr.err()] {
+            let flags = ["--with-ns", "network:/proc/1/ns/net"];
+            let by_path = bench.ctr.run(&flags, &bench.id(), &["true"])?;
+            let by_path = by_path.expect_code(1)?;
+            for said in [said, by_ctr.err(), by_path.err()] {
                 ensure!(
                     said.contains("host's network") && said.contains("network of its own"),
                     "{said}"
