@@ -4,6 +4,7 @@
 pub mod abuse;
 pub mod churn;
 pub mod crash;
+pub mod device;
 pub mod interfaces;
 pub mod lifecycle;
 pub mod network;
@@ -204,6 +205,7 @@ pub fn all() -> Vec<&'static Case> {
         stdio::CASES,
         storage::CASES,
         volume::CASES,
+        device::CASES,
         task::CASES,
         pod::CASES,
         resources::CASES,

@@ -1,7 +1,6 @@
 //! Files on roots and volumes, as `ctr run` makes them.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
@@ -19,7 +18,6 @@ pub const CASES: &[Case] = &[
         60,
         file_system_of_a_driver,
     ),
-    case("storage/device-flag", 40, device_flag),
     case("storage/overlay-inside", 40, overlay_inside),
     case("storage/overlay-on-volume", 40, overlay_on_volume),
     case("storage/native-root", 60, native_root).forgiving(SNAPSHOTTER, &[]),
@@ -145,45 +143,6 @@ fn file_system_of_a_driver(bench: &Bench) -> Result<()> {
     ensure!(
         !place.join("file").exists(),
         "the file is not on the disk but below it"
-    );
-    Ok(())
-}
-
-/// `ctr run --device`: a disk at the node's own path.
-fn device_flag(bench: &Bench) -> Result<()> {
-    let disk = LoopDevice::new(&bench.folder().join("disk.img"), 8)?;
-    let file = fs::File::options().write(true).open(&disk.file)?;
-    file.write_all_at(b"from the node", 0)?;
-    let script = "blockdev --getsize64 $0; head -c 13 $0; echo; \
-                  printf 'from the pod!' | dd of=$0 conv=notrunc,fsync 2>/dev/null; head -c 13 $0";
-    let done = bench.ctr.run(
-        &["--device", &disk.path],
-        &bench.id(),
-        &["sh", "-c", script, &disk.path],
-    )?;
-    let done = done.ok()?;
-    ensure!(
-        done.out() == "8388608\nfrom the node\nfrom the pod!",
-        "{}",
-        done.tail()
-    );
-    let text = fs::read(&disk.file)?;
-    ensure!(
-        text.starts_with(b"from the pod!") && text.len() == 8 << 20,
-        "the file begins with {:?}",
-        String::from_utf8_lossy(&text[..13.min(text.len())])
-    );
-    // One that has not asked for it has none.
-    let script = "ls $0 2>&1; mknod /tmp/disk b 7 0; head -c 1 /tmp/disk 2>&1; true";
-    let done = bench
-        .ctr
-        .run(&[], &bench.id(), &["sh", "-c", script, &disk.path])?;
-    let done = done.ok()?;
-    ensure!(
-        done.out().contains("No such file or directory")
-            && done.out().contains("Operation not permitted"),
-        "{}",
-        done.tail()
     );
     Ok(())
 }

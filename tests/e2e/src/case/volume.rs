@@ -1,13 +1,13 @@
 //! Volumes of pods, laid out as the kubelet does.
 
 use std::fs;
-use std::os::unix::fs::{FileExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Bench, Case, case, husk_case};
-use crate::block::{LoopDevice, NodeMount};
+use super::{Bench, Case, case};
+use crate::block::NodeMount;
 use crate::cri::Cri;
 use crate::cri::api::{Device, Int64Value, Mount, MountPropagation};
 use crate::pod::Pod;
@@ -15,19 +15,18 @@ use crate::process::eventually;
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
-    case("volume/block-device", 60, block_device),
-    case("volume/device-node", 60, device_node),
-    husk_case("volume/device-refused", 40, device_refused),
     case("volume/memory", 40, memory),
     case("volume/swapped-files", 40, swapped_files),
     case("volume/sub-paths", 40, sub_paths),
     case("volume/many-entries", 40, many_entries),
     case("volume/propagation", 40, propagation),
+    case("volume/propagation-back", 40, propagation_back),
     case("volume/groups", 40, groups),
     case("volume/shared-by-containers", 60, shared_by_containers),
 ];
 
-fn mount(from: &Path, to: &str) -> Mount {
+/// A volume of a CRI container.
+pub fn mount(from: &Path, to: &str) -> Mount {
     Mount {
         container_path: to.into(),
         host_path: from.display().to_string(),
@@ -42,16 +41,8 @@ fn read_only(from: &Path, to: &str) -> Mount {
     }
 }
 
-fn device(from: &str, to: &str, permissions: &str) -> Device {
-    Device {
-        container_path: to.into(),
-        host_path: from.into(),
-        permissions: permissions.into(),
-    }
-}
-
 /// A container that sleeps, with volumes and devices.
-fn sleeper(cri: &Cri, pod: &Pod, mounts: &[Mount], devices: &[Device]) -> Result<String> {
+pub fn sleeper(cri: &Cri, pod: &Pod, mounts: &[Mount], devices: &[Device]) -> Result<String> {
     let mut config = pod.container(&["sleep", "1000"]);
     config.mounts = mounts.to_vec();
     config.devices = devices.to_vec();
@@ -59,128 +50,10 @@ fn sleeper(cri: &Cri, pod: &Pod, mounts: &[Mount], devices: &[Device]) -> Result
 }
 
 /// What a shell in the container prints.
-fn shell(cri: &Cri, container: &str, script: &str) -> Result<String> {
+pub fn shell(cri: &Cri, container: &str, script: &str) -> Result<String> {
     cri.exec_sync(container, &["sh", "-c", script], 20)?
         .ok()
         .with_context(|| script.to_owned())
-}
-
-/// `volumeDevices`: the same disk to write for one container and to read for
-/// another, at a path of its own.
-fn block_device(bench: &Bench) -> Result<()> {
-    let disk = LoopDevice::new(&bench.folder().join("disk.img"), 16)?;
-    let cri = bench.cri()?;
-    let pod = Pod::run(bench, &cri, |_| {})?;
-    let with = |access| sleeper(&cri, &pod, &[], &[device(&disk.path, "/dev/xvda", access)]);
-    let writer = with("rwm")?;
-    let write = "test -b /dev/xvda && blockdev --getsize64 /dev/xvda && \
-                 printf 'on a raw disk' | dd of=/dev/xvda bs=512 seek=100 conv=notrunc,fsync 2>/dev/null";
-    let seen = shell(&cri, &writer, write)?;
-    ensure!(seen == "16777216", "size {seen:?}");
-    let mut text = [0; 13];
-    fs::File::open(&disk.file)?.read_exact_at(&mut text, 51_200)?;
-    ensure!(
-        &text == b"on a raw disk",
-        "the node reads {:?}",
-        String::from_utf8_lossy(&text)
-    );
-
-    let reader = with("r")?;
-    let read = "dd if=/dev/xvda bs=512 skip=100 count=1 2>/dev/null | head -c 13";
-    let seen = shell(&cri, &reader, read)?;
-    ensure!(seen == "on a raw disk", "the reader sees {seen:?}");
-    let refused = cri.exec_sync(&reader, &["sh", "-c", "echo x > /dev/xvda"], 10)?;
-    ensure!(
-        refused.code != 0 && refused.stderr.contains("not permitted"),
-        "{refused:?}"
-    );
-    // Direct access, as databases have it.
-    let direct = "dd if=/dev/xvda bs=4096 skip=12 count=1 iflag=direct 2>/dev/null | tail -c 2048 | head -c 13";
-    let seen = shell(&cri, &writer, direct)?;
-    ensure!(seen == "on a raw disk", "directly: {seen:?}");
-
-    // The next container has it again, and one that does not ask has none.
-    cri.stop(&writer, 0)?;
-    cri.remove(&writer)?;
-    let next = with("rwm")?;
-    let seen = shell(&cri, &next, read)?;
-    ensure!(seen == "on a raw disk", "the next one sees {seen:?}");
-    let without = sleeper(&cri, &pod, &[], &[])?;
-    let seen = shell(&cri, &without, "ls /dev/xvda 2>&1 || true")?;
-    ensure!(seen.contains("No such file"), "{seen:?}");
-    pod.remove(&cri)
-}
-
-/// Volumes that are device nodes: whether they may be opened is for the rules
-/// about devices to say.
-fn device_node(bench: &Bench) -> Result<()> {
-    let disk = LoopDevice::new(&bench.folder().join("disk.img"), 4)?;
-    let file = fs::File::options().write(true).open(&disk.file)?;
-    file.write_all_at(b"first", 0)?;
-    let cri = bench.cri()?;
-    let pod = Pod::run(bench, &cri, |_| {})?;
-    let node = mount(Path::new(&disk.path), "/mnt/disk");
-    let closed = sleeper(&cri, &pod, std::slice::from_ref(&node), &[])?;
-    let script = "test -b /mnt/disk && echo there; head -c 5 /mnt/disk 2>&1 || true";
-    let seen = shell(&cri, &closed, script)?;
-    ensure!(
-        seen.starts_with("there\n") && seen.contains("not permitted"),
-        "{seen:?}"
-    );
-    let open = sleeper(
-        &cri,
-        &pod,
-        &[node],
-        &[device(&disk.path, "/dev/own", "rwm")],
-    )?;
-    let script = "head -c 5 /mnt/disk; echo; printf SECOND | dd of=/dev/own conv=notrunc,fsync 2>/dev/null; \
-                  head -c 6 /mnt/disk";
-    let seen = shell(&cri, &open, script)?;
-    ensure!(seen == "first\nSECOND", "{seen:?}");
-
-    // What hides a file.
-    let null = [mount(Path::new("/dev/null"), "/etc/motd")];
-    let hidden = sleeper(&cri, &pod, &null, &[])?;
-    let seen = shell(
-        &cri,
-        &hidden,
-        "wc -c < /etc/motd; echo x > /etc/motd; test -c /etc/motd && echo device",
-    )?;
-    ensure!(seen == "0\ndevice", "{seen:?}");
-    // What a guest has as well.
-    let usual = [
-        device("/dev/fuse", "/dev/fuse", "rwm"),
-        device("/dev/net/tun", "/dev/own-tun", "rwm"),
-    ];
-    let usual = sleeper(&cri, &pod, &[], &usual)?;
-    let script = "( : <> /dev/fuse ) && ( : <> /dev/own-tun ) && ls -d /dev/fuse /dev/own-tun";
-    let seen = shell(&cri, &usual, script)?;
-    ensure!(seen == "/dev/fuse\n/dev/own-tun", "{seen:?}");
-    pod.remove(&cri)
-}
-
-/// A device that is none of the guest's.
-fn device_refused(bench: &Bench) -> Result<()> {
-    let cri = bench.cri()?;
-    let pod = Pod::run(bench, &cri, |_| {})?;
-    let kvm = "/dev/kvm";
-    for (mounts, devices) in [
-        (vec![], vec![device(kvm, "/dev/mine", "rwm")]),
-        (vec![mount(Path::new(kvm), "/dev/mine")], vec![]),
-    ] {
-        let refused = sleeper(&cri, &pod, &mounts, &devices);
-        let said = refused
-            .err()
-            .map(|error| format!("{error:#}"))
-            .unwrap_or_default();
-        ensure!(
-            said.contains("/dev/mine: the guest has no") && said.contains("kvm"),
-            "{said:?}"
-        );
-    }
-    let next = pod.start(&cri, &["echo", "works"])?;
-    pod.await_log(&cri, &next, "works")?;
-    pod.remove(&cri)
 }
 
 /// An emptyDir in memory: its size holds, and its containers share it.
@@ -393,6 +266,39 @@ fn propagation(bench: &Bench) -> Result<()> {
     pod.remove(&cri)?;
     drop((late, early));
     Ok(())
+}
+
+/// What a container mounts in a volume is seen by the pod's others, if both ask
+/// for it.
+fn propagation_back(bench: &Bench) -> Result<()> {
+    let volume = bench.folder().join("volume");
+    fs::create_dir_all(volume.join("made"))?;
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |config| {
+        let linux = config.linux.get_or_insert_default();
+        linux.security_context.get_or_insert_default().privileged = true;
+    })?;
+    let with = |propagation: MountPropagation, privileged: bool| {
+        let mut volume = mount(&volume, "/volume");
+        volume.propagation = propagation.into();
+        let mut config = pod.container(&["sleep", "1000"]);
+        config.mounts = vec![volume];
+        let linux = config.linux.get_or_insert_default();
+        linux.security_context.get_or_insert_default().privileged = privileged;
+        pod.start_config(&cri, &config)
+    };
+    let follows = with(MountPropagation::PropagationHostToContainer, false)?;
+    let makes = with(MountPropagation::PropagationBidirectional, true)?;
+    let script = "mount -t tmpfs none /volume/made && echo mounted > /volume/made/file";
+    shell(&cri, &makes, script)?;
+    eventually("the mount is seen", bench.seconds(5), || {
+        let seen = cri.exec_sync(&follows, &["cat", "/volume/made/file"], 10)?;
+        Ok((seen.stdout == "mounted\n").then_some(()))
+    })?;
+    shell(&cri, &makes, "umount /volume/made")?;
+    let seen = shell(&cri, &follows, "ls -A /volume/made | wc -l")?;
+    ensure!(seen == "0", "it is still mounted: {seen:?}");
+    pod.remove(&cri)
 }
 
 /// fsGroup as the kubelet prepares it: the group owns the volume, and what is
