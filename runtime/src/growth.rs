@@ -28,12 +28,19 @@ pub struct Growth {
     boot: VmSize,
     room: Room,
     host: HostFacts,
+    /// The pod's cgroup leaves it so, too.
+    unlimited: Unlimited,
 }
 
 impl Growth {
-    /// For a machine that began as `boot`.
-    pub fn new(boot: VmSize, room: Room, host: HostFacts) -> Self {
-        Self { boot, room, host }
+    /// For the machine of `pod`, which began as `boot`.
+    pub fn new(pod: &PodSpec, boot: VmSize, room: Room, host: HostFacts) -> Self {
+        Self {
+            boot,
+            room,
+            host,
+            unlimited: pod.unlimited,
+        }
     }
 
     /// As it began.
@@ -46,11 +53,16 @@ impl Growth {
 
     /// What containers with these limits need, as far as there is room for it.
     pub fn target(&self, containers: &[Limits]) -> Target {
+        let any = |none: fn(&Limits) -> bool| containers.iter().any(none);
+        let limits = sum(containers);
+        if limits.memory_bytes.is_none() && limits.cpu_millis.is_none() {
+            return self.start();
+        }
         let pod = PodSpec {
-            limits: sum(containers),
+            limits,
             unlimited: Unlimited {
-                memory: containers.iter().any(|one| one.memory_bytes.is_none()),
-                cpu: containers.iter().any(|one| one.cpu_millis.is_none()),
+                memory: self.unlimited.memory && any(|one| one.memory_bytes.is_none()),
+                cpu: self.unlimited.cpu && any(|one| one.cpu_millis.is_none()),
             },
             ..PodSpec::default()
         };
@@ -59,7 +71,11 @@ impl Growth {
             memory_mib: u32::MAX,
             vcpus: u8::MAX,
         });
-        let beyond = needed.memory_mib.saturating_sub(self.boot.memory_mib);
+        let memory_mib = match limits.memory_bytes {
+            Some(_) => needed.memory_mib,
+            None => 0,
+        };
+        let beyond = memory_mib.saturating_sub(self.boot.memory_mib);
         Target {
             vcpus: needed.vcpus.clamp(self.boot.vcpus, self.room.vcpus),
             plugged_mib: beyond.min(self.room.pluggable_mib),
@@ -195,12 +211,20 @@ mod tests {
             vcpus: 4,
             pluggable_mib: 2048,
         };
-        Growth::new(boot, room, host)
+        let pod = PodSpec {
+            unlimited: Unlimited {
+                memory: true,
+                cpu: true,
+            },
+            ..PodSpec::default()
+        };
+        Growth::new(&pod, boot, room, host)
     }
 
     #[test]
     fn a_machine_is_never_smaller_than_it_began() {
-        for containers in [&[][..], &[limits(Some(64), Some(100))]] {
+        let none = limits(None, None);
+        for containers in [&[][..], &[none, none], &[limits(Some(64), Some(100))]] {
             assert_eq!(growth().target(containers), growth().start());
         }
     }
@@ -216,6 +240,15 @@ mod tests {
         // One without limits gets what one alone would get.
         let target = growth().target(&[one, limits(None, None)]);
         assert_eq!((target.vcpus, target.plugged_mib), (3, 512 + 96 + 16));
+    }
+
+    #[test]
+    fn a_pod_with_limits_has_no_room_for_more() {
+        let mut growth = growth();
+        growth.unlimited = Unlimited::default();
+        let containers = [limits(Some(500), Some(2000)), limits(None, None)];
+        let target = growth.target(&containers);
+        assert_eq!((target.vcpus, target.plugged_mib), (2, 500 + 96 + 8 - 512));
     }
 
     #[test]

@@ -203,7 +203,7 @@ impl MachineParts {
             tree: self.tree,
             file_server: Arc::new(self.file_server),
             netns: request.pod.netns.clone(),
-            fitter: Fitter::new(Growth::new(size, room, self.host)),
+            fitter: Fitter::new(Growth::new(&request.pod, size, room, self.host)),
         };
         let mut sandbox = sandbox_request(&request.pod, network, request.config.patience());
         sandbox.memory_max_mib = (size.memory_mib + room.pluggable_mib).into();

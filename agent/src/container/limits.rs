@@ -13,8 +13,8 @@ pub enum LimitError {
     #[error("memory.swap needs memory.limit")]
     SwapWithoutMemory,
     #[error(
-        "memory.limit {limit} is more than the {machine} bytes of the pod's machine, whose size \
-         follows from the pod's limits or the annotation io.husk.vm.memory_mib when it starts"
+        "memory.limit {limit} is more than the {machine} bytes that the pod's machine can have; that \
+         follows from the pod's limits, or the annotation io.husk.vm.memory_mib, at its start"
     )]
     BeyondMachine { limit: i64, machine: u64 },
     #[error("unified: {key:?} is no file of a cgroup")]
@@ -32,8 +32,8 @@ pub struct Limit {
     pub optional: bool,
 }
 
-/// A limit that nothing could ever reach is a promise that can't be kept: the
-/// machine does not grow.
+/// A limit that nothing could ever reach is a promise that can't be kept:
+/// `machine` is what the machine can grow to, bytes.
 pub fn check_memory(memory: &Memory, machine: u64) -> Result<(), LimitError> {
     match memory.limit {
         Some(limit @ 1..) if limit.unsigned_abs() > machine => {

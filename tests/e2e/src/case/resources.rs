@@ -25,6 +25,7 @@ pub const CASES: &[Case] = &[
     case("resources/huge-pages", 40, huge_pages),
     case("resources/io-throttle", 60, io_throttle),
     husk_case("resources/machine-size", 90, machine_size),
+    husk_case("resources/machine-grows", 90, machine_grows),
     husk_case("resources/beyond-machine", 60, beyond_machine),
 ];
 
@@ -470,6 +471,51 @@ fn machine_size(bench: &Bench) -> Result<()> {
 fn thread_count() -> u64 {
     let count = std::thread::available_parallelism();
     count.map_or(1, |count| count.get() as u64)
+}
+
+/// The machine follows the limits of its containers, up and down.
+fn machine_grows(bench: &Bench) -> Result<()> {
+    let cri = bench.cri()?;
+    let limits = |mib: i64| LinuxContainerResources {
+        memory_limit_in_bytes: mib * MIB,
+        ..Default::default()
+    };
+    let cgroup = PodCgroup::make(&bench.id())?;
+    cgroup.limit("memory.max", &(1200 * MIB).to_string())?;
+    let pod = Pod::run(bench, &cri, |config| {
+        let linux = config.linux.get_or_insert_default();
+        linux.cgroup_parent = cgroup.name.clone();
+        linux.resources = Some(limits(64));
+    })?;
+    let small = pod.start_config(&cri, &limited(&pod, &["sleep", "1000"], limits(64)))?;
+    let memory = || -> Result<u64> {
+        let text = shown(&cri, &small, "cat /proc/meminfo")?;
+        Ok(value_of(&text.replace(" kB", ""), "MemTotal:")? >> 10)
+    };
+    let at_first = memory()?;
+    ensure!(at_first < 200, "64 MiB: {at_first} MiB");
+
+    // A container that the pod's limits did not know of, and that uses its own.
+    let large = limited(&pod, &["probe", "eat", "220"], limits(300));
+    let large = pod.start_config(&cri, &large)?;
+    pod.await_log(&cri, &large, "holding 220 MiB")?;
+    let with_large = memory()?;
+    ensure!(with_large >= at_first + 280, "{at_first}, {with_large} MiB");
+    // A limit that is raised in place.
+    cri.update(&small, limits(160))?;
+    eventually("more memory", bench.seconds(10), || {
+        Ok((memory()? >= with_large + 90).then_some(()))
+    })?;
+    let used = shown(&cri, &small, "cat /sys/fs/cgroup/memory.max")?;
+    ensure!(used == (160 * MIB).to_string(), "{used}");
+
+    cri.stop(&large, 0)?;
+    cri.remove(&large)?;
+    cri.update(&small, limits(64))?;
+    eventually("less memory", bench.seconds(20), || {
+        Ok((memory()? <= at_first + 64).then_some(()))
+    })?;
+    pod.remove(&cri)
 }
 
 /// A limit that the machine can't hold is refused, and the pod goes on.
