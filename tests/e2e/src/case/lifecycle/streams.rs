@@ -95,7 +95,10 @@ fn terminal_size(bench: &Bench) -> Result<()> {
     let create = ["container", "create", "--tty", "--runtime", runtime];
     let command = [crate::image::BASE, &id, "sh", "-c", script];
     ctr.call(&[&create[..], &command].concat())?.ok()?;
-    let output = bench.folder().join("output");
+    // ctr removes the fifo, and its folder when that is empty.
+    let streams = bench.folder().join("streams");
+    fs::create_dir(&streams)?;
+    let output = streams.join("output");
     mkfifo(&output, Mode::S_IRWXU)?;
     let open = |path: &Path| {
         let mut options = OpenOptions::new();
