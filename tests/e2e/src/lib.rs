@@ -4,6 +4,7 @@
 pub mod block;
 pub mod case;
 pub mod clean;
+pub mod compatibility;
 pub mod cri;
 pub mod ctr;
 pub mod footprint;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use husk_e2e::case::{self, Case};
+use husk_e2e::compatibility::Compatibility;
 use husk_e2e::node::{Node, Runtime};
 use husk_e2e::{clean, cri, host, image, runner};
 
@@ -17,6 +18,7 @@ const USAGE: &str = "\
 usage: husk-e2e [--runtime husk,runc] [--filter TEXT]... [--skip TEXT]... [--list]
   --filter TEXT    only cases whose name is or contains a TEXT
   --skip TEXT      no cases whose name contains a TEXT
+  --report FILE    docs/compatibility.md from what runs printed, to standard output
   --share K/N      of those, every Nth from the Kth on
   --socket PATH    containerd's socket (/run/containerd/containerd.sock)
   --root DIR       containerd's root (/var/lib/containerd)
@@ -36,6 +38,7 @@ struct Options {
     share: (usize, usize),
     list: bool,
     one: Option<String>,
+    reports: Vec<PathBuf>,
     probe: PathBuf,
     busybox: PathBuf,
 }
@@ -51,6 +54,7 @@ impl Options {
             share: (1, 1),
             list: false,
             one: None,
+            reports: Vec::new(),
             probe: beside,
             busybox: "/bin/busybox".into(),
         };
@@ -80,6 +84,7 @@ impl Options {
                     });
                     options.share = share.with_context(|| format!("no share {value}\n{USAGE}"))?;
                 }
+                "--report" => options.reports.push(value.into()),
                 "--one" => options.one = Some(value),
                 "--socket" => options.node.socket = value.into(),
                 "--root" => options.node.root = value.into(),
@@ -133,6 +138,15 @@ fn run() -> Result<ExitCode> {
                 .collect();
             println!("{:<28} {}", case.name, names.join(" "));
         }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !options.reports.is_empty() {
+        let mut compatibility = Compatibility::default();
+        for path in &options.reports {
+            let log = std::fs::read_to_string(path);
+            compatibility.read(&log.with_context(|| format!("read {}", path.display()))?);
+        }
+        print!("{}", compatibility.page());
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(name) = &options.one {
