@@ -396,6 +396,20 @@ impl Agent {
         Ok(())
     }
 
+    /// Gives the guest a complete network state, late interfaces included.
+    ///
+    /// # Errors
+    /// As the agent says.
+    pub async fn update_network(&self, network: agent::Network) -> Result<(), AgentError> {
+        let request = agent::UpdateNetworkRequest {
+            network: Some(network).into(),
+            ..agent::UpdateNetworkRequest::default()
+        };
+        let ask = |context| self.client.update_network(context, &request);
+        self.answer("UpdateNetwork", SLOW, ask).await?;
+        Ok(())
+    }
+
     /// Lets go of a disk before it is unplugged.
     ///
     /// # Errors

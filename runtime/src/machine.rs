@@ -20,6 +20,7 @@ use crate::config::{Config, Patience};
 use crate::error::Error;
 use crate::file_server::FileServer;
 use crate::growth::{Fitter, Growth};
+use crate::interfaces::Interfaces;
 use crate::network::PodNetwork;
 use crate::shared_tree::SharedTree;
 use crate::state_dir::{State, StateDir};
@@ -69,6 +70,7 @@ pub struct Machine {
     tree: SharedTree,
     file_server: Arc<FileServer>,
     netns: Option<PathBuf>,
+    interfaces: Interfaces,
     fitter: Fitter,
 }
 
@@ -158,6 +160,7 @@ impl MachineParts {
             Some(network) => (network.nics, network.guest),
             None => (Vec::new(), Network::default()),
         };
+        let known = nics.iter().map(|nic| nic.name.clone()).collect();
         for nic in &nics {
             tracing::info!(name = nic.name, mac = %nic.mac, mtu = nic.mtu, "interface");
         }
@@ -197,8 +200,10 @@ impl MachineParts {
             "machine runs"
         );
 
+        let interfaces = Interfaces::new(request.pod.netns.as_deref(), vm.process(), known);
         let machine = Machine {
             vm,
+            interfaces,
             agent,
             tree: self.tree,
             file_server: Arc::new(self.file_server),
@@ -239,6 +244,11 @@ impl Machine {
     /// The server of those files.
     pub fn file_server(&self) -> &Arc<FileServer> {
         &self.file_server
+    }
+
+    /// What comes to its network.
+    pub fn interfaces(&self) -> &Interfaces {
+        &self.interfaces
     }
 
     /// The namespace whose interfaces the machine took over.

@@ -29,6 +29,7 @@ mod hook;
 mod host_mount;
 mod id;
 mod info;
+mod interfaces;
 mod joined;
 mod log;
 mod machine;

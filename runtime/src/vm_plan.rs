@@ -288,7 +288,8 @@ impl Descriptors {
         }
     }
 
-    fn nic(&mut self, nic: Nic) -> NetSpec {
+    /// An interface as the VMM wants it.
+    pub fn nic(&mut self, nic: Nic) -> NetSpec {
         NetSpec {
             id: nic_id(&nic),
             tap: self.push(nic.tap),

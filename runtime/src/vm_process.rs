@@ -24,6 +24,7 @@ use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use crate::agent_client::clean;
 use crate::child::Child;
 use crate::config::Patience;
+use crate::network::Nic;
 use crate::process::Process;
 use crate::vm_plan::{Descriptors, Disk};
 
@@ -244,6 +245,21 @@ impl Vm {
         let device = DeviceSpec::Block(descriptors.disk(disk));
         self.request("plug a disk", Request::AddDevice(device), descriptors.0)
             .await
+    }
+
+    /// Plugs a network interface.
+    ///
+    /// # Errors
+    /// The VMM could not.
+    pub async fn add_nic(&self, nic: Nic) -> Result<(), VmError> {
+        let mut descriptors = Descriptors::default();
+        let device = DeviceSpec::Net(descriptors.nic(nic));
+        self.request(
+            "plug an interface",
+            Request::AddDevice(device),
+            descriptors.0,
+        )
+        .await
     }
 
     /// Unplugs a device that the agent has let go of.

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use super::delete::report;
 use super::exit::ended_now;
-use super::{MACHINE_GONE, Pod, PodHandle, Reply, SIGKILL};
+use super::{MACHINE_GONE, MachineState, Pod, PodHandle, Reply, SIGKILL};
 use crate::agent_client::{Agent, AgentError, Exit};
 use crate::config::Patience;
 use crate::container::{Exec, Kind, Process, State};
@@ -125,15 +125,28 @@ impl Pod {
         if exec.is_empty() {
             let hooks = self.containers.get(&id).and_then(|c| c.hooks.clone());
             let pid = self.pid_of(&id);
+            let interfaces = match &self.machine {
+                MachineState::Running(machine) => Some(machine.interfaces().clone()),
+                _ => None,
+            };
             self.later(async move {
-                let outcome = match agent.start_container(&id).await {
+                let plugged = match interfaces {
+                    Some(interfaces) => interfaces.catch_up(&vm, &agent).await,
+                    None => Ok(()),
+                };
+                let started = match plugged {
+                    Ok(()) => agent.start_container(&id).await.map_err(Error::from),
+                    Err(error) => Err(error),
+                };
+                let outcome = match started {
                     Ok(()) => {
                         if let Some(hooks) = hooks {
                             hooks.started(pid).await;
                         }
                         Ok(())
                     }
-                    Err(error) => Err(explained(&vm, &agent, error).await),
+                    Err(Error::Agent(error)) => Err(explained(&vm, &agent, error).await),
+                    Err(error) => Err(error),
                 };
                 move |pod: &mut Pod| {
                     if outcome.is_ok() {

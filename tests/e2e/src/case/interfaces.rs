@@ -1,10 +1,14 @@
 //! Network namespaces as CNI plugins and Docker build them: every kind of
 //! interface, routes, rules, neighbours.
 
+use std::collections::BTreeSet;
+use std::fs;
+
 use anyhow::{Context, Result, ensure};
 
 use super::{Bench, Case, case};
 use crate::netns::{Netns, node_ip};
+use crate::pod::Pod;
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
@@ -13,6 +17,7 @@ pub const CASES: &[Case] = &[
     case("network/rules-and-neighbours", 40, rules_and_neighbours),
     case("network/joined-namespace", 60, joined_namespace),
     case("network/shared-namespace", 60, shared_namespace),
+    case("network/late-interface", 60, late_interface),
 ];
 
 /// Joins the namespace and the node by a pair of interfaces, `eth0` in there,
@@ -249,4 +254,50 @@ fn shared_namespace(bench: &Bench) -> Result<()> {
     let ping = ["ping", "-c", "1", "-W", "5", "10.201.0.1"];
     ctr.exec(&[], &second, "e2", &ping)?.ok()?;
     ctr.remove(&second)
+}
+
+/// Network namespaces with names, as CNI makes them.
+fn named_namespaces() -> Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir("/run/netns").into_iter().flatten() {
+        names.insert(entry?.file_name().to_string_lossy().into_owned());
+    }
+    Ok(names)
+}
+
+/// One that is put into the pod's namespace when the pod is there already, as
+/// Docker and CNI's meta-plugins do: the next container finds it.
+fn late_interface(bench: &Bench) -> Result<()> {
+    let cri = bench.cri()?;
+    let before = named_namespaces()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let after = named_namespaces()?;
+    let netns = after.difference(&before).next();
+    let netns = netns.with_context(|| format!("no new namespace among {after:?}"))?;
+    for line in [
+        format!("link add hke9 mtu 1450 type veth peer name late0 mtu 1450 netns {netns}"),
+        "address add 10.209.0.1/24 dev hke9".into(),
+        "link set hke9 up".into(),
+        format!("-n {netns} address add 10.209.0.2/24 dev late0"),
+        format!("-n {netns} link set late0 up"),
+        format!("-n {netns} route add 10.219.0.0/16 via 10.209.0.1"),
+    ] {
+        node_ip(&line)?;
+    }
+    let container = pod.start(&cri, &["sleep", "1000"])?;
+    let script = "ip -o address show dev late0; ip route; cat /sys/class/net/late0/mtu; \
+                  ping -c 1 -W 5 10.209.0.1 > /dev/null && echo reached";
+    let seen = cri.exec_sync(&container, &["sh", "-c", script], 20)?.ok()?;
+    contains_all(
+        &seen,
+        &[
+            "10.209.0.2/24",
+            "10.219.0.0/16 via 10.209.0.1 dev late0",
+            "1450",
+            "reached",
+            "default via",
+        ],
+    )?;
+    // It goes with the pod's namespace.
+    pod.remove(&cri)
 }
