@@ -87,6 +87,23 @@ pub async fn unmount_all(mounted: Vec<Mounted>) {
     }
 }
 
+/// Looks at these paths, those below the shared tree, so that the kernel mounts
+/// what is mounted there on the host. Left to the containers it would do so in
+/// each one's mount namespace, and they would share neither sockets nor locks
+/// nor mapped memory.
+pub async fn reach_shared(paths: Vec<PathBuf>) {
+    let looking = tokio::task::spawn_blocking(move || {
+        let shared = Path::new(path::SHARED);
+        for path in paths.iter().filter(|path| path.starts_with(shared)) {
+            // One that is not there is told of when the container mounts it.
+            let _ = fs::metadata(path);
+        }
+    });
+    if let Err(error) = looking.await {
+        log::error!("looking at the shared tree: {error}");
+    }
+}
+
 /// Unmounts what the shared tree's submounts have mounted at these paths by
 /// themselves, so that the host may take the files away.
 pub async fn unmount_shared(paths: Vec<String>) -> Result<(), Error> {

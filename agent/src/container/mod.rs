@@ -34,7 +34,7 @@ use crate::oci::{self, NamespaceKind, Personality, Resources, Seccomp, Spec};
 use crate::reaper::Reaper;
 use crate::socket::Dialler;
 use crate::stdio::{Stdio, Terminal};
-use crate::storage::Mounted;
+use crate::storage::{self, Mounted};
 use attempt::Attempt;
 use cgroup::Cgroup;
 use exec::Exec;
@@ -185,6 +185,13 @@ impl Container {
                 vec![OwnedFd::from(file)],
             ),
         };
+        let binds = spec.mounts.iter().filter(|mount| mount.is_bind());
+        let sources = binds.filter_map(|mount| mount.source.clone()).collect();
+        let reaching = async {
+            storage::reach_shared(sources).await;
+            Ok(())
+        };
+        attempt.work(reaching).await?;
         let plan = Plan {
             cgroups: vec![cgroup.procs_file()],
             terminal: order.terminal,
