@@ -19,6 +19,7 @@ mod init;
 mod kernel_file;
 mod kmsg;
 mod lock;
+mod mirror;
 mod netlink;
 mod oci;
 mod pidfd;

@@ -22,6 +22,7 @@ use crate::hold::PidNamespace;
 use crate::init::{namespaces, rootfs};
 use crate::kernel_file;
 use crate::lock::lock;
+use crate::mirror::Mirrors;
 use crate::netlink;
 use crate::oci::{NamespaceKind, Spec};
 use crate::reaper::Reaper;
@@ -44,6 +45,7 @@ pub struct Sandbox {
     containers: Mutex<HashMap<String, Slot>>,
     pod: Mutex<Pod>,
     power_off: OnceLock<Duration>,
+    mirrors: Mirrors,
     events: EventQueue,
 }
 
@@ -82,6 +84,7 @@ impl Sandbox {
             containers: Mutex::default(),
             pod: Mutex::new(Pod::Absent),
             power_off: OnceLock::new(),
+            mirrors: Mirrors::new(path::VOLUMES),
             events: queue,
         }
     }
@@ -89,6 +92,11 @@ impl Sandbox {
     /// What containers are made among.
     pub fn around(&self) -> &Surroundings {
         &self.around
+    }
+
+    /// Volumes whose files the shim sends.
+    pub fn mirrors(&self) -> &Mirrors {
+        &self.mirrors
     }
 
     /// Sets up what containers share.

@@ -7,9 +7,9 @@ use husk_protocol::agent::{
     Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
     CreateSandboxResponse, DeleteContainerRequest, DialRequest, Empty, Event, ExecRequest,
     ExecResponse, ListProcessesResponse, OomEvent, ProcessInfo, ProcessRequest,
-    RemoveDeviceRequest, ResizePtyRequest, SetVcpusRequest, SetVcpusResponse, SignalRequest,
-    StatsResponse, UpdateNetworkRequest, UpdateResourcesRequest, WaitResponse, event,
-    remove_device_request,
+    RemoveDeviceRequest, RemoveVolumeRequest, ResizePtyRequest, SetVcpusRequest, SetVcpusResponse,
+    SetVolumeRequest, SignalRequest, StatsResponse, UpdateNetworkRequest, UpdateResourcesRequest,
+    WaitResponse, event, remove_device_request,
 };
 use tokio::sync::Notify;
 use ttrpc::r#async::TtrpcContext;
@@ -266,6 +266,27 @@ impl Agent for Service {
         request: RemoveDeviceRequest,
     ) -> ttrpc::Result<Empty> {
         blocking(move || remove_device(&request)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn set_volume(
+        &self,
+        _: &TtrpcContext,
+        request: SetVolumeRequest,
+    ) -> ttrpc::Result<Empty> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let set = move || sandbox.mirrors().set(&request.volume_id, request.entries);
+        blocking(set).await?;
+        Ok(Empty::new())
+    }
+
+    async fn remove_volume(
+        &self,
+        _: &TtrpcContext,
+        request: RemoveVolumeRequest,
+    ) -> ttrpc::Result<Empty> {
+        let sandbox = Arc::clone(&self.sandbox);
+        blocking(move || sandbox.mirrors().remove(&request.volume_id)).await?;
         Ok(Empty::new())
     }
 

@@ -9,6 +9,9 @@ pub const SHARED: &str = "/run/husk/shared";
 /// One directory a container: `<CONTAINERS>/<id>/rootfs`, its volumes beside.
 pub const CONTAINERS: &str = "/run/husk/containers";
 
+/// One directory a volume whose files the shim sends: `<VOLUMES>/<id>`.
+pub const VOLUMES: &str = "/run/husk/volumes";
+
 /// Tag of the pod's virtio-fs device.
 pub const SHARED_TAG: &str = "husk";
 

@@ -371,6 +371,40 @@ impl Agent {
         Ok(())
     }
 
+    /// Gives a volume of the guest's own these files.
+    ///
+    /// # Errors
+    /// As the agent says.
+    pub async fn set_volume(
+        &self,
+        volume: &str,
+        entries: Vec<agent::VolumeEntry>,
+    ) -> Result<(), AgentError> {
+        let request = agent::SetVolumeRequest {
+            volume_id: volume.to_owned(),
+            entries,
+            ..agent::SetVolumeRequest::default()
+        };
+        check_size("SetVolume", &request)?;
+        let ask = |context| self.client.set_volume(context, &request);
+        self.answer("SetVolume", QUICK, ask).await?;
+        Ok(())
+    }
+
+    /// Takes such a volume away.
+    ///
+    /// # Errors
+    /// As the agent says.
+    pub async fn remove_volume(&self, volume: &str) -> Result<(), AgentError> {
+        let request = agent::RemoveVolumeRequest {
+            volume_id: volume.to_owned(),
+            ..agent::RemoveVolumeRequest::default()
+        };
+        let ask = |context| self.client.remove_volume(context, &request);
+        self.answer("RemoveVolume", QUICK, ask).await?;
+        Ok(())
+    }
+
     /// Brings vCPUs on- or offline until there are so many.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use crate::device::Devices;
 use crate::disk::{DiskUse, PodDisks};
 use crate::error::Error;
 use crate::id::Id;
+use crate::mirror::MirrorUse;
 use crate::rootfs::{self, RootfsPlan};
 use crate::shared_tree::{ContainerTree, SharedTree};
 use crate::vm_plan::Disk;
@@ -22,6 +23,7 @@ use crate::volume;
 pub struct ContainerFiles {
     tree: ContainerTree,
     disks: Vec<DiskUse>,
+    mirrors: Vec<MirrorUse>,
 }
 
 /// What the agent and the machine are told about them.
@@ -83,7 +85,14 @@ impl FilesRequest {
         let mut devices = Devices::open(&self.id, &self.bundle, &self.disks)?;
         let pod_uid = self.bundle.pod_uid();
         let mounts = self.bundle.mounts();
-        let sources = volume::mount_volumes(&mut tree, &mut devices, mounts, pod_uid.as_deref())?;
+        let mut mirrors = Vec::new();
+        let sources = volume::mount_volumes(
+            &mut tree,
+            &mut devices,
+            &mut mirrors,
+            mounts,
+            pod_uid.as_deref(),
+        )?;
         let (devices, of_devices) = devices.finish();
         disks.extend(of_devices);
         storages.extend(devices.storages);
@@ -93,7 +102,11 @@ impl FilesRequest {
             Vec::new()
         };
         self.bundle.keep_devices(&devices.asked);
-        let files = ContainerFiles { tree, disks };
+        let files = ContainerFiles {
+            tree,
+            disks,
+            mirrors,
+        };
         let guest = GuestFiles {
             oci_spec: self.bundle.guest_spec(&root, &sources, &binds),
             storages,
@@ -131,10 +144,24 @@ impl ContainerFiles {
         Ok(())
     }
 
+    /// Gives the guest its copies of those that it has copies of.
+    ///
+    /// # Errors
+    /// As the agent says.
+    pub async fn fill(&self, agent: &Agent) -> Result<(), Error> {
+        for mirror in &self.mirrors {
+            mirror.fill(agent).await?;
+        }
+        Ok(())
+    }
+
     /// Takes them from the guest, which has deleted the container.
     pub async fn detach(self, machine: Option<(&Vm, &Agent)>) {
         for disk in self.disks {
             disk.give_up(machine).await;
+        }
+        for mirror in self.mirrors {
+            mirror.give_up(machine.map(|(_, agent)| agent)).await;
         }
         let tree = self.tree;
         // umount(2) may wait for a disk.

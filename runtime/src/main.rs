@@ -33,6 +33,7 @@ mod interfaces;
 mod joined;
 mod log;
 mod machine;
+mod mirror;
 mod mount_copy;
 mod mounts_below;
 mod network;

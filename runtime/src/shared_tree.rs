@@ -11,6 +11,7 @@ use husk_protocol::path;
 
 use crate::host_mount::HostMount;
 use crate::id::Id;
+use crate::mirror::PodMirrors;
 use crate::shared_volume::{SharedVolumes, VolumeUse};
 
 /// Name of a container's root in its directory.
@@ -21,6 +22,7 @@ pub const ROOTFS: &str = "rootfs";
 pub struct SharedTree {
     mounts: Arc<Mounts>,
     volumes: Arc<SharedVolumes>,
+    mirrors: Arc<PodMirrors>,
 }
 
 /// First the tree goes, then what it lies in.
@@ -73,6 +75,7 @@ impl SharedTree {
         Ok(Self {
             mounts: Arc::new(mounts),
             volumes: Arc::new(SharedVolumes::create(path)?),
+            mirrors: Arc::default(),
         })
     }
 
@@ -86,12 +89,18 @@ impl SharedTree {
         Self {
             mounts: Arc::new(mounts),
             volumes: Arc::new(SharedVolumes::create(path).unwrap()),
+            mirrors: Arc::default(),
         }
     }
 
     /// The pod's volumes.
     pub fn volumes(&self) -> &Arc<SharedVolumes> {
         &self.volumes
+    }
+
+    /// The pod's volumes of which the guest has copies.
+    pub fn mirrors(&self) -> &Arc<PodMirrors> {
+        &self.mirrors
     }
 
     /// Where it is on the node.

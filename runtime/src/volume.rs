@@ -11,6 +11,7 @@ use ttrpc::Code;
 
 use crate::bundle::Mount;
 use crate::device::{DeviceError, Devices};
+use crate::mirror::{self, MirrorUse};
 use crate::mount_copy::{CopyOptions, MountCopy, ReadOnly};
 use crate::shared_tree::{ContainerTree, SharedTreeError};
 
@@ -154,7 +155,8 @@ pub fn pod_binds(mounts: &[Mount]) -> Vec<(&'static str, String)> {
     .collect()
 }
 
-/// Brings the volumes into the tree, and those that are devices to `devices`;
+/// Brings the volumes into the tree, those that are devices to `devices` and those
+/// of which the guest gets a copy to `mirrors`;
 /// the guest's paths of those mounts that have one. `pod_uid` is the pod's as
 /// Kubernetes names it. Blocks.
 ///
@@ -163,6 +165,7 @@ pub fn pod_binds(mounts: &[Mount]) -> Vec<(&'static str, String)> {
 pub fn mount_volumes(
     tree: &mut ContainerTree,
     devices: &mut Devices,
+    mirrors: &mut Vec<MirrorUse>,
     mounts: &[Mount],
     pod_uid: Option<&str>,
 ) -> Result<BTreeMap<usize, String>, VolumeError> {
@@ -178,6 +181,15 @@ pub fn mount_volumes(
                 options,
                 read_only,
             } => {
+                if read_only != ReadOnly::No && mirror::is_watched(&source) {
+                    let shared = tree.tree().mirrors().share(&source);
+                    let shared = shared.map_err(|error| source_error(mount, &source, error))?;
+                    if let Some(shared) = shared {
+                        sources.insert(index, shared.guest_path());
+                        mirrors.push(shared);
+                        continue;
+                    }
+                }
                 let volumes = tree.tree().volumes();
                 let below = volumes.mounts_below(&source, options);
                 let below = below.map_err(|error| source_error(mount, &source, error))?;
@@ -299,7 +311,8 @@ mod tests {
         let mut tree = ContainerTree::create(&SharedTree::pretended(dir.path()), &id).unwrap();
         let mut devices = devices(dir.path());
         let missing = mount("bind", "/no/such", "/v", &["rbind"]);
-        let error = mount_volumes(&mut tree, &mut devices, &[missing], None).unwrap_err();
+        let error =
+            mount_volumes(&mut tree, &mut devices, &mut Vec::new(), &[missing], None).unwrap_err();
         assert_eq!(error.code(), Code::NOT_FOUND);
         assert!(error.to_string().contains("/no/such"), "{error}");
     }
@@ -333,10 +346,18 @@ mod tests {
         }
         let bind = |source: &Path| mount("bind", source.to_str().unwrap(), "/v", &["bind"]);
         let mounts = [bind(Path::new("/dev/null")), bind(&block)];
-        let sources = mount_volumes(&mut tree, &mut devices, &mounts, None).unwrap();
+        let sources =
+            mount_volumes(&mut tree, &mut devices, &mut Vec::new(), &mounts, None).unwrap();
         assert_eq!(sources[&0], "/dev/null");
         assert_eq!(sources[&1], "/run/husk/containers/c/devices/0");
-        let error = mount_volumes(&mut tree, &mut devices, &[bind(&unknown)], None).unwrap_err();
+        let error = mount_volumes(
+            &mut tree,
+            &mut devices,
+            &mut Vec::new(),
+            &[bind(&unknown)],
+            None,
+        )
+        .unwrap_err();
         assert!(matches!(error, VolumeError::Device { .. }), "{error}");
         // Nobody may read the block device, so no disk is plugged for it.
         let (guest, disks) = devices.finish();

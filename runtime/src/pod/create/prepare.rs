@@ -78,7 +78,10 @@ pub(super) async fn boot_single(
             return Err(error);
         }
     };
-    let made = create_in_guest(machine.vm(), machine.agent(), &id, guest, streams).await;
+    let made = match files.fill(machine.agent()).await {
+        Ok(()) => create_in_guest(machine.vm(), machine.agent(), &id, guest, streams).await,
+        Err(error) => Err(error),
+    };
     let made = with_hooks(made, &hooks, machine.vm().process().pid).await;
     match made {
         Ok(stdio) => {
@@ -108,7 +111,11 @@ pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<
     } = files;
     let id = files.id.clone();
     let (mut files, guest) = files.prepare().await?;
-    let outcome = match files.plug(&vm, &agent).await {
+    let ready = match files.plug(&vm, &agent).await {
+        Ok(()) => files.fill(&agent).await,
+        Err(error) => Err(error),
+    };
+    let outcome = match ready {
         Ok(()) => create_in_guest(&vm, &agent, &id, guest, streams).await,
         Err(error) => Err(error),
     };

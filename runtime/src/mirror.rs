@@ -1,0 +1,226 @@
+//! Volumes that programs watch: ConfigMaps, Secrets, projections. The kernel of
+//! a guest cannot know what the node changes in a directory that is shared with
+//! it, so nobody who waits for a change (inotify) would ever hear of one. These
+//! volumes are small and only read, so the guest gets a copy of their files, and
+//! the agent makes each change to the copy as it is made here.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use husk_protocol::agent::VolumeEntry;
+use husk_protocol::path;
+use tokio::sync::OnceCell;
+use tokio::task::AbortHandle;
+use tokio::time::sleep;
+
+use crate::agent_client::{Agent, AgentError};
+
+mod snapshot;
+mod watch;
+
+use snapshot::snapshot;
+use watch::Watch;
+
+/// The kubelet's volumes of files that follow objects of the API.
+const KINDS: [&str; 4] = [
+    "kubernetes.io~configmap",
+    "kubernetes.io~downward-api",
+    "kubernetes.io~projected",
+    "kubernetes.io~secret",
+];
+
+/// How long one change may take: the kubelet makes several calls of it.
+const SETTLED: Duration = Duration::from_millis(20);
+
+/// All such volumes of a pod.
+#[derive(Debug, Default)]
+pub struct PodMirrors {
+    last: AtomicU32,
+    shared: Mutex<BTreeMap<PathBuf, Weak<Mirror>>>,
+}
+
+/// A container's use of one.
+#[derive(Debug)]
+pub struct MirrorUse {
+    mirror: Arc<Mirror>,
+    pod: Arc<PodMirrors>,
+}
+
+#[derive(Debug)]
+struct Mirror {
+    id: String,
+    source: PathBuf,
+    /// Until the guest has it: what it gets, and what tells of changes since.
+    begun: Mutex<Option<(Vec<VolumeEntry>, Watch)>>,
+    follower: OnceCell<Follower>,
+}
+
+/// What brings changes to the guest; until it is dropped.
+#[derive(Debug)]
+struct Follower(AbortHandle);
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// The directory is a volume of the kubelet's that follows an object of the API:
+/// `volumes/<kind>/<name>`.
+pub fn is_watched(source: &Path) -> bool {
+    let kind = source.parent().unwrap_or(source);
+    let is_kind = KINDS.iter().any(|known| kind.ends_with(known));
+    let volumes = kind.parent().unwrap_or(kind);
+    is_kind && volumes.ends_with("volumes") && source.file_name().is_some()
+}
+
+impl PodMirrors {
+    /// The copy of what is in `source`, unless that is too much or something else
+    /// than files, directories and links.
+    ///
+    /// # Errors
+    /// It cannot be read or watched.
+    pub fn share(self: &Arc<Self>, source: &Path) -> io::Result<Option<MirrorUse>> {
+        let mut shared = self.lock();
+        let mirror = match shared.get(source).and_then(Weak::upgrade) {
+            Some(mirror) => mirror,
+            None => {
+                // From here on no change is lost.
+                let watch = Watch::new(source)?;
+                let Some(entries) = snapshot(source)? else {
+                    return Ok(None);
+                };
+                // Ids are not used again: the guest may still have the old ones.
+                let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
+                let mirror = Arc::new(Mirror {
+                    id: number.to_string(),
+                    source: source.to_owned(),
+                    begun: Mutex::new(Some((entries, watch))),
+                    follower: OnceCell::new(),
+                });
+                shared.insert(source.to_owned(), Arc::downgrade(&mirror));
+                mirror
+            }
+        };
+        Ok(Some(MirrorUse {
+            mirror,
+            pod: Arc::clone(self),
+        }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Weak<Mirror>>> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl MirrorUse {
+    /// Where the guest has it.
+    pub fn guest_path(&self) -> String {
+        format!("{}/{}", path::VOLUMES, self.mirror.id)
+    }
+
+    /// Gives the guest its copy, unless another container's use has, and from
+    /// then on what changes.
+    ///
+    /// # Errors
+    /// As the agent says.
+    pub async fn fill(&self, agent: &Agent) -> Result<(), AgentError> {
+        let mirror = &self.mirror;
+        let begin = || async {
+            let begun = mirror.begun.lock();
+            let begun = begun.unwrap_or_else(PoisonError::into_inner).take();
+            let (entries, watch) = begun.ok_or(AgentError::Gone)?;
+            agent.set_volume(&mirror.id, entries.clone()).await?;
+            let (id, source) = (mirror.id.clone(), mirror.source.clone());
+            let following = follow(watch, source, id, entries, agent.clone());
+            Ok::<_, AgentError>(Follower(tokio::spawn(following).abort_handle()))
+        };
+        mirror.follower.get_or_try_init(begin).await?;
+        Ok(())
+    }
+
+    /// Gives it up; the last who does takes the copy from the guest.
+    pub async fn give_up(self, agent: Option<&Agent>) {
+        let Self { mirror, pod } = self;
+        let id = mirror.id.clone();
+        let is_last = {
+            // Who comes next finds either no copy or one that stays.
+            let mut shared = pod.lock();
+            let is_last = Arc::strong_count(&mirror) == 1;
+            if is_last {
+                shared.remove(&mirror.source);
+            }
+            drop(mirror);
+            is_last
+        };
+        if let (true, Some(agent)) = (is_last, agent)
+            && let Err(error) = agent.remove_volume(&id).await
+        {
+            tracing::warn!(id, %error, "volume");
+        }
+    }
+}
+
+/// Makes each change on the node one in the guest.
+async fn follow(
+    mut watch: Watch,
+    source: PathBuf,
+    id: String,
+    mut last: Vec<VolumeEntry>,
+    agent: Agent,
+) {
+    while watch.changed().await {
+        sleep(SETTLED).await;
+        let (look, at) = (source.clone(), source.display());
+        let seen = tokio::task::spawn_blocking(move || snapshot(&look)).await;
+        match seen.map_err(io::Error::other).and_then(|seen| seen) {
+            Ok(Some(entries)) if entries == last => {}
+            Ok(Some(entries)) => match agent.set_volume(&id, entries.clone()).await {
+                Ok(()) => last = entries,
+                Err(AgentError::Gone) => return,
+                Err(error) => tracing::warn!("{at}: the guest does not take a change: {error}"),
+            },
+            Ok(None) => tracing::warn!("{at}: too large now for the guest to follow"),
+            Err(error) => tracing::warn!("{at}: {error}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn knows_the_kubelets_volumes() {
+        let pods = Path::new("/var/lib/kubelet/pods/u/volumes");
+        assert!(is_watched(&pods.join("kubernetes.io~configmap/settings")));
+        assert!(is_watched(&pods.join("kubernetes.io~projected/token")));
+        for other in [
+            "kubernetes.io~empty-dir/cache",
+            "kubernetes.io~configmap",
+            "kubernetes.io~configmap/settings/below",
+        ] {
+            assert!(!is_watched(&pods.join(other)), "{other}");
+        }
+        assert!(!is_watched(Path::new("/data/kubernetes.io~secret/x")));
+    }
+
+    #[tokio::test]
+    async fn a_volume_is_one_copy_as_long_as_it_is_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = Arc::new(PodMirrors::default());
+        let share = || pod.share(dir.path()).unwrap().unwrap();
+        let (first, second) = (share(), share());
+        assert_eq!(first.guest_path(), second.guest_path());
+        first.give_up(None).await;
+        assert_eq!(share().guest_path(), second.guest_path());
+        let before = second.guest_path();
+        second.give_up(None).await;
+        assert_ne!(share().guest_path(), before);
+        assert!(pod.share(&dir.path().join("missing")).is_err());
+    }
+}
