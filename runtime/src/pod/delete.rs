@@ -68,7 +68,7 @@ impl Pod {
             }
         }
         let removed = self.containers.remove(id).ok_or_else(|| not_found(id))?;
-        if matches!(removed.kind, Kind::Sandbox) && self.is_used() {
+        if id == self.settings.id.as_str() && self.is_used() {
             self.state.is_deleted = true;
             self.write_state();
         }
