@@ -11,7 +11,7 @@ mod files;
 #[path = "probe/life.rs"]
 mod life;
 
-const USAGE: &str = "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | huge MIB | pattern BYTES | check BYTES | count DIR | files DIR | many DIR COUNT | hold FILE | try-lock FILE | map FILE | poke FILE TEXT | listen PATH | ask PATH TEXT | ids | die SIGNAL | serve ADDR FILE";
+const USAGE: &str = "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | huge MIB | pattern BYTES | check BYTES | count DIR | files DIR | many DIR COUNT | hold FILE | try-lock FILE | map FILE | watch DIR | poke FILE TEXT | listen PATH | ask PATH TEXT | ids | die SIGNAL | serve ADDR FILE";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         ["hold", file] => files::hold(file),
         ["try-lock", file] => files::try_lock(file),
         ["map", file] => files::map(file),
+        ["watch", dir] => files::watch(dir),
         ["poke", file, text] => files::poke(file, text),
         ["listen", path] => files::listen(path),
         ["ask", path, text] => files::ask(path, text),

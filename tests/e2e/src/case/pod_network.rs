@@ -111,7 +111,12 @@ fn sysctls(bench: &Bench) -> Result<()> {
         let pairs = WANTED.map(|(key, value)| (key.to_owned(), value.to_owned()));
         config.linux.get_or_insert_default().sysctls = pairs.into();
     })?;
-    let container = pod.start(&cri, &["sleep", "1000"])?;
+    let mut config = pod.container(&["sleep", "1000"]);
+    let linux = config.linux.get_or_insert_default();
+    let context = linux.security_context.get_or_insert_default();
+    // As the kubelet asks for it.
+    context.readonly_paths = vec!["/proc/sys".into()];
+    let container = pod.start_config(&cri, &config)?;
     for (key, value) in WANTED {
         let file = format!("/proc/sys/{}", key.replace('.', "/"));
         let seen = cri.exec_sync(&container, &["cat", &file], 10)?.ok()?;

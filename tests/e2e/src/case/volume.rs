@@ -17,6 +17,7 @@ use crate::process::eventually;
 pub const CASES: &[Case] = &[
     case("volume/memory", 40, memory),
     case("volume/swapped-files", 40, swapped_files),
+    case("volume/watched-files", 60, watched_files),
     case("volume/sub-paths", 40, sub_paths),
     case("volume/many-entries", 40, many_entries),
     case("volume/propagation", 40, propagation),
@@ -51,7 +52,7 @@ pub fn sleeper(cri: &Cri, pod: &Pod, mounts: &[Mount], devices: &[Device]) -> Re
 
 /// What a shell in the container prints.
 pub fn shell(cri: &Cri, container: &str, script: &str) -> Result<String> {
-    cri.exec_sync(container, &["sh", "-c", script], 20)?
+    cri.exec_sync(container, &["sh", "-c", script], 60)?
         .ok()
         .with_context(|| script.to_owned())
 }
@@ -87,21 +88,65 @@ fn memory(bench: &Bench) -> Result<()> {
     Ok(())
 }
 
+/// Writes a version of a volume's files as the kubelet does.
+fn swap(place: &Path, version: &str, entries: &[(&str, &str)]) -> Result<()> {
+    let dir = place.join(version);
+    fs::create_dir_all(&dir)?;
+    for (name, text) in entries {
+        fs::write(dir.join(name), text)?;
+    }
+    symlink(version, place.join("..data_tmp"))?;
+    fs::rename(place.join("..data_tmp"), place.join("..data"))?;
+    Ok(())
+}
+
+/// Who watches a ConfigMap hears of a change (inotify), and reads it then.
+fn watched_files(bench: &Bench) -> Result<()> {
+    let place = "pods/u/volumes/kubernetes.io~configmap/settings";
+    let place = bench.folder().join(place);
+    swap(&place, "..1", &[("key", "one")])?;
+    symlink("..data/key", place.join("key"))?;
+    fs::set_permissions(place.join("..1/key"), fs::Permissions::from_mode(0o640))?;
+    chown(place.join("..1/key"), None, Some(4321))?;
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let mut config = pod.container(&["probe", "watch", "/settings"]);
+    config.mounts = vec![read_only(&place, "/settings")];
+    let watcher = pod.start_config(&cri, &config)?;
+    pod.await_log(&cri, &watcher, "watching")?;
+    let seen = shell(
+        &cri,
+        &watcher,
+        "cat /settings/key; stat -L -c ' %a %g' /settings/key",
+    )?;
+    ensure!(seen == "one 640 4321", "{seen:?}");
+
+    swap(&place, "..2", &[("key", "two")])?;
+    fs::remove_dir_all(place.join("..1"))?;
+    pod.await_log(&cri, &watcher, "came ..data")?;
+    let seen = shell(&cri, &watcher, "cat /settings/key; ls -A /settings")?;
+    ensure!(seen == "two..2\n..data\nkey", "{seen:?}");
+    let other = sleeper(&cri, &pod, &[read_only(&place, "/settings")], &[])?;
+    let seen = shell(
+        &cri,
+        &other,
+        "cat /settings/key; echo x > /settings/key || echo refused",
+    )?;
+    ensure!(seen == "tworefused", "{seen:?}");
+    cri.stop(&watcher, 0)?;
+    cri.remove(&watcher)?;
+    swap(&place, "..3", &[("key", "three")])?;
+    eventually("the other still follows", bench.seconds(5), || {
+        Ok((shell(&cri, &other, "cat /settings/key")? == "three").then_some(()))
+    })?;
+    pod.remove(&cri)
+}
+
 /// A ConfigMap's files, and their update: a new directory takes the place of
 /// the old one in one step.
 fn swapped_files(bench: &Bench) -> Result<()> {
     let place = bench.folder().join("settings");
-    let write = |version: &str, entries: &[(&str, &str)]| -> Result<()> {
-        let dir = place.join(version);
-        fs::create_dir_all(&dir)?;
-        for (name, text) in entries {
-            fs::write(dir.join(name), text)?;
-        }
-        symlink(version, place.join("..data_tmp"))?;
-        fs::rename(place.join("..data_tmp"), place.join("..data"))?;
-        Ok(())
-    };
-    write("..1", &[("key", "one"), ("gone", "one")])?;
+    swap(&place, "..1", &[("key", "one"), ("gone", "one")])?;
     for name in ["key", "gone"] {
         symlink(format!("..data/{name}"), place.join(name))?;
     }
@@ -129,7 +174,7 @@ fn swapped_files(bench: &Bench) -> Result<()> {
     };
     pod.await_log(&cri, &holder, "open")?;
 
-    write("..2", &[("key", "two"), ("new", "two")])?;
+    swap(&place, "..2", &[("key", "two"), ("new", "two")])?;
     symlink("..data/new", place.join("new"))?;
     fs::remove_file(place.join("gone"))?;
     fs::remove_dir_all(place.join("..1"))?;

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -428,4 +428,36 @@ pub fn ask(path: &str, text: &str) -> io::Result<()> {
     connection.read_to_string(&mut answer)?;
     println!("{answer}");
     Ok(())
+}
+
+/// Tells what is made in DIR or moved there, until it is ended.
+pub fn watch(dir: &str) -> io::Result<()> {
+    // struct inotify_event has this much before the name.
+    const HEADER: usize = 16;
+    let path = CString::new(dir)?;
+    // SAFETY: no pointers.
+    let inotify = unsafe { libc::inotify_init1(libc::IN_CLOEXEC) };
+    // SAFETY: the path is a string that ends.
+    let watch = unsafe {
+        libc::inotify_add_watch(inotify, path.as_ptr(), libc::IN_CREATE | libc::IN_MOVED_TO)
+    };
+    if inotify < 0 || watch < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: just opened, and nobody else has it.
+    let mut events = unsafe { File::from_raw_fd(inotify) };
+    println!("watching");
+    let mut buffer = [0; 4096];
+    loop {
+        let count = events.read(&mut buffer)?;
+        let mut rest = &buffer[..count];
+        while let Some((header, behind)) = rest.split_at_checked(HEADER) {
+            let length = [header[12], header[13], header[14], header[15]];
+            let length = u32::from_ne_bytes(length) as usize;
+            let (name, next) = behind.split_at(length);
+            let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+            println!("came {}", String::from_utf8_lossy(name));
+            rest = next;
+        }
+    }
 }
