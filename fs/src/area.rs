@@ -2,8 +2,11 @@
 //!
 //! The rule: everything below `<directory>/rootfs`, two levels below the top,
 //! belongs to the guest alone; nobody else changes it while the pod lives, and
-//! the guest caches it without limit. Everything else may change under the
-//! guest's feet (volumes) and is looked at again after a second.
+//! the guest caches it without limit. The same holds for the directories in
+//! `<directory>/layers`, in which the guest's overlay writes; but beside them lie
+//! a snapshotter's own files, so of that directory itself the guest sees nothing
+//! else and can change nothing. Everything else may change under the guest's
+//! feet (volumes) and is looked at again after a second.
 
 use std::time::Duration;
 
@@ -11,6 +14,9 @@ use crate::name::Name;
 
 /// The name that makes a tree the guest's own.
 const OWN_TREE: &[u8] = b"rootfs";
+
+/// The name that makes a directory one of layers.
+const LAYERS: &[u8] = b"layers";
 
 /// A part of the tree with its own rule for caching.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +27,8 @@ pub enum Area {
     Group,
     /// Changed by the guest alone.
     Own,
+    /// A directory of directories that are the guest's own; it is itself not.
+    Layers,
     /// Changed by others too.
     Shared,
 }
@@ -31,15 +39,16 @@ impl Area {
         match self {
             Self::Top => Self::Group,
             Self::Group if name.as_c_str().to_bytes() == OWN_TREE => Self::Own,
+            Self::Group if name.as_c_str().to_bytes() == LAYERS => Self::Layers,
             Self::Group | Self::Shared => Self::Shared,
-            Self::Own => Self::Own,
+            Self::Own | Self::Layers => Self::Own,
         }
     }
 
     /// How long names and attributes stay good.
     pub fn lifetime(self) -> Duration {
         match self {
-            Self::Own => Duration::from_hours(24),
+            Self::Own | Self::Layers => Duration::from_hours(24),
             Self::Top | Self::Group | Self::Shared => Duration::from_secs(1),
         }
     }
@@ -59,6 +68,15 @@ mod tests {
         path.iter().fold(Area::Top, |area, name| {
             area.of_child(Name::new(name).unwrap())
         })
+    }
+
+    #[test]
+    fn layers_are_own_and_their_directory_is_not() {
+        assert_eq!(area(&[c"layers"]), Area::Group);
+        assert_eq!(area(&[c"web", c"layers"]), Area::Layers);
+        assert_eq!(area(&[c"web", c"layers", c"fs"]), Area::Own);
+        assert_eq!(area(&[c"web", c"mounts", c"layers"]), Area::Shared);
+        assert!(!Area::Layers.is_own());
     }
 
     #[test]

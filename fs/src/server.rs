@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use vm_memory::ByteValued;
 
 use crate::abi::{self, InHeader, InitIn, InitOut, Opcode, OutHeader, init};
+use crate::area::Area;
 use crate::buffers::Buffers;
 use crate::credentials::Credentials;
 use crate::handle::HandleTable;
@@ -349,6 +350,14 @@ impl Server {
     /// A reference to the node; makes room for it if there is none.
     fn reference(&mut self, id: u64) -> Result<Rc<OwnedFd>, Errno> {
         with_room(&mut self.nodes, |nodes| nodes.reference(id))
+    }
+
+    /// The same of what the guest may change: its attributes, and the names in it.
+    fn changeable(&mut self, id: u64) -> Result<Rc<OwnedFd>, Errno> {
+        match self.nodes.get(id)?.area {
+            Area::Layers => Err(Errno::ROFS),
+            _ => self.reference(id),
+        }
     }
 }
 

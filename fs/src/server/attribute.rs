@@ -56,7 +56,7 @@ impl Server {
     pub(super) fn setattr(&mut self, request: &mut Request<'_>) -> Result<Answer, Errno> {
         let set: SetattrIn = request.body.read_object()?;
         let id = request.header.nodeid;
-        let file = self.reference(id)?;
+        let file = self.changeable(id)?;
         let has = |flag| set.valid & flag != 0;
         // With a change of owner the guest always asks for it; what the kernel
         // does then by itself is what root's change brings on a disk.

@@ -9,6 +9,7 @@ use crate::abi::{
     self, BatchForgetIn, EntryOut, ForgetIn, ForgetOne, LinkIn, MkdirIn, MknodIn, Rename2In,
     RenameIn, init,
 };
+use crate::area::Area;
 use crate::host;
 use crate::name::{self, Name};
 use crate::node::{NodeId, NodeTable};
@@ -129,7 +130,7 @@ impl Server {
         umask: u32,
         create: impl FnOnce(BorrowedFd<'_>) -> Result<(), Errno>,
     ) -> Result<Answer, Errno> {
-        let dir = self.reference(parent)?;
+        let dir = self.changeable(parent)?;
         self.credentials.umask(umask);
         self.credentials.keep_set_id(true)?;
         create(dir.as_fd())?;
@@ -149,7 +150,7 @@ impl Server {
         self.with_arguments(request, |server, header, arguments| {
             let name = Name::take(arguments)?;
             let parent = header.nodeid;
-            let dir = server.reference(parent)?;
+            let dir = server.changeable(parent)?;
             let node = with_room(&mut server.nodes, |nodes| nodes.pin(parent, name))?;
             rustix::fs::unlinkat(&*dir, name.as_c_str(), flags)?;
             if let Some(node) = node {
@@ -183,8 +184,8 @@ impl Server {
             let old_parent = header.nodeid;
             let old_name = Name::take(arguments)?;
             let new_name = Name::take(arguments)?;
-            let old_dir = server.reference(old_parent)?;
-            let new_dir = server.reference(new_parent)?;
+            let old_dir = server.changeable(old_parent)?;
+            let new_dir = server.changeable(new_parent)?;
             let nodes = &mut server.nodes;
             let moved = with_room(nodes, |nodes| nodes.find_entry(old_parent, old_name))?;
             let replaced = with_room(nodes, |nodes| nodes.pin(new_parent, new_name))?;
@@ -218,7 +219,7 @@ impl Server {
         self.with_arguments(request, |server, header, arguments| {
             let name = Name::take(arguments)?;
             let file = server.reference(link.oldnodeid)?;
-            let dir = server.reference(header.nodeid)?;
+            let dir = server.changeable(header.nodeid)?;
             server.proc_self_fd.link(file.as_fd(), dir.as_fd(), name)?;
             let entry = server.entry(header.nodeid, name)?;
             server.answer(&entry)
@@ -238,9 +239,11 @@ pub(super) fn entry(
         host::open_reference(dir.as_fd(), name)
     })?;
     let stat = host::stat(found.as_fd())?;
-    let is_submount = submounts
-        && host::kind(&stat) == FileType::Directory
-        && nodes.get(parent)?.is_mount_of(&stat);
+    let is_directory = host::kind(&stat) == FileType::Directory;
+    if !is_directory && nodes.get(parent)?.area == Area::Layers {
+        return Err(Errno::NOENT);
+    }
+    let is_submount = submounts && is_directory && nodes.get(parent)?.is_mount_of(&stat);
     let id = nodes.remember(parent, name, found, &stat)?;
     let mut entry = entry_out(nodes, id, &stat)?;
     if is_submount {

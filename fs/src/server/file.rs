@@ -97,7 +97,7 @@ impl Server {
             let parent = header.nodeid;
             let name = Name::take(arguments)?;
             let mode = Mode::from_raw_mode(create.mode & 0o7777);
-            let dir = server.reference(parent)?;
+            let dir = server.changeable(parent)?;
             server.credentials.umask(create.umask);
             server.credentials.keep_set_id(true)?;
             let created = with_room(&mut server.nodes, |_| {
@@ -142,7 +142,7 @@ impl Server {
         let parent = request.header.nodeid;
         let flags = open_flags(create.flags)? - OFlags::TRUNC;
         let mode = Mode::from_raw_mode(create.mode & 0o7777);
-        let dir = self.reference(parent)?;
+        let dir = self.changeable(parent)?;
         self.credentials.umask(create.umask);
         self.credentials.keep_set_id(true)?;
         let excl = OFlags::from_bits_retain(create.flags) & OFlags::EXCL;

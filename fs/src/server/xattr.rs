@@ -93,7 +93,7 @@ impl Server {
             if value.len() > VALUE_BYTES {
                 return Err(Errno::TOOBIG);
             }
-            let file = server.reference(header.nodeid)?;
+            let file = server.changeable(header.nodeid)?;
             if name.is_nowhere(&file)? {
                 // The guest's overlayfs notes where a symbolic link came from, and
                 // gives up what it is about to do when it cannot. It never misses
@@ -159,7 +159,7 @@ impl Server {
     pub(super) fn removexattr(&mut self, request: &mut Request<'_>) -> Result<Answer, Errno> {
         self.with_arguments(request, |server, header, arguments| {
             let name = take_name(arguments)?;
-            let file = server.reference(header.nodeid)?;
+            let file = server.changeable(header.nodeid)?;
             if name.is_nowhere(&file)? {
                 return Err(Errno::NODATA);
             }
