@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::hook::{ContainerHooks, Hooks};
 use crate::id::{Id, IdError};
+use crate::id_map::{IdMaps, IdRange};
 use crate::joined::POD_FILE;
 
 mod annotation;
@@ -82,6 +83,8 @@ pub struct PodSpec {
     pub shared_pid_namespace: bool,
     /// Of the pod; none: containerd writes the containers' files about names.
     pub dns: Option<Dns>,
+    /// Its containers' users are others in the guest.
+    pub id_maps: Option<IdMaps>,
 }
 
 /// How the pod resolves names.
@@ -129,7 +132,16 @@ pub struct Mount {
     /// As for mount(8).
     #[serde(default)]
     pub options: Option<Vec<String>>,
+    /// Its files appear with other owners.
+    #[serde(rename = "uidMappings", default)]
+    pub users: Option<Vec<IdRange>>,
+    /// The same for groups.
+    #[serde(rename = "gidMappings", default)]
+    pub groups: Option<Vec<IdRange>>,
 }
+
+/// Options that say so; the second one of what is mounted below as well.
+const MAP_OPTIONS: [&str; 2] = ["idmap", "ridmap"];
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
@@ -162,6 +174,10 @@ struct Linux {
     namespaces: Option<Vec<Namespace>>,
     sysctl: Option<BTreeMap<String, String>>,
     cgroups_path: Option<String>,
+    #[serde(rename = "uidMappings")]
+    users: Option<Vec<IdRange>>,
+    #[serde(rename = "gidMappings")]
+    groups: Option<Vec<IdRange>>,
     devices: Option<Vec<Device>>,
     resources: Option<Resources>,
 }
@@ -278,9 +294,11 @@ impl Bundle {
     }
 
     fn parse(dir: &Path, text: &[u8]) -> Result<Self, serde_json::Error> {
+        let mut spec: Spec = serde_json::from_slice(text)?;
+        spec.complete_mounts();
         Ok(Self {
             dir: dir.to_owned(),
-            spec: serde_json::from_slice(text)?,
+            spec,
             json: serde_json::from_slice(text)?,
         })
     }
@@ -351,6 +369,7 @@ impl Bundle {
             // Which of them do is in their own specs, which come later.
             shared_pid_namespace: *role == Role::Sandbox,
             dns: None,
+            id_maps: linux.id_maps(),
         })
     }
 
@@ -456,6 +475,14 @@ impl Bundle {
         json["root"]["path"] = root.into();
         for (index, source) in sources {
             json["mounts"][*index]["source"] = source.as_str().into();
+            // What is shown to the guest is mapped.
+            if let Some(mount) = json["mounts"][*index].as_object_mut() {
+                mount.remove("uidMappings");
+                mount.remove("gidMappings");
+                if let Some(options) = mount.get_mut("options").and_then(Value::as_array_mut) {
+                    options.retain(|option| !MAP_OPTIONS.iter().any(|map| option == map));
+                }
+            }
         }
         let Some(spec) = json.as_object_mut() else {
             return Vec::new();
@@ -497,6 +524,45 @@ impl Bundle {
 
     fn annotations(&self) -> BTreeMap<String, String> {
         self.spec.annotations.clone().unwrap_or_default()
+    }
+}
+
+impl Spec {
+    /// A mount that is to be mapped and does not say how is as the container is.
+    fn complete_mounts(&mut self) {
+        let Some(maps) = self.linux.as_ref().and_then(Linux::id_maps) else {
+            return;
+        };
+        for mount in self.mounts.iter_mut().flatten() {
+            if mount.has_any(&MAP_OPTIONS) && mount.id_maps().is_none() {
+                mount.users = Some(maps.users.clone());
+                mount.groups = Some(maps.groups.clone());
+            }
+        }
+    }
+}
+
+impl Mount {
+    /// How the owners of its files appear, if not as they are.
+    pub fn id_maps(&self) -> Option<IdMaps> {
+        let ranges = |ranges: &Option<Vec<IdRange>>| ranges.clone().unwrap_or_default();
+        IdMaps::new(&ranges(&self.users), &ranges(&self.groups))
+    }
+
+    /// Whether one of these is among its options.
+    pub fn has_any(&self, names: &[&str]) -> bool {
+        let mut options = self.options.iter().flatten();
+        options.any(|option| names.contains(&option.as_str()))
+    }
+}
+
+impl Linux {
+    /// The maps of the user namespace, if there is one.
+    fn id_maps(&self) -> Option<IdMaps> {
+        let mut namespaces = self.namespaces.iter().flatten();
+        let has_one = namespaces.any(|namespace| namespace.kind == "user");
+        let ranges = |ranges: &Option<Vec<IdRange>>| ranges.clone().unwrap_or_default();
+        has_one.then(|| IdMaps::new(&ranges(&self.users), &ranges(&self.groups)))?
     }
 }
 
@@ -688,12 +754,38 @@ mod tests {
     }
 
     #[test]
+    fn maps_the_owners_of_what_says_so() {
+        let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+        let other = json!([{"containerID": 0, "hostID": 5, "size": 1}]);
+        let linux = json!({
+            "namespaces": [{"type": "network"}, {"type": "user", "path": "/proc/7/ns/user"}],
+            "uidMappings": map, "gidMappings": map,
+        });
+        let bundle = bundle(json!({"linux": linux, "mounts": [
+            {"destination": "/own", "source": "/a", "uidMappings": other, "gidMappings": other},
+            {"destination": "/containers", "source": "/a", "options": ["rbind", "ridmap"]},
+            {"destination": "/none", "source": "/a", "options": ["rbind"]},
+        ]}));
+        let maps = bundle.pod_spec(&Role::Single).unwrap().id_maps.unwrap();
+        assert_eq!(maps.root(), Some((100_000, 100_000)));
+        let mounts = bundle.mounts().iter();
+        let roots = mounts.map(|mount| mount.id_maps()?.root());
+        assert_eq!(
+            roots.collect::<Vec<_>>(),
+            [Some((5, 5)), Some((100_000, 100_000)), None]
+        );
+        let plain = single(json!({"namespaces": [{"type": "network"}], "uidMappings": map}));
+        assert_eq!(plain.pod_spec(&Role::Single).unwrap().id_maps, None);
+    }
+
+    #[test]
     fn gives_the_guest_its_own_paths() {
         let bundle = bundle(json!({
             "root": {"path": "rootfs", "readonly": true},
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc"},
-                {"destination": "/v", "type": "bind", "source": "/srv", "options": ["rbind"]},
+                {"destination": "/v", "type": "bind", "source": "/srv", "options": ["rbind", "ridmap"],
+                    "uidMappings": [], "gidMappings": []},
             ],
             "hooks": {"prestart": [{"path": "/bin/hook"}], "startContainer": [{"path": "/hook"}]},
             "surprise": {"kept": [1, 2]},
@@ -707,7 +799,10 @@ mod tests {
             json!({"path": "/guest/root", "readonly": true})
         );
         assert_eq!(guest["mounts"][0]["source"], "proc");
-        assert_eq!(guest["mounts"][1]["source"], "/guest/v");
+        assert_eq!(
+            guest["mounts"][1],
+            json!({"destination": "/v", "type": "bind", "source": "/guest/v", "options": ["rbind"]})
+        );
         assert_eq!(guest["mounts"][2]["destination"], "/etc/hosts");
         assert_eq!(guest["mounts"][2]["source"], "/guest/hosts");
         assert_eq!(guest["surprise"], json!({"kept": [1, 2]}));

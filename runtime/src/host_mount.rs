@@ -10,6 +10,8 @@ use rustix::mount::{
 };
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
+use crate::id_map::IdMaps;
+use crate::mapped_overlay;
 use crate::mount_copy::{CopyOptions, FORBIDDEN, MountCopy, ReadOnly};
 
 /// Most bytes of options that mount(2) takes: one page, its NUL included.
@@ -96,20 +98,29 @@ impl Drop for HostMount {
 /// The kernel refuses.
 pub fn attach(kind: &str, source: &Path, target: &Path, options: &[String]) -> io::Result<()> {
     let mut options = Options::parse(options);
+    let maps = IdMaps::take_from(&mut options.data)?;
     if options.bind || matches!(kind, "bind" | "rbind") {
         options.copy.recursive |= kind == "rbind";
-        let copy = MountCopy::new(source, options.copy)?;
+        let mut copy = MountCopy::new(source, options.copy)?;
+        if let Some(maps) = &maps {
+            copy.map_ids(&maps.namespace()?, false)?;
+        }
         copy.set(options.attributes())?;
         copy.forbid_writing(options.read_only)?;
         return copy.attach(target);
     }
-    let is_map = |option: &&String| option.starts_with("uidmap=") || option.starts_with("gidmap=");
-    if let Some(option) = options.data.iter().find(is_map) {
-        let text = format!("{option}: mapped owners (hostUsers: false) are not supported");
-        return Err(io::Error::new(io::ErrorKind::Unsupported, text));
-    }
     let mut flags = options.flags | FORBIDDEN;
     flags.set(MountFlags::RDONLY, options.read_only != ReadOnly::No);
+    match &maps {
+        Some(maps) if kind == "overlay" => {
+            return mapped_overlay::attach(source, target, flags, &options.data, maps);
+        }
+        Some(_) => {
+            let text = format!("a mount of type {kind} cannot show other owners");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+        }
+        None => {}
+    }
     let data = options.data.join(",");
     if data.len() <= OPTIONS {
         let data = CString::new(data)?;

@@ -42,7 +42,9 @@ fn features() -> String {
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.0",
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
+            // Kubernetes wants to know before it gives a pod users of its own.
+            "mountExtensions": {"idmap": {"enabled": true}},
             "cgroup": {"v1": false, "v2": true},
             "seccomp": {"enabled": true},
             "apparmor": {"enabled": false},
@@ -62,5 +64,7 @@ mod tests {
         assert_eq!(info.name, "io.containerd.husk.v2");
         let features: serde_json::Value = serde_json::from_slice(&info.features.value).unwrap();
         assert_eq!(features["linux"]["cgroup"]["v2"], true);
+        let mapped = &features["linux"]["mountExtensions"]["idmap"]["enabled"];
+        assert_eq!(*mapped, true);
     }
 }

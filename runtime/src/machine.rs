@@ -20,6 +20,7 @@ use crate::config::{Config, Patience};
 use crate::error::Error;
 use crate::file_server::FileServer;
 use crate::growth::{Fitter, Growth};
+use crate::id_map::IdMaps;
 use crate::interfaces::Interfaces;
 use crate::network::PodNetwork;
 use crate::shared_tree::SharedTree;
@@ -318,6 +319,12 @@ fn sandbox_request(pod: &PodSpec, network: Network, patience: Patience) -> Creat
         ..VirtioFsStorage::default()
     });
     let dns = pod.dns.clone().unwrap_or_default();
+    let [uid_mappings, gid_mappings] = pod
+        .id_maps
+        .as_ref()
+        .map(IdMaps::for_guest)
+        .unwrap_or_default();
+    let root = pod.id_maps.as_ref().and_then(IdMaps::root);
     let power_off = patience.of(deadline::POWER_OFF).as_secs();
     CreateSandboxRequest {
         hostname: pod.hostname.clone(),
@@ -326,9 +333,11 @@ fn sandbox_request(pod: &PodSpec, network: Network, patience: Patience) -> Creat
         dns_options: dns.options,
         sysctls: pod.sysctls.clone().into_iter().collect(),
         network: Some(network).into(),
-        storages: vec![shared, volume::shm_storage()],
+        storages: vec![shared, volume::shm_storage(root.unwrap_or_default())],
         shared_pid_namespace: pod.shared_pid_namespace,
         wall_clock_ns: clock::wall_ns(),
+        uid_mappings,
+        gid_mappings,
         power_off_seconds: power_off.try_into().unwrap_or(u32::MAX),
         ..CreateSandboxRequest::default()
     }

@@ -5,11 +5,13 @@
 //! and never hears of flags that change later.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{CWD, FileType, StatVfsMountFlags, fstat, fstatvfs};
 use rustix::mount::{MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags};
+
+use crate::id_map::{IdMaps, UserNamespace};
 
 /// What no mount in the tree permits. The guest's kernel judges devices, set-id
 /// bits and programs by flags of its own; here they could only serve somebody
@@ -57,6 +59,7 @@ pub struct FileIdentity {
 pub struct MountCopy {
     tree: OwnedFd,
     options: CopyOptions,
+    id_maps: Option<IdMaps>,
 }
 
 /// `struct mount_attr` of linux/mount.h.
@@ -78,7 +81,11 @@ impl MountCopy {
         let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         flags.set(OpenTreeFlags::AT_RECURSIVE, options.recursive);
         let tree = rustix::mount::open_tree(CWD, source, flags)?;
-        let copy = Self { tree, options };
+        let copy = Self {
+            tree,
+            options,
+            id_maps: None,
+        };
         let mut change = MountAttr {
             attr_set: FORBIDDEN_ATTRIBUTES.bits().into(),
             ..MountAttr::default()
@@ -127,6 +134,31 @@ impl MountCopy {
             ..MountAttr::default()
         };
         self.change(&change, 0)
+    }
+
+    /// Shows its files with the owners that the namespace's maps make of those
+    /// that are stored; also what is mounted below, if `recursive`.
+    ///
+    /// # Errors
+    /// Its file system cannot, or it is mapped already.
+    pub fn map_ids(&mut self, namespace: &UserNamespace, recursive: bool) -> io::Result<()> {
+        let change = MountAttr {
+            attr_set: MountAttrFlags::MOUNT_ATTR_IDMAP.bits().into(),
+            userns_fd: namespace.as_fd().as_raw_fd().unsigned_abs().into(),
+            ..MountAttr::default()
+        };
+        let flags = if recursive { libc::AT_RECURSIVE } else { 0 };
+        self.change(&change, flags).map_err(|error| {
+            let text = format!("its file system cannot show other owners: {error}");
+            io::Error::new(error.kind(), text)
+        })?;
+        self.id_maps = Some(namespace.maps().clone());
+        Ok(())
+    }
+
+    /// How its owners are mapped.
+    pub fn id_maps(&self) -> Option<&IdMaps> {
+        self.id_maps.as_ref()
     }
 
     /// What is at its top.

@@ -5,7 +5,11 @@ use containerd_shim_protos::protobuf::{Error as WireError, Message};
 
 use crate::bundle::{BundleError, Dns, Limits, PodSpec};
 
-use generated::pod_config::{LinuxContainerResources, PodSandboxConfig};
+use crate::id_map::{IdMaps, IdRange};
+
+use generated::pod_config::{
+    IDMapping, LinuxContainerResources, LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig,
+};
 
 #[allow(
     missing_docs,
@@ -44,6 +48,7 @@ pub fn read(message: &[u8], id: &str) -> Result<PodSpec, PodConfigError> {
     let dns = config.dns_config.unwrap_or_default();
     Ok(PodSpec {
         hostname: config.hostname,
+        id_maps: id_maps(&linux),
         sysctls: linux.sysctls.into_iter().collect(),
         cgroups_path: cgroups_path(&linux.cgroup_parent, id),
         limits: limits(&linux.resources.unwrap_or_default())?,
@@ -56,6 +61,20 @@ pub fn read(message: &[u8], id: &str) -> Result<PodSpec, PodConfigError> {
         }),
         ..PodSpec::default()
     })
+}
+
+fn id_maps(linux: &LinuxPodSandboxConfig) -> Option<IdMaps> {
+    let options = &linux.security_context.namespace_options.userns_options;
+    let of_pod = options.is_some() && options.mode == NamespaceMode::POD.into();
+    let ranges = |mappings: &[IDMapping]| {
+        let range = |mapping: &IDMapping| IdRange {
+            inside: mapping.container_id,
+            outside: mapping.host_id,
+            size: mapping.length,
+        };
+        mappings.iter().map(range).collect::<Vec<_>>()
+    };
+    of_pod.then(|| IdMaps::new(&ranges(&options.uids), &ranges(&options.gids)))?
 }
 
 fn limits(resources: &LinuxContainerResources) -> Result<Limits, BundleError> {
@@ -114,6 +133,44 @@ mod tests {
         );
         assert_eq!(pod.limits.cpu_millis, Some(1500));
         assert_eq!(pod.limits.memory_bytes, Some(64 << 20));
+    }
+
+    #[test]
+    fn reads_whom_the_pods_users_are() {
+        use generated::pod_config::{LinuxSandboxSecurityContext, NamespaceOption, UserNamespace};
+        let mapping = IDMapping {
+            host_id: 100_000,
+            length: 65_536,
+            ..IDMapping::default()
+        };
+        let read_mode = |mode: NamespaceMode| {
+            let options = UserNamespace {
+                mode: mode.into(),
+                uids: vec![mapping.clone()],
+                gids: vec![mapping.clone()],
+                ..UserNamespace::default()
+            };
+            let namespaces = NamespaceOption {
+                userns_options: MessageField::some(options),
+                ..NamespaceOption::default()
+            };
+            let security = LinuxSandboxSecurityContext {
+                namespace_options: MessageField::some(namespaces),
+                ..LinuxSandboxSecurityContext::default()
+            };
+            let linux = LinuxPodSandboxConfig {
+                security_context: MessageField::some(security),
+                ..LinuxPodSandboxConfig::default()
+            };
+            let config = PodSandboxConfig {
+                linux: MessageField::some(linux),
+                ..PodSandboxConfig::default()
+            };
+            let pod = read(&config.write_to_bytes().unwrap(), "p").unwrap();
+            pod.id_maps.and_then(|maps| maps.root())
+        };
+        assert_eq!(read_mode(NamespaceMode::POD), Some((100_000, 100_000)));
+        assert_eq!(read_mode(NamespaceMode::NODE), None);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use husk_protocol::path;
 
 use crate::host_mount::HostMount;
+use crate::id_map::IdMaps;
 use crate::mount_copy::{CopyOptions, FileIdentity, MountCopy, ReadOnly};
 use crate::mounts_below::mounts_below;
 use crate::shared_tree::{SharedTreeError, error};
@@ -45,11 +46,12 @@ struct Table {
 }
 
 /// What makes two volumes the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Key {
     file: FileIdentity,
     below: u64,
     options: CopyOptions,
+    id_maps: Option<IdMaps>,
     read_only: ReadOnly,
 }
 
@@ -129,6 +131,7 @@ impl SharedVolumes {
             file,
             below,
             options: copy.options(),
+            id_maps: copy.id_maps().cloned(),
             read_only: ReadOnly::No,
         };
         // Nothing below waits for a disk: the source has been opened.
@@ -163,7 +166,7 @@ impl SharedVolumes {
                     users: 1,
                     export: Arc::clone(&export),
                 };
-                table.entries.insert(key, entry);
+                table.entries.insert(key.clone(), entry);
                 export
             }
         };

@@ -83,12 +83,7 @@ impl VolumeError {
 impl VolumePlan {
     /// What to do about `mount`.
     pub fn new(mount: &Mount) -> Self {
-        let options = mount.options.as_deref().unwrap_or_default();
-        let has = |names: &[&str]| {
-            options
-                .iter()
-                .any(|option| names.contains(&option.as_str()))
-        };
+        let has = |names: &[&str]| mount.has_any(names);
         let kind = mount.kind.as_deref().unwrap_or_default();
         let bind = matches!(kind, "bind" | "rbind") || has(&["bind", "rbind"]);
         match &mount.source {
@@ -117,11 +112,14 @@ fn is_shm(destination: &Path, source: &Path) -> bool {
     destination == Path::new("/dev/shm") && source.file_name().is_some_and(|name| name == "shm")
 }
 
-/// The pod's `/dev/shm` as a storage of the sandbox.
-pub fn shm_storage() -> Storage {
+/// The pod's `/dev/shm` as a storage of the sandbox, owned by the user and group
+/// that are its root.
+pub fn shm_storage((uid, gid): (u32, u32)) -> Storage {
+    let mut options = ["nosuid", "nodev", "noexec"].map(str::to_owned).to_vec();
+    options.extend([format!("uid={uid}"), format!("gid={gid}")]);
     let mut storage = Storage {
         mount_point: shm_path(),
-        options: ["nosuid", "nodev", "noexec"].map(str::to_owned).to_vec(),
+        options,
         ..Storage::default()
     };
     storage.set_tmpfs(TmpfsStorage {
@@ -181,7 +179,10 @@ pub fn mount_volumes(
                 options,
                 read_only,
             } => {
-                if read_only != ReadOnly::No && mirror::is_watched(&source) {
+                let mapped = mount.id_maps();
+                // A copy would have the owners that are stored.
+                let copied = read_only != ReadOnly::No && mapped.is_none();
+                if copied && mirror::is_watched(&source) {
                     let shared = tree.tree().mirrors().share(&source);
                     let shared = shared.map_err(|error| source_error(mount, &source, error))?;
                     if let Some(shared) = shared {
@@ -194,7 +195,7 @@ pub fn mount_volumes(
                 let below = volumes.mounts_below(&source, options);
                 let below = below.map_err(|error| source_error(mount, &source, error))?;
                 let fail = |error| source_error(mount, &source, error);
-                let copy = MountCopy::new(&source, options).map_err(fail)?;
+                let mut copy = MountCopy::new(&source, options).map_err(fail)?;
                 let kind = copy.file_type().map_err(fail)?;
                 if kind.is_block_device() {
                     let number = copy.device_number().map_err(fail)?;
@@ -211,6 +212,11 @@ pub fn mount_volumes(
                     })?;
                     sources.insert(index, path);
                     continue;
+                }
+                if let Some(maps) = mapped {
+                    let namespace = maps.namespace().map_err(fail)?;
+                    let recursive = mount.has_any(&["ridmap"]);
+                    copy.map_ids(&namespace, recursive).map_err(fail)?;
                 }
                 let of_pod = pod_uid.is_some_and(|uid| is_empty_dir(&source, uid));
                 let shared = volumes.share(copy, below, read_only, of_pod)?;
@@ -257,6 +263,8 @@ mod tests {
             kind: (!kind.is_empty()).then(|| kind.to_owned()),
             source: Some(source.into()),
             options: Some(options.iter().map(|&o| o.to_owned()).collect()),
+            users: None,
+            groups: None,
         }
     }
 
