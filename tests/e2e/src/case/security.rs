@@ -377,11 +377,11 @@ fn privileged(bench: &Bench) -> Result<()> {
     ensure!(mode == "0", "mode {mode}");
     // It may mount, change the kernel's settings and look at all of it.
     let script = "mount -t tmpfs none /mnt && umount /mnt && \
-                  test \"$(head -c 1 /dev/kmsg 2>/dev/null | wc -c)\" = 1 && \
+                  dd if=/dev/kmsg of=/dev/null bs=8192 count=1 2> /dev/null && \
                   value=$(cat /proc/sys/vm/overcommit_ratio) && echo $value > /proc/sys/vm/overcommit_ratio && \
-                  grep -c ' /sys sysfs rw,' /proc/mounts";
+                  grep ' /sys ' /proc/mounts";
     let seen = shell(&cri, &container, script)?;
-    ensure!(seen == "1", "{seen:?}");
+    ensure!(seen.contains(" rw,"), "{seen:?}");
     if bench.runtime == Runtime::Husk {
         // The node's disks have other numbers here, or are none at all.
         let disks = shell(&cri, &container, "find /dev -type b")?;
