@@ -12,7 +12,7 @@ use crate::disk::{DiskUse, PodDisks};
 use crate::error::Error;
 use crate::id::Id;
 use crate::mirror::MirrorUse;
-use crate::rootfs::{self, RootfsPlan};
+use crate::rootfs::{self, RootfsPlan, layers};
 use crate::shared_tree::{ContainerTree, SharedTree};
 use crate::vm_plan::Disk;
 use crate::vm_process::Vm;
@@ -73,7 +73,17 @@ impl FilesRequest {
         let mut storages = Vec::new();
         let mut disks = Vec::new();
         let root = match &self.rootfs {
-            RootfsPlan::Tree(mounts) => rootfs::mount_tree(&mut tree, mounts)?,
+            RootfsPlan::Tree(mounts) => {
+                let layered = layers::mount(&mut tree, mounts, &self.disks, &self.id)?;
+                match layered {
+                    Some(layered) => {
+                        storages.extend(layered.storages);
+                        disks.extend(layered.disks);
+                        layered.root
+                    }
+                    None => rootfs::mount_tree(&mut tree, mounts)?,
+                }
+            }
             RootfsPlan::Disk(mount) => {
                 let disk = self.disks.add(mount.open()?, mount.read_only());
                 let (storage, root) = mount.storage(disk.serial(), &self.id);

@@ -15,7 +15,7 @@ use ttrpc::Code;
 
 use crate::bundle::device::{self, Device, DeviceKind};
 use crate::bundle::{Bundle, DeviceRule};
-use crate::disk::{DiskUse, PodDisks};
+use crate::disk::{Backing, DiskUse, PodDisks};
 use crate::id::Id;
 
 /// A block device that cannot be opened.
@@ -148,7 +148,11 @@ impl Devices {
         let open = || open_block(&name, number, read_only);
         let disk = self
             .pod
-            .share(makedev(number.0, number.1), read_only, open)
+            .share(
+                Backing::Device(makedev(number.0, number.1)),
+                read_only,
+                open,
+            )
             .map_err(|source| DeviceError {
                 path: path.to_owned(),
                 name: name.clone(),

@@ -1,9 +1,12 @@
-//! Disks of a pod's machine. A block device of the node becomes one disk,
-//! however many containers use it: in the guest they then share its cache.
+//! Disks of a pod's machine. A block device of the node becomes one disk, and so
+//! does an image, however many containers use it: in the guest they then share
+//! its cache.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -19,10 +22,44 @@ use crate::vm_process::Vm;
 pub struct PodDisks {
     last: AtomicU32,
     shared: Mutex<BTreeMap<Key, Weak<PodDisk>>>,
+    /// Each disk has one.
+    count: Arc<()>,
 }
 
-/// A block device's number, and whether it is read-only.
-type Key = (u64, bool);
+/// What makes two disks the same; and whether it is read-only.
+type Key = (Backing, bool);
+
+/// What a disk stands on, as long as it is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Backing {
+    /// A block device of the node, by its number.
+    Device(u64),
+    /// A file.
+    File {
+        /// Of the file system.
+        device: u64,
+        /// In it.
+        inode: u64,
+    },
+}
+
+impl Backing {
+    /// Of an open file or device.
+    ///
+    /// # Errors
+    /// It is neither.
+    pub fn of(file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        match metadata.file_type() {
+            kind if kind.is_block_device() => Ok(Self::Device(metadata.rdev())),
+            kind if kind.is_file() => Ok(Self::File {
+                device: metadata.dev(),
+                inode: metadata.ino(),
+            }),
+            _ => Err(io::Error::from(io::ErrorKind::InvalidInput)),
+        }
+    }
+}
 
 /// A container's use of a disk.
 #[derive(Debug)]
@@ -38,6 +75,7 @@ struct PodDisk {
     file: OwnedFd,
     read_only: bool,
     plugged: OnceCell<()>,
+    _counted: Arc<()>,
 }
 
 impl PodDisks {
@@ -50,23 +88,54 @@ impl PodDisks {
         }
     }
 
-    /// The disk that the block device of this number is; `open` opens it when
-    /// it is none yet.
+    /// The disk that stands on `backing`; `open` opens it when it is none yet.
     ///
     /// # Errors
     /// As `open` says.
     pub fn share(
         self: &Arc<Self>,
-        number: u64,
+        backing: Backing,
         read_only: bool,
         open: impl FnOnce() -> io::Result<OwnedFd>,
     ) -> io::Result<DiskUse> {
-        let key = (number, read_only);
+        self.share_in(&mut self.lock(), (backing, read_only), open)
+    }
+
+    /// The disks that images are, which nobody writes to; none when the pod would
+    /// have more than `most` disks then.
+    pub fn share_images(
+        self: &Arc<Self>,
+        images: Vec<(Backing, OwnedFd)>,
+        most: usize,
+    ) -> Option<Vec<DiskUse>> {
         let mut shared = self.lock();
+        let is_new = |backing: &Backing| {
+            let known = shared.get(&(*backing, true)).and_then(Weak::upgrade);
+            known.is_none()
+        };
+        let new = images.iter().filter(|(backing, _)| is_new(backing)).count();
+        if Arc::strong_count(&self.count) - 1 + new > most {
+            return None;
+        }
+        images
+            .into_iter()
+            .map(|(backing, file)| {
+                self.share_in(&mut shared, (backing, true), || Ok(file))
+                    .ok()
+            })
+            .collect()
+    }
+
+    fn share_in(
+        self: &Arc<Self>,
+        shared: &mut BTreeMap<Key, Weak<PodDisk>>,
+        key: Key,
+        open: impl FnOnce() -> io::Result<OwnedFd>,
+    ) -> io::Result<DiskUse> {
         let disk = match shared.get(&key).and_then(Weak::upgrade) {
             Some(disk) => disk,
             None => {
-                let disk = self.new_disk(open()?, read_only);
+                let disk = self.new_disk(open()?, key.1);
                 shared.insert(key, Arc::downgrade(&disk));
                 disk
             }
@@ -86,6 +155,7 @@ impl PodDisks {
             file,
             read_only,
             plugged: OnceCell::new(),
+            _counted: Arc::clone(&self.count),
         })
     }
 
@@ -165,7 +235,8 @@ impl PodDisk {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::File;
+
+    const DISK: Backing = Backing::Device(7);
 
     fn open() -> io::Result<OwnedFd> {
         Ok(File::open("/dev/null")?.into())
@@ -174,30 +245,64 @@ mod tests {
     #[tokio::test]
     async fn a_device_is_one_disk_as_long_as_it_is_used() {
         let disks = Arc::new(PodDisks::default());
-        let first = disks.share(7, false, open).unwrap();
+        let first = disks.share(DISK, false, open).unwrap();
         let never = || Err(io::Error::other("opened again"));
-        let second = disks.share(7, false, never).unwrap();
+        let second = disks.share(DISK, false, never).unwrap();
         assert_eq!(first.serial(), second.serial());
-        let fixed = disks.share(7, true, open).unwrap();
+        let fixed = disks.share(DISK, true, open).unwrap();
         assert_ne!(first.serial(), fixed.serial());
         first.give_up(None).await;
-        let third = disks.share(7, false, never).unwrap();
+        let third = disks.share(DISK, false, never).unwrap();
         assert_eq!(second.serial(), third.serial());
         second.give_up(None).await;
         let before = third.serial().to_owned();
         third.give_up(None).await;
-        assert_ne!(disks.share(7, false, open).unwrap().serial(), before);
+        assert_ne!(disks.share(DISK, false, open).unwrap().serial(), before);
         // One that was dropped without a word leaves nothing either.
-        drop(disks.share(8, false, open).unwrap());
-        disks.share(8, false, open).unwrap();
+        drop(disks.share(Backing::Device(8), false, open).unwrap());
+        disks.share(Backing::Device(8), false, open).unwrap();
     }
 
     #[test]
     fn a_device_that_cannot_be_opened_is_none() {
         let disks = Arc::new(PodDisks::default());
         let refused = || Err(io::Error::from(io::ErrorKind::PermissionDenied));
-        assert!(disks.share(7, false, refused).is_err());
-        assert_eq!(disks.share(7, false, open).unwrap().serial(), "disk-1");
+        assert!(disks.share(DISK, false, refused).is_err());
+        assert_eq!(disks.share(DISK, false, open).unwrap().serial(), "disk-1");
         assert_eq!(disks.add(open().unwrap(), true).serial(), "disk-2");
+    }
+
+    #[tokio::test]
+    async fn images_are_shared_as_far_as_there_is_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = |name: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, "").unwrap();
+            let file = File::open(path).unwrap();
+            (Backing::of(&file).unwrap(), OwnedFd::from(file))
+        };
+        let disks = Arc::new(PodDisks::default());
+        let serials = |uses: &[DiskUse]| -> Vec<_> {
+            uses.iter().map(|used| used.serial().to_owned()).collect()
+        };
+        let first = disks.share_images(vec![image("a"), image("b")], 3).unwrap();
+        assert_eq!(serials(&first), ["disk-1", "disk-2"]);
+        // What is there already needs no room.
+        let second = disks.share_images(vec![image("b"), image("c")], 3).unwrap();
+        assert_eq!(serials(&second), ["disk-2", "disk-3"]);
+        assert!(
+            disks
+                .share_images(vec![image("a"), image("d")], 3)
+                .is_none()
+        );
+        let own = disks.add(open().unwrap(), false);
+        assert!(disks.share_images(vec![image("d")], 4).is_none());
+        for used in first {
+            used.give_up(None).await;
+        }
+        drop(own);
+        let third = disks.share_images(vec![image("d")], 3).unwrap();
+        assert_eq!(serials(&third), ["disk-5"]);
+        assert!(Backing::of(&File::open(dir.path()).unwrap()).is_err());
     }
 }

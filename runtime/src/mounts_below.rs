@@ -39,7 +39,7 @@ pub fn mounts_below(path: &Path, except: &Path) -> io::Result<u64> {
 }
 
 /// A text of mountinfo, in which some bytes are three octal digits.
-fn unescaped(text: &str) -> Vec<u8> {
+pub fn unescaped(text: &str) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((first, after)) = rest.split_first() {

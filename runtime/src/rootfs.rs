@@ -1,6 +1,7 @@
 //! A container's root file system: what the snapshotter hands over decides how
 //! it reaches the guest. Directories are mounted into the shared tree, block
-//! devices and images become disks.
+//! devices and images become disks; an overlay over images that the node has
+//! mounted is made in the guest, over disks of them (`layers`).
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -17,6 +18,8 @@ use ttrpc::Code;
 use crate::host_mount::{self, HostMount};
 use crate::id::Id;
 use crate::shared_tree::{ContainerTree, ROOTFS, SharedTreeError};
+
+pub mod layers;
 
 /// File systems that the guest mounts itself from a disk.
 const DISK_FILE_SYSTEMS: [&str; 4] = ["ext4", "xfs", "erofs", "btrfs"];
@@ -139,7 +142,7 @@ fn tree_mount(mount: &Mount) -> TreeMount {
 /// # Errors
 /// A source is not there or the kernel refuses.
 pub fn mount_tree(tree: &mut ContainerTree, mounts: &[TreeMount]) -> Result<String, RootfsError> {
-    let at = tree.add_root()?;
+    let at = tree.add_root(ROOTFS)?;
     let (first, others) = match mounts {
         [first, others @ ..] if first.target.trim_matches('/').is_empty() => (first, others),
         mounts => {

@@ -17,6 +17,11 @@ use crate::shared_volume::{SharedVolumes, VolumeUse};
 /// Name of a container's root in its directory.
 pub const ROOTFS: &str = "rootfs";
 
+/// Name of the directory in which its root's overlay writes, when the guest
+/// mounts that: the file server lets nothing be changed in it but what is in its
+/// directories (`fs/src/area.rs`).
+pub const LAYERS: &str = "layers";
+
 /// The tree of a pod. Unmounted when the last of its users is dropped.
 #[derive(Clone, Debug)]
 pub struct SharedTree {
@@ -38,7 +43,7 @@ struct Mounts {
 #[derive(Debug)]
 pub struct ContainerTree {
     dir: PathBuf,
-    guest_root: String,
+    guest_dir: String,
     root: Option<HostMount>,
     volumes: Vec<VolumeUse>,
     /// It lies in this, which must stay as long.
@@ -119,27 +124,37 @@ impl ContainerTree {
         fs::create_dir(&dir).map_err(error(&dir))?;
         Ok(Self {
             dir,
-            guest_root: format!("{}/{container}/{ROOTFS}", path::SHARED),
+            guest_dir: format!("{}/{container}", path::SHARED),
             root: None,
             volumes: Vec::new(),
             tree: tree.clone(),
         })
     }
 
-    /// Makes the directory on which the root is mounted.
+    /// Makes the directory on which the root is mounted: [`ROOTFS`] or
+    /// [`LAYERS`].
     ///
     /// # Errors
     /// The tree is full.
-    pub fn add_root(&self) -> Result<PathBuf, SharedTreeError> {
-        let path = self.dir.join(ROOTFS);
+    pub fn add_root(&self, name: &str) -> Result<PathBuf, SharedTreeError> {
+        let path = self.dir.join(name);
         fs::create_dir(&path).map_err(error(&path))?;
         Ok(path)
     }
 
     /// Keeps the root, with all that is mounted in it; the guest's path.
     pub fn keep_root(&mut self, root: HostMount) -> String {
+        let guest = self.guest_path(&root);
         self.root = Some(root);
-        self.guest_root.clone()
+        guest
+    }
+
+    fn guest_path(&self, root: &HostMount) -> String {
+        let name = root
+            .target()
+            .strip_prefix(&self.dir)
+            .unwrap_or(Path::new(ROOTFS));
+        format!("{}/{}", self.guest_dir, name.display())
     }
 
     /// Keeps a volume.
@@ -155,7 +170,7 @@ impl ContainerTree {
     /// Gives up what it has; the guest's paths of that which nobody else uses.
     /// Ask once the guest is to let go of it, and let it before this is dropped.
     pub fn give_up(&mut self) -> Vec<String> {
-        let root = self.root.as_ref().map(|_| self.guest_root.clone());
+        let root = self.root.as_ref().map(|root| self.guest_path(root));
         let volumes = self.volumes.iter_mut().filter_map(VolumeUse::give_up);
         root.into_iter().chain(volumes).collect()
     }
@@ -166,7 +181,11 @@ impl Drop for ContainerTree {
         self.volumes.clear();
         self.root = None;
         // Not recursively: a mount that stayed must not lose its content.
-        let made = [self.dir.join(ROOTFS), self.dir.clone()];
+        let made = [
+            self.dir.join(ROOTFS),
+            self.dir.join(LAYERS),
+            self.dir.clone(),
+        ];
         for dir in made {
             match fs::remove_dir(&dir) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -188,13 +207,14 @@ mod tests {
         let id = Id::new("container", "c").unwrap();
         let shared = SharedTree::pretended(dir.path());
         let tree = ContainerTree::create(&shared, &id).unwrap();
-        tree.add_root().unwrap();
+        tree.add_root(ROOTFS).unwrap();
+        tree.add_root(LAYERS).unwrap();
         drop(tree);
         assert!(!dir.path().join("c").exists());
 
         let mut tree = ContainerTree::create(&shared, &id).unwrap();
         assert!(tree.give_up().is_empty());
-        let kept = tree.add_root().unwrap();
+        let kept = tree.add_root(ROOTFS).unwrap();
         let guest = tree.keep_root(HostMount::attached(&kept));
         assert_eq!(guest, "/run/husk/shared/c/rootfs");
         assert_eq!(tree.give_up(), [guest]);
