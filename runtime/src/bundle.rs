@@ -20,19 +20,16 @@ use crate::joined::POD_FILE;
 mod annotation;
 mod block_io;
 pub mod device;
+mod limits;
 
 pub use annotation::{AnnotationError, Overrides};
 pub use block_io::BlockIo;
 pub use device::{Device, DeviceRule};
+pub use limits::{Limits, Unlimited};
+use limits::{MEMORY_LIMIT_MAX, MEMORY_LIMIT_MIN, ResourceLimits};
 
 /// Largest `config.json` taken, bytes: what fits in one message to the agent.
 const LARGEST: u64 = (husk_protocol::limit::MESSAGE_BYTES / 2) as u64;
-
-/// Least memory limit of a container, bytes: below it no process starts.
-const MEMORY_LIMIT_MIN: i64 = 4 << 20;
-
-/// Most, bytes: more than any virtual machine has.
-const MEMORY_LIMIT_MAX: i64 = (husk_vmm_spec::MEMORY_MAX_MIB as i64) << 20;
 
 /// A bundle that was read.
 #[derive(Debug)]
@@ -96,26 +93,6 @@ pub struct Dns {
     pub searches: Vec<String>,
     /// As resolv.conf(5) has them.
     pub options: Vec<String>,
-}
-
-/// Limits from which the machine's size follows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
-    /// Bytes; none: unlimited.
-    pub memory_bytes: Option<u64>,
-    /// Processors in thousandths; none: unlimited.
-    pub cpu_millis: Option<u64>,
-    /// Huge pages, which do not count as memory.
-    pub huge_page_bytes: u64,
-}
-
-/// What nothing limits.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Unlimited {
-    /// Memory.
-    pub memory: bool,
-    /// Processors.
-    pub cpu: bool,
 }
 
 /// One entry of `mounts`.
@@ -194,32 +171,10 @@ struct Namespace {
 #[serde(default)]
 struct Resources {
     devices: Option<Vec<DeviceRule>>,
-    memory: Option<MemoryLimit>,
-    cpu: Option<CpuLimit>,
-    #[serde(rename = "hugepageLimits")]
-    huge_pages: Option<Vec<HugePageLimit>>,
+    #[serde(flatten)]
+    limits: ResourceLimits,
     #[serde(rename = "blockIO")]
     block_io: Option<BlockIo>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct HugePageLimit {
-    /// Bytes; Go writes the largest number for none.
-    limit: u64,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct MemoryLimit {
-    limit: Option<i64>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct CpuLimit {
-    quota: Option<i64>,
-    period: Option<u64>,
 }
 
 /// A bundle that cannot be used.
@@ -380,24 +335,10 @@ impl Bundle {
     pub fn container_limits(&self) -> Result<Limits, BundleError> {
         Overrides::read(&self.annotations())?;
         let resources = self.spec.linux.as_ref().and_then(|l| l.resources.as_ref());
-        let memory = resources
-            .and_then(|r| r.memory.as_ref())
-            .and_then(|m| m.limit);
-        let cpu = resources.and_then(|r| r.cpu.as_ref());
-        let limits = Limits::new(
-            memory,
-            cpu.and_then(|cpu| cpu.quota),
-            cpu.and_then(|cpu| cpu.period),
-        )?;
-        let huge_pages = resources.and_then(|r| r.huge_pages.as_ref());
-        let finite = huge_pages.into_iter().flatten().map(|size| size.limit);
-        let huge_page_bytes = finite
-            .filter(|limit| *limit != u64::MAX)
-            .fold(0_u64, u64::saturating_add);
-        Ok(Limits {
-            huge_page_bytes,
-            ..limits
-        })
+        match resources {
+            Some(resources) => resources.limits.limits(),
+            None => Ok(Limits::default()),
+        }
     }
 
     /// Directory that is the container's root when containerd gives no mounts.
@@ -566,249 +507,5 @@ impl Linux {
     }
 }
 
-impl Limits {
-    /// Limits as OCI and CRI write them.
-    ///
-    /// # Errors
-    /// A memory limit no container can run under.
-    pub fn new(
-        memory_bytes: Option<i64>,
-        cpu_quota: Option<i64>,
-        cpu_period: Option<u64>,
-    ) -> Result<Self, BundleError> {
-        Ok(Self {
-            memory_bytes: memory_limit(memory_bytes)?,
-            cpu_millis: cpu_quota
-                .zip(cpu_period)
-                .and_then(|(q, p)| cpu_millis(q, p)),
-            huge_page_bytes: 0,
-        })
-    }
-}
-
-/// 0 and -1 mean none.
-fn memory_limit(bytes: Option<i64>) -> Result<Option<u64>, BundleError> {
-    match bytes {
-        None | Some(0 | -1) => Ok(None),
-        Some(bytes) if (MEMORY_LIMIT_MIN..=MEMORY_LIMIT_MAX).contains(&bytes) => {
-            Ok(Some(bytes.unsigned_abs()))
-        }
-        Some(bytes) => Err(BundleError::MemoryLimit(bytes)),
-    }
-}
-
-fn cpu_millis(quota: i64, period: u64) -> Option<u64> {
-    let quota = u64::try_from(quota).ok().filter(|quota| *quota > 0)?;
-    quota.checked_mul(1000)?.checked_div(period)
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn bundle(json: Value) -> Bundle {
-        Bundle::parse(Path::new("/bundle"), json.to_string().as_bytes()).unwrap()
-    }
-
-    fn single(linux: Value) -> Bundle {
-        bundle(json!({"root": {"path": "rootfs"}, "linux": linux}))
-    }
-
-    #[test]
-    fn reads_a_plain_container() {
-        let bundle = single(json!({
-            "namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/netns/x"}],
-            "cgroupsPath": "/default/t1",
-            "resources": {"memory": {"limit": 67_108_864}, "cpu": {"quota": 150_000, "period": 100_000},
-                "hugepageLimits": [{"pageSize": "2MB", "limit": 32 << 20}, {"pageSize": "1GB", "limit": u64::MAX}]},
-        }));
-        assert_eq!(bundle.role().unwrap(), Role::Single);
-        assert_eq!(bundle.root().unwrap(), Path::new("/bundle/rootfs"));
-        let pod = bundle.pod_spec(&Role::Single).unwrap();
-        assert_eq!(pod.netns.as_deref(), Some(Path::new("/run/netns/x")));
-        assert_eq!(pod.cgroups_path.as_deref(), Some("/default/t1"));
-        assert_eq!(
-            pod.limits,
-            Limits {
-                memory_bytes: Some(64 << 20),
-                cpu_millis: Some(1500),
-                huge_page_bytes: 32 << 20,
-            }
-        );
-    }
-
-    #[test]
-    fn knows_a_namespace_without_path_from_none() {
-        let own = single(json!({"namespaces": [{"type": "network"}]}));
-        assert_eq!(own.pod_spec(&Role::Single).unwrap().netns, None);
-        let host = single(json!({"namespaces": [{"type": "pid"}]}));
-        assert!(matches!(
-            host.pod_spec(&Role::Single),
-            Err(BundleError::HostNetwork)
-        ));
-    }
-
-    #[test]
-    fn reads_a_pod_of_kubernetes() {
-        for (kind, sandbox) in [
-            (
-                "io.kubernetes.cri.container-type",
-                "io.kubernetes.cri.sandbox-id",
-            ),
-            (
-                "io.kubernetes.cri-o.ContainerType",
-                "io.kubernetes.cri-o.SandboxID",
-            ),
-        ] {
-            let pod = bundle(json!({"annotations": {kind: "sandbox", sandbox: "p"}}));
-            assert_eq!(pod.role().unwrap(), Role::Sandbox);
-            let member = bundle(json!({"annotations": {kind: "container", sandbox: "p"}}));
-            let expected = Role::Member {
-                sandbox: Id::new("sandbox", "p").unwrap(),
-            };
-            assert_eq!(member.role().unwrap(), expected);
-            let lost = bundle(json!({"annotations": {kind: "container"}}));
-            assert!(matches!(lost.role(), Err(BundleError::NoSandboxId(_))));
-            let bad = bundle(json!({"annotations": {kind: "container", sandbox: "../p"}}));
-            assert!(matches!(bad.role(), Err(BundleError::Id(_))));
-        }
-    }
-
-    #[test]
-    fn sizes_a_pod_by_its_annotations() {
-        let pod = bundle(json!({
-            "annotations": {
-                "io.kubernetes.cri.container-type": "sandbox",
-                "io.kubernetes.cri.sandbox-id": "p",
-                "io.kubernetes.cri.sandbox-memory": "134217728",
-                "io.kubernetes.cri.sandbox-cpu-quota": "200000",
-                "io.kubernetes.cri.sandbox-cpu-period": "100000",
-                "io.husk.vm.vcpus": "4",
-                "io.husk.vm.memory_mib": "1024",
-            },
-            "linux": {"namespaces": [{"type": "network"}], "sysctl": {"a.b": "1"}},
-        }));
-        let spec = pod.pod_spec(&pod.role().unwrap()).unwrap();
-        assert_eq!(spec.limits.memory_bytes, Some(128 << 20));
-        assert_eq!(spec.limits.cpu_millis, Some(2000));
-        assert_eq!(spec.overrides.vcpus, Some(4));
-        assert_eq!(spec.overrides.memory_mib, Some(1024));
-        assert_eq!(spec.sysctls["a.b"], "1");
-    }
-
-    #[test]
-    fn names_a_wrong_annotation() {
-        for (key, value) in [
-            ("io.husk.vm.vcpu", "1"),
-            ("io.husk.vm.vcpus", "0"),
-            ("io.husk.vm.vcpus", "many"),
-            ("io.husk.vm.memory_mib", "1"),
-            ("io.husk.vm.memory_mib", "99999999"),
-        ] {
-            let bundle = bundle(json!({
-                "annotations": {key: value},
-                "linux": {"namespaces": [{"type": "network"}]},
-            }));
-            let error = bundle.pod_spec(&Role::Single).unwrap_err().to_string();
-            assert!(error.contains(key), "{error}");
-            assert!(bundle.container_limits().is_err());
-        }
-    }
-
-    #[test]
-    fn refuses_impossible_memory() {
-        for limit in [1, MEMORY_LIMIT_MIN - 1, -2, i64::MAX] {
-            let bundle = single(json!({
-                "namespaces": [{"type": "network"}],
-                "resources": {"memory": {"limit": limit}},
-            }));
-            let error = bundle.pod_spec(&Role::Single).unwrap_err();
-            assert!(matches!(error, BundleError::MemoryLimit(l) if l == limit));
-        }
-        for limit in [0, -1] {
-            assert_eq!(memory_limit(Some(limit)).unwrap(), None);
-        }
-    }
-
-    #[test]
-    fn names_whose_processes_a_container_shares() {
-        let with = |path: &str| {
-            let namespaces = json!([{"type": "ipc"}, {"type": "pid", "path": path}]);
-            bundle(json!({"linux": {"namespaces": namespaces}}))
-        };
-        for path in [
-            "",
-            "/proc/self/ns/pid",
-            "/proc/12/ns/net",
-            "/proc/-1/ns/pid",
-        ] {
-            assert_eq!(with(path).joined_pid(), None, "{path}");
-        }
-        let mut target = with("/proc/4711/ns/pid");
-        assert_eq!(target.joined_pid(), Some(4711));
-        target.join_processes_of("c1");
-        assert_eq!(
-            target.json["linux"]["namespaces"],
-            json!([{"type": "ipc"}, {"type": "pid", "path": "/run/husk/containers/c1"}])
-        );
-    }
-
-    #[test]
-    fn maps_the_owners_of_what_says_so() {
-        let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
-        let other = json!([{"containerID": 0, "hostID": 5, "size": 1}]);
-        let linux = json!({
-            "namespaces": [{"type": "network"}, {"type": "user", "path": "/proc/7/ns/user"}],
-            "uidMappings": map, "gidMappings": map,
-        });
-        let bundle = bundle(json!({"linux": linux, "mounts": [
-            {"destination": "/own", "source": "/a", "uidMappings": other, "gidMappings": other},
-            {"destination": "/containers", "source": "/a", "options": ["rbind", "ridmap"]},
-            {"destination": "/none", "source": "/a", "options": ["rbind"]},
-        ]}));
-        let maps = bundle.pod_spec(&Role::Single).unwrap().id_maps.unwrap();
-        assert_eq!(maps.root(), Some((100_000, 100_000)));
-        let mounts = bundle.mounts().iter();
-        let roots = mounts.map(|mount| mount.id_maps()?.root());
-        assert_eq!(
-            roots.collect::<Vec<_>>(),
-            [Some((5, 5)), Some((100_000, 100_000)), None]
-        );
-        let plain = single(json!({"namespaces": [{"type": "network"}], "uidMappings": map}));
-        assert_eq!(plain.pod_spec(&Role::Single).unwrap().id_maps, None);
-    }
-
-    #[test]
-    fn gives_the_guest_its_own_paths() {
-        let bundle = bundle(json!({
-            "root": {"path": "rootfs", "readonly": true},
-            "mounts": [
-                {"destination": "/proc", "type": "proc", "source": "proc"},
-                {"destination": "/v", "type": "bind", "source": "/srv", "options": ["rbind", "ridmap"],
-                    "uidMappings": [], "gidMappings": []},
-            ],
-            "hooks": {"prestart": [{"path": "/bin/hook"}], "startContainer": [{"path": "/hook"}]},
-            "surprise": {"kept": [1, 2]},
-        }));
-        let sources = BTreeMap::from([(1, "/guest/v".to_owned())]);
-        let binds = [("/etc/hosts", "/guest/hosts".to_owned())];
-        let guest: Value =
-            serde_json::from_slice(&bundle.guest_spec("/guest/root", &sources, &binds)).unwrap();
-        assert_eq!(
-            guest["root"],
-            json!({"path": "/guest/root", "readonly": true})
-        );
-        assert_eq!(guest["mounts"][0]["source"], "proc");
-        assert_eq!(
-            guest["mounts"][1],
-            json!({"destination": "/v", "type": "bind", "source": "/guest/v", "options": ["rbind"]})
-        );
-        assert_eq!(guest["mounts"][2]["destination"], "/etc/hosts");
-        assert_eq!(guest["mounts"][2]["source"], "/guest/hosts");
-        assert_eq!(guest["surprise"], json!({"kept": [1, 2]}));
-        assert_eq!(
-            guest["hooks"],
-            json!({"startContainer": [{"path": "/hook"}]})
-        );
-    }
-}
+mod tests;

@@ -13,6 +13,7 @@ pub mod pod_network;
 pub mod resources;
 pub mod run;
 pub mod security;
+pub mod snapshotter;
 pub mod stdio;
 pub mod storage;
 pub mod streaming;
@@ -202,6 +203,7 @@ pub const WARM_UP: Case = case("warm-up", 60, |bench| {
 pub fn all() -> Vec<&'static Case> {
     [
         run::CASES,
+        snapshotter::CASES,
         stdio::CASES,
         storage::CASES,
         volume::CASES,
