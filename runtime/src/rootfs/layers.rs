@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -108,7 +109,40 @@ pub fn mount(
 
 fn open(path: &Path) -> io::Result<(Backing, OwnedFd)> {
     let file = File::open(path)?;
+    let mut head = [0; SUPER_BLOCK_BYTES];
+    file.read_exact_at(&mut head, SUPER_BLOCK_AT)?;
+    if !is_for_guest(&head) {
+        let text = format!("{} is no image that every guest can mount", path.display());
+        return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+    }
     Ok((Backing::of(&file)?, file.into()))
+}
+
+/// Where an image's super block is, and how much of it is looked at
+/// (`fs/erofs/erofs_fs.h` of Linux).
+const SUPER_BLOCK_AT: u64 = 1024;
+const SUPER_BLOCK_BYTES: usize = 96;
+
+/// `EROFS_SUPER_MAGIC_V1`.
+const MAGIC: u32 = 0xE0F5_E1E2;
+
+/// `EROFS_FEATURE_INCOMPAT_*`, up to the long prefixes of attributes.
+const FEATURES: u32 = 0x7f;
+
+/// `EROFS_FEATURE_INCOMPAT_COMPR_CFGS`: the image names its algorithms.
+const NAMES_ALGORITHMS: u32 = 1 << 1;
+
+/// The algorithm that the guest's kernel has, LZ4.
+const ALGORITHMS: u16 = 1 << 0;
+
+/// Whether the guest can mount the image: a node may have a newer kernel, and of
+/// an image that consists of several files this would be one.
+fn is_for_guest(head: &[u8; SUPER_BLOCK_BYTES]) -> bool {
+    let word = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+    let half = |at: usize| u16::from_le_bytes([head[at], head[at + 1]]);
+    let (magic, features, algorithms, extra_devices) = (word(0), word(80), half(84), half(86));
+    let is_known = features & NAMES_ALGORITHMS == 0 || algorithms & !ALGORITHMS == 0;
+    magic == MAGIC && features & !FEATURES == 0 && is_known && extra_devices == 0
 }
 
 impl Layers {
@@ -221,7 +255,7 @@ impl Upper {
 }
 
 /// The sources of the EROFS images in a table of mounts (`proc_pid_mountinfo(5)`),
-/// by mount point; but for those that consist of several files.
+/// by mount point; but for those that are not a whole file or device.
 fn images(table: &str) -> BTreeMap<PathBuf, PathBuf> {
     let path = |text: &str| PathBuf::from(OsStr::from_bytes(&unescaped(text)));
     let mut images = BTreeMap::new();
@@ -241,7 +275,7 @@ fn images(table: &str) -> BTreeMap<PathBuf, PathBuf> {
         };
         let options = file_system.next().unwrap_or_default();
         let is_whole = !options.split(',').any(|option| {
-            ["device=", "fsid=", "domain_id=", "fsoffset="]
+            ["fsid=", "domain_id=", "fsoffset="]
                 .iter()
                 .any(|part| option.starts_with(part))
         });

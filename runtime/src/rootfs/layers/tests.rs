@@ -21,7 +21,7 @@ fn table() -> BTreeMap<PathBuf, PathBuf> {
          40 22 7:0 / /s/1/fs ro,relatime shared:20 - erofs /dev/loop0 ro,user_xattr,acl\n\
          41 22 0:50 / /s/2/fs ro,relatime - erofs /s/2/layer.erofs ro,user_xattr,cache_strategy=readaround\n\
          42 22 0:51 / /s/with\\040space/fs ro - erofs /s/with\\040space/layer.erofs ro\n\
-         43 22 0:52 / /s/merged/fs ro - erofs /s/4/fsmeta.erofs ro,device=/s/1/layer.erofs\n\
+         43 22 0:52 / /s/merged/fs ro - erofs /s/4/image ro,fsoffset=4096\n\
          44 22 7:0 /below /s/part/fs ro - erofs /dev/loop0 ro\n\
          45 22 7:1 / /s/covered/fs ro - erofs /dev/loop1 ro\n\
          46 45 0:53 / /s/covered/fs rw - tmpfs tmpfs rw\n\
@@ -116,6 +116,26 @@ fn leaves_other_overlays_to_the_node() {
     assert_eq!(Layers::find(&below), None);
     let many = ["/s/1/fs"; IMAGES_MOST + 1].join(":");
     assert_eq!(Layers::find(&overlay(&[&format!("lowerdir={many}")])), None);
+}
+
+#[test]
+fn leaves_images_that_a_guest_could_not_mount_to_the_node() {
+    let image = empty_image();
+    let head = |at: usize, bytes: &[u8]| -> [u8; SUPER_BLOCK_BYTES] {
+        let mut head: [u8; SUPER_BLOCK_BYTES] =
+            image[1024..1024 + SUPER_BLOCK_BYTES].try_into().unwrap();
+        head[at..at + bytes.len()].copy_from_slice(bytes);
+        head
+    };
+    assert!(is_for_guest(&head(0, &[])));
+    // LZ4, alone and with others; a distance in place of the algorithms' names.
+    assert!(is_for_guest(&head(80, &[0x03, 0, 0, 0, 1, 0])));
+    assert!(!is_for_guest(&head(80, &[0x03, 0, 0, 0, 3, 0])));
+    assert!(is_for_guest(&head(80, &[0x01, 0, 0, 0, 0xff, 0xff])));
+    // Not an image, one of several files, one of a newer kernel.
+    assert!(!is_for_guest(&head(0, &[0])));
+    assert!(!is_for_guest(&head(80, &[0x08, 0, 0, 0, 0, 0, 2, 0])));
+    assert!(!is_for_guest(&head(80, &[0x80])));
 }
 
 /// An EROFS image of an empty directory (`fs/erofs/erofs_fs.h` of Linux).
