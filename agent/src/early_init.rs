@@ -161,7 +161,8 @@ fn make_directory(path: &str) -> Result<(), OsError> {
     }
 }
 
-fn bring_up_loopback() -> Result<(), OsError> {
+/// Of the network namespace that the calling thread is in.
+pub fn bring_up_loopback() -> Result<(), OsError> {
     let socket = rustix::net::socket(
         rustix::net::AddressFamily::INET,
         rustix::net::SocketType::DGRAM,

@@ -4,7 +4,7 @@
 use std::convert::Infallible;
 use std::fs::File;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, unshare};
@@ -18,11 +18,12 @@ use crate::container::cgroup::Cgroup;
 use crate::container::{Child, Helper, LaunchError};
 use crate::error::{Doing, OsError};
 use crate::init::capabilities::Capabilities;
-use crate::init::channel::{AgentChannel, HelperChannel};
+use crate::init::channel::{AgentChannel, HelperChannel, inherit};
 use crate::init::mount_options::MountOptions;
 use crate::init::plan::{Order, Report};
 use crate::init::{self, InitError, mounts, namespaces, rootfs};
 use crate::kernel_file;
+use crate::pod_namespaces::PodUsers;
 use crate::reaper::Reaper;
 use crate::sandbox::STAGE;
 use crate::stdio::ChildStreams;
@@ -49,10 +50,14 @@ pub struct PidNamespace {
 }
 
 impl PidNamespace {
-    /// Makes one.
-    pub async fn make(cgroup_root: &Path, reaper: &Reaper) -> Result<Self, LaunchError> {
+    /// Makes one, which belongs to the pod's users if it has its own.
+    pub async fn make(
+        cgroup_root: &Path,
+        reaper: &Reaper,
+        users: Option<&PodUsers>,
+    ) -> Result<Self, LaunchError> {
         let cgroup = Cgroup::create(cgroup_root, CGROUP)?;
-        match make_in(&cgroup, reaper).await {
+        match make_in(&cgroup, reaper, users).await {
             Ok((file, holder)) => Ok(Self {
                 file,
                 watch: tokio::spawn(watch_over(holder, cgroup)),
@@ -75,12 +80,24 @@ impl PidNamespace {
     }
 }
 
-async fn make_in(cgroup: &Cgroup, reaper: &Reaper) -> Result<(File, Child), LaunchError> {
+async fn make_in(
+    cgroup: &Cgroup,
+    reaper: &Reaper,
+    users: Option<&PodUsers>,
+) -> Result<(File, Child), LaunchError> {
     cgroup.filter_devices(&[], &[])?;
     let (mut channel, theirs) = AgentChannel::pair().doing("make", "a channel")?;
+    let users = users.map(PodUsers::file).transpose();
+    let users = users.doing("open", "the pod's user namespace")?;
+    if let Some(users) = &users {
+        // Nothing waits until the helper has it, so no other one is started.
+        inherit(users).doing("leave open", users.as_raw_fd())?;
+    }
     let helper = Helper::spawn("hold", &theirs, ChildStreams::default())?;
     drop(theirs);
-    let sent = channel.send(&cgroup.procs_file()).await;
+    let order = (cgroup.procs_file(), users.as_ref().map(AsRawFd::as_raw_fd));
+    drop(users);
+    let sent = channel.send(&order).await;
     sent.doing("tell", "the holder")?;
     let mut holder = None;
     loop {
@@ -146,8 +163,12 @@ pub fn main(fd: RawFd) -> ! {
 }
 
 fn hold(channel: &mut HelperChannel) -> Result<Infallible, InitError> {
-    let procs: PathBuf = channel.receive().doing("read", "the cgroup")?;
+    let order = channel.receive().doing("read", "the cgroup")?;
+    let (procs, users): (PathBuf, Option<RawFd>) = order;
     namespaces::join_cgroup(&[procs])?;
+    if let Some(users) = users {
+        namespaces::join_user_namespace(users)?;
+    }
     unshare(CloneFlags::CLONE_NEWPID).doing("make", "a PID namespace")?;
     init::become_child(channel)?;
     leave_files()?;

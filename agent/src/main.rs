@@ -4,7 +4,8 @@
 //!
 //! The same program is the helper that becomes a container's process
 //! (`husk-agent init FD`) and the holder of a shared PID namespace
-//! (`husk-agent hold FD`). Tests run it outside of a guest with `--connect`.
+//! (`husk-agent hold FD`), and makes a pod's namespaces (`husk-agent namespaces
+//! FD`). Tests run it outside of a guest with `--connect`.
 
 mod clock;
 mod connection;
@@ -23,6 +24,7 @@ mod mirror;
 mod netlink;
 mod oci;
 mod pidfd;
+mod pod_namespaces;
 mod power;
 mod reaper;
 mod sandbox;
@@ -60,6 +62,10 @@ fn main() -> ExitCode {
         },
         [role, fd] if role == "hold" && !is_first => match fd.parse() {
             Ok(fd) => hold::main(fd),
+            Err(_) => ExitCode::FAILURE,
+        },
+        [role, fd] if role == "namespaces" && !is_first => match fd.parse() {
+            Ok(fd) => pod_namespaces::main(fd),
             Err(_) => ExitCode::FAILURE,
         },
         [option, ..] if option == "--connect" => match Settings::from_arguments(&arguments) {

@@ -207,7 +207,7 @@ pub struct Linux {
     pub time_offsets: BTreeMap<String, TimeOffset>,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdMapping {
     #[serde(rename = "containerID")]
     pub container_id: u32,

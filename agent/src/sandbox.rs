@@ -25,6 +25,7 @@ use crate::lock::lock;
 use crate::mirror::Mirrors;
 use crate::netlink;
 use crate::oci::{NamespaceKind, Spec};
+use crate::pod_namespaces::PodUsers;
 use crate::reaper::Reaper;
 use crate::settings::Settings;
 use crate::storage::{self, Mounted};
@@ -79,6 +80,7 @@ impl Sandbox {
                 cgroup_root: settings.cgroup_root.clone(),
                 stage: STAGE.into(),
                 events,
+                users: OnceLock::new(),
             },
             settings,
             containers: Mutex::default(),
@@ -133,6 +135,10 @@ impl Sandbox {
         if self.settings.guest {
             clock::correct(request.wall_clock_ns)?;
         }
+        if !request.uid_mappings.is_empty() || !request.gid_mappings.is_empty() {
+            let users = PodUsers::make(&request).await?;
+            let _ = self.around.users.set(users);
+        }
         if !request.hostname.is_empty() {
             let name = request.hostname.as_bytes();
             rustix::system::sethostname(name).doing("set host name", &request.hostname)?;
@@ -160,7 +166,11 @@ impl Sandbox {
                 field: "sysctls",
                 reason: format!("{key:?} is no key"),
             })?;
-            kernel_file::write(path, value).doing("set sysctl", key)?;
+            let written = match self.around.users.get() {
+                Some(users) => users.write_sysctl(&path, value),
+                None => kernel_file::write(path, value),
+            };
+            written.doing("set sysctl", key)?;
         }
         Ok(write_name_files(request)?)
     }
@@ -253,7 +263,10 @@ impl Sandbox {
         let Some(shared) = self.shared_pids() else {
             return Ok(PidSource::Own);
         };
-        let make = || PidNamespace::make(&self.around.cgroup_root, &self.around.reaper);
+        let make = || {
+            let users = self.around.users.get();
+            PidNamespace::make(&self.around.cgroup_root, &self.around.reaper, users)
+        };
         let shared = shared.get_or_try_init(make).await?.file();
         Ok(PidSource::Of(
             shared.doing("join", "the pod's PID namespace")?,

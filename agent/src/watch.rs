@@ -12,6 +12,7 @@ use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::pod_namespaces;
 use crate::socket::registered;
 
 /// A file of the kernel's that tells when it has changed, such as
@@ -58,12 +59,16 @@ impl DeviceWatch {
     pub fn new() -> io::Result<Self> {
         /// The kernel's own messages; udev's are group 2.
         const KERNEL_GROUP: u32 = 1;
-        let fd = rustix::net::socket_with(
-            AddressFamily::NETLINK,
-            SocketType::RAW,
-            SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
-            Some(KOBJECT_UEVENT),
-        )?;
+        // Elsewhere the kernel does not tell.
+        let fd = pod_namespaces::in_first_network(|| {
+            let fd = rustix::net::socket_with(
+                AddressFamily::NETLINK,
+                SocketType::RAW,
+                SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
+                Some(KOBJECT_UEVENT),
+            )?;
+            Ok(fd)
+        })?;
         rustix::net::bind(&fd, &SocketAddrNetlink::new(0, KERNEL_GROUP))?;
         Ok(Self(registered(fd)?))
     }

@@ -1,12 +1,13 @@
 //! User and group ids of a container, as the guest's first user namespace has
 //! them.
 
-use crate::error::Error;
+use super::launch;
+use crate::error::{Error, OsError};
 use crate::init::namespaces;
 use crate::oci::{IdMapping, NamespaceKind, Spec, User};
 
 /// The maps of a container's user namespace; without one, ids are themselves.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IdMaps {
     maps: Option<(Vec<IdMapping>, Vec<IdMapping>)>,
 }
@@ -17,7 +18,12 @@ impl IdMaps {
         if namespaces::find(spec, NamespaceKind::User).is_none() {
             return Ok(Self::default());
         }
-        let (users, groups) = (&spec.linux.uid_mappings, &spec.linux.gid_mappings);
+        let linux = &spec.linux;
+        Self::new(linux.uid_mappings.clone(), linux.gid_mappings.clone())
+    }
+
+    /// Both maps.
+    pub fn new(users: Vec<IdMapping>, groups: Vec<IdMapping>) -> Result<Self, Error> {
         if users.is_empty() || groups.is_empty() {
             return Err(Error::Invalid {
                 field: "linux.uidMappings",
@@ -25,8 +31,22 @@ impl IdMaps {
             });
         }
         Ok(Self {
-            maps: Some((users.clone(), groups.clone())),
+            maps: Some((users, groups)),
         })
+    }
+
+    /// Gives them to the user namespace that a process has just made.
+    pub fn write(&self, pid: i32) -> Result<(), OsError> {
+        let Some((users, groups)) = &self.maps else {
+            return Ok(());
+        };
+        launch::write_id_maps(pid, users, groups)
+    }
+
+    /// Who is root inside.
+    pub fn root(&self) -> Option<u32> {
+        let (users, _) = self.maps.as_ref()?;
+        find(users, 0)
     }
 
     /// A user's ids outside of the container.

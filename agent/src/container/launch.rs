@@ -15,7 +15,7 @@ use crate::error::{Doing, OsError};
 use crate::init::channel::{AgentChannel, inherit, keep};
 use crate::init::plan::{Failure, Kind, Order, Plan, Report};
 use crate::kernel_file;
-use crate::oci::{IdMapping, Spec};
+use crate::oci::IdMapping;
 use crate::pidfd::PidFd;
 use crate::reaper::{Exit, Reaper};
 use crate::socket::DIAL_DEADLINE;
@@ -150,6 +150,11 @@ impl Helper {
         Ok(Self { pid, pidfd })
     }
 
+    /// As our PID namespace numbers it.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
     /// The child it tells of, to be watched over from now on.
     pub fn child(&self, pid: i32, reaper: &Reaper) -> Result<Child, LaunchError> {
         let pidfd = PidFd::open(pid).map_err(|_| LaunchError::Ended)?;
@@ -176,7 +181,9 @@ async fn converse(
         match received.doing("hear", "the helper")? {
             Some((Report::IdMapsNeeded, _)) => {
                 if let Kind::Container(plan) = &plan.kind {
-                    write_id_maps(helper.pid, &plan.spec)?;
+                    let linux = &plan.spec.linux;
+                    let (users, groups) = (&linux.uid_mappings, &linux.gid_mappings);
+                    write_id_maps(helper.pid, users, groups)?;
                 }
             }
             Some((Report::Child(pid), _)) => *child = Some(helper.child(pid, reaper)?),
@@ -189,12 +196,9 @@ async fn converse(
     }
 }
 
-fn write_id_maps(pid: i32, spec: &Spec) -> Result<(), OsError> {
-    let maps = [
-        ("uid_map", &spec.linux.uid_mappings),
-        ("gid_map", &spec.linux.gid_mappings),
-    ];
-    for (file, mappings) in maps {
+/// Gives maps to the user namespace that a process has just made.
+pub fn write_id_maps(pid: i32, users: &[IdMapping], groups: &[IdMapping]) -> Result<(), OsError> {
+    for (file, mappings) in [("uid_map", users), ("gid_map", groups)] {
         let line = |map: &IdMapping| format!("{} {} {}\n", map.container_id, map.host_id, map.size);
         let text: String = mappings.iter().map(line).collect();
         let path = format!("/proc/{pid}/{file}");

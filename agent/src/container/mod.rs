@@ -15,11 +15,12 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 pub use device_numbers::DeviceNumbers;
 use husk_protocol::agent::Streams;
+pub use id_map::IdMaps;
 pub use launch::{Child, Helper, LaunchError};
 use nix::sched::CloneFlags;
 pub use process::Process;
@@ -31,6 +32,7 @@ use crate::init::channel::AgentChannel;
 use crate::init::plan::{ContainerPlan, Kind, PidNamespace, Plan};
 use crate::lock::lock;
 use crate::oci::{self, NamespaceKind, Personality, Resources, Seccomp, Spec};
+use crate::pod_namespaces::PodUsers;
 use crate::reaper::Reaper;
 use crate::socket::Dialler;
 use crate::stdio::{Stdio, Terminal};
@@ -38,7 +40,6 @@ use crate::storage::{self, Mounted};
 use attempt::Attempt;
 use cgroup::Cgroup;
 use exec::Exec;
-use id_map::IdMaps;
 
 /// How long a killed process may take to end.
 const END_DEADLINE: Duration = Duration::from_secs(10);
@@ -56,6 +57,8 @@ pub struct Surroundings {
     pub stage: PathBuf,
     /// Where events go.
     pub events: Events,
+    /// The pod's, if it has users of its own.
+    pub users: OnceLock<PodUsers>,
 }
 
 /// What a container is made from.
@@ -170,21 +173,27 @@ impl Container {
         let (stdio, streams) =
             Stdio::connect(&around.dialler, &order.streams, order.terminal).await?;
         streams.hand_over(uid, gid)?;
-        let (pid_namespace, inherited) = match order.pid_namespace {
-            PidSource::Own => (PidNamespace::Own, vec![]),
-            PidSource::Guest => (PidNamespace::Guest, vec![]),
+        let of_pod = around.users.get();
+        let users = of_pod.and_then(|users| users.with_maps(&id_maps));
+        let users = users
+            .transpose()
+            .doing("join", "the pod's user namespace")?;
+        let has_own_users = users.is_none() && namespaces.contains(CloneFlags::CLONE_NEWUSER);
+        let (pid_namespace, process_source) = match order.pid_namespace {
+            PidSource::Own => (PidNamespace::Own, None),
+            PidSource::Guest => (PidNamespace::Guest, None),
             // Its /proc would have to be the agent's, with all of the guest.
-            PidSource::Of(_) if namespaces.contains(CloneFlags::CLONE_NEWUSER) => {
+            PidSource::Of(_) if has_own_users => {
                 return Err(Error::Invalid {
                     field: "linux.namespaces",
                     reason: "a user namespace of its own in a shared PID namespace".to_owned(),
                 });
             }
-            PidSource::Of(file) => (
-                PidNamespace::Join(file.as_raw_fd()),
-                vec![OwnedFd::from(file)],
-            ),
+            PidSource::Of(file) => (PidNamespace::Join(file.as_raw_fd()), Some(file)),
         };
+        let users_fd = users.as_ref().map(AsRawFd::as_raw_fd);
+        let inherited = process_source.into_iter().chain(users).map(OwnedFd::from);
+        let inherited: Vec<_> = inherited.collect();
         let binds = spec.mounts.iter().filter(|mount| mount.is_bind());
         let sources = binds.filter_map(|mount| mount.source.clone()).collect();
         let reaching = async {
@@ -200,6 +209,7 @@ impl Container {
                 spec,
                 stage: around.stage.clone(),
                 pid_namespace,
+                users: users_fd,
                 all_devices: order.all_devices,
             })),
         };

@@ -1,6 +1,6 @@
 //! Cgroup and namespaces of the process to be.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -54,7 +54,10 @@ pub fn enter_new(channel: &mut HelperChannel, plan: &ContainerPlan) -> Result<()
         if let Some(process) = &plan.spec.process {
             program::set_resource_limits(process)?;
         }
-        enter_user_namespace(channel)?;
+        match plan.users {
+            Some(fd) => join_user_namespace(fd)?,
+            None => enter_user_namespace(channel)?,
+        }
     }
     let mut flags = CloneFlags::CLONE_NEWNS;
     for (kind, flag) in [
@@ -108,7 +111,16 @@ pub fn find(spec: &Spec, kind: NamespaceKind) -> Option<Option<&Path>> {
     Some(path.filter(|path| !path.as_os_str().is_empty()))
 }
 
-fn enter_user_namespace(channel: &mut HelperChannel) -> Result<(), InitError> {
+/// Becomes root in the user namespace of this descriptor.
+pub fn join_user_namespace(fd: RawFd) -> Result<(), OsError> {
+    // SAFETY: the agent left this descriptor open for us.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    setns(fd, CloneFlags::CLONE_NEWUSER).doing("join", "the pod's user namespace")?;
+    become_namespace_root()
+}
+
+/// Becomes root in a new user namespace, of which the agent writes the maps.
+pub fn enter_user_namespace(channel: &mut HelperChannel) -> Result<(), InitError> {
     unshare(CloneFlags::CLONE_NEWUSER).doing("make", "a user namespace")?;
     channel
         .send(&Report::IdMapsNeeded, None)

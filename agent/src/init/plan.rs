@@ -53,6 +53,9 @@ pub struct ContainerPlan {
     pub stage: PathBuf,
     /// Where its PID namespace comes from.
     pub pid_namespace: PidNamespace,
+    /// The pod's user namespace, which it is in: an inherited descriptor. None:
+    /// it has one of its own if the spec says so.
+    pub users: Option<RawFd>,
     /// Whether it has a node of every device of the guest.
     pub all_devices: bool,
 }

@@ -8,6 +8,7 @@ mod route;
 mod rule;
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use husk_protocol::agent::{Interface, Neighbour, Network};
@@ -15,6 +16,7 @@ use husk_protocol::agent::{Interface, Neighbour, Network};
 use crate::device;
 use crate::error::{Doing, OsError};
 use crate::kernel_file;
+use crate::pod_namespaces;
 use address::{Address, Prefix};
 use message::{Mode, Request, RouteSocket};
 
@@ -32,6 +34,7 @@ const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_LINKINFO: u16 = 18;
+const IFLA_NET_NS_FD: u16 = 28;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_BROADCAST: u16 = 4;
@@ -93,13 +96,38 @@ pub fn find_interface(address: &[u8]) -> Result<Option<String>, OsError> {
 async fn wait_for(interface: &Interface) -> Result<(), NetworkError> {
     let socket = RouteSocket::open().doing("open", "a netlink socket")?;
     // What can't be listed now can't be found either.
-    let find = || current(&links(&socket).unwrap_or_default(), interface).map(|_| ());
+    let is_here = || current(&links(&socket).unwrap_or_default(), interface).map(|_| ());
+    let find = || {
+        is_here().or_else(|| {
+            if let Err(error) = bring_in(interface) {
+                log::error!("interface {}: {error}", interface.name);
+            }
+            is_here()
+        })
+    };
     let found = device::wait_for(DEADLINE, find).await;
     let found = found.doing("find interface", &interface.name)?;
     found.ok_or_else(|| NetworkError::Deadline {
         name: interface.name.clone(),
         address: format!("{:02x?}", interface.hardware_address),
         seconds: DEADLINE.as_secs(),
+    })
+}
+
+/// Takes an interface that has appeared in the first network namespace into the
+/// pod's, if that is another.
+fn bring_in(interface: &Interface) -> io::Result<()> {
+    let Some(pod) = pod_namespaces::network() else {
+        return Ok(());
+    };
+    let socket = pod_namespaces::in_first_network(RouteSocket::open)?;
+    let links = links(&socket)?;
+    let Some(link) = current(&links, interface) else {
+        return Ok(());
+    };
+    let pod = pod.as_raw_fd().unsigned_abs();
+    set_link(&socket, link.index, None, |request| {
+        request.number(IFLA_NET_NS_FD, pod)
     })
 }
 

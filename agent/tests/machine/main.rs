@@ -12,6 +12,7 @@ mod limits;
 mod network;
 mod storage;
 mod streams;
+mod users;
 
 /// Runs a test with an agent, or says why it can't.
 macro_rules! agent_test {
