@@ -10,6 +10,9 @@ use serde::Deserialize;
 /// As many lines as the kernel takes (user_namespaces(7)).
 const RANGES_MAX: usize = 340;
 
+/// Whom files are shown to belong to whose owner is in no map.
+const NOBODY: u32 = 65_534;
+
 /// What ids of users and groups stand for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct IdMaps {
@@ -89,6 +92,19 @@ impl IdMaps {
             ranges.iter().find(has_it).map(|range| range.outside)
         };
         Some((root(&self.users)?, root(&self.groups)?))
+    }
+
+    /// The owners that files have which are stored with these; those in no map
+    /// are nobody's, as the kernel shows them.
+    pub fn outside(&self, uid: u32, gid: u32) -> (u32, u32) {
+        let find = |ranges: &[IdRange], id: u32| {
+            let found = ranges.iter().find_map(|range| {
+                let offset = id.checked_sub(range.inside)?;
+                (offset < range.size).then(|| range.outside.checked_add(offset))?
+            });
+            found.unwrap_or(NOBODY)
+        };
+        (find(&self.users, uid), find(&self.groups, gid))
     }
 
     /// A namespace with these maps.

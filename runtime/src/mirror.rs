@@ -18,6 +18,7 @@ use tokio::task::AbortHandle;
 use tokio::time::sleep;
 
 use crate::agent_client::{Agent, AgentError};
+use crate::id_map::IdMaps;
 
 mod snapshot;
 mod watch;
@@ -40,7 +41,15 @@ const SETTLED: Duration = Duration::from_millis(20);
 #[derive(Debug, Default)]
 pub struct PodMirrors {
     last: AtomicU32,
-    shared: Mutex<BTreeMap<PathBuf, Weak<Mirror>>>,
+    shared: Mutex<BTreeMap<Original, Weak<Mirror>>>,
+}
+
+/// Of what it is a copy.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Original {
+    directory: PathBuf,
+    /// How the owners appear, if not as they are.
+    id_maps: Option<IdMaps>,
 }
 
 /// A container's use of one.
@@ -53,7 +62,7 @@ pub struct MirrorUse {
 #[derive(Debug)]
 struct Mirror {
     id: String,
-    source: PathBuf,
+    original: Original,
     /// Until the guest has it: what it gets, and what tells of changes since.
     begun: Mutex<Option<(Vec<VolumeEntry>, Watch)>>,
     follower: OnceCell<Follower>,
@@ -79,30 +88,39 @@ pub fn is_watched(source: &Path) -> bool {
 }
 
 impl PodMirrors {
-    /// The copy of what is in `source`, unless that is too much or something else
-    /// than files, directories and links.
+    /// The copy of what is in `source`, with the owners that `id_maps` make of those
+    /// it has, unless that is too much or something else than files, directories
+    /// and links.
     ///
     /// # Errors
     /// It cannot be read or watched.
-    pub fn share(self: &Arc<Self>, source: &Path) -> io::Result<Option<MirrorUse>> {
+    pub fn share(
+        self: &Arc<Self>,
+        source: &Path,
+        id_maps: Option<IdMaps>,
+    ) -> io::Result<Option<MirrorUse>> {
+        let original = Original {
+            directory: source.to_owned(),
+            id_maps,
+        };
         let mut shared = self.lock();
-        let mirror = match shared.get(source).and_then(Weak::upgrade) {
+        let mirror = match shared.get(&original).and_then(Weak::upgrade) {
             Some(mirror) => mirror,
             None => {
                 // From here on no change is lost.
                 let watch = Watch::new(source)?;
-                let Some(entries) = snapshot(source)? else {
+                let Some(entries) = original.look()? else {
                     return Ok(None);
                 };
                 // Ids are not used again: the guest may still have the old ones.
                 let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
                 let mirror = Arc::new(Mirror {
                     id: number.to_string(),
-                    source: source.to_owned(),
+                    original: original.clone(),
                     begun: Mutex::new(Some((entries, watch))),
                     follower: OnceCell::new(),
                 });
-                shared.insert(source.to_owned(), Arc::downgrade(&mirror));
+                shared.insert(original, Arc::downgrade(&mirror));
                 mirror
             }
         };
@@ -112,8 +130,20 @@ impl PodMirrors {
         }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Weak<Mirror>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Original, Weak<Mirror>>> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Original {
+    fn look(&self) -> io::Result<Option<Vec<VolumeEntry>>> {
+        let mut seen = snapshot(&self.directory)?;
+        if let Some(maps) = &self.id_maps {
+            for entry in seen.iter_mut().flatten() {
+                (entry.uid, entry.gid) = maps.outside(entry.uid, entry.gid);
+            }
+        }
+        Ok(seen)
     }
 }
 
@@ -135,8 +165,8 @@ impl MirrorUse {
             let begun = begun.unwrap_or_else(PoisonError::into_inner).take();
             let (entries, watch) = begun.ok_or(AgentError::Gone)?;
             agent.set_volume(&mirror.id, entries.clone()).await?;
-            let (id, source) = (mirror.id.clone(), mirror.source.clone());
-            let following = follow(watch, source, id, entries, agent.clone());
+            let (id, original) = (mirror.id.clone(), mirror.original.clone());
+            let following = follow(watch, original, id, entries, agent.clone());
             Ok::<_, AgentError>(Follower(tokio::spawn(following).abort_handle()))
         };
         mirror.follower.get_or_try_init(begin).await?;
@@ -152,7 +182,7 @@ impl MirrorUse {
             let mut shared = pod.lock();
             let is_last = Arc::strong_count(&mirror) == 1;
             if is_last {
-                shared.remove(&mirror.source);
+                shared.remove(&mirror.original);
             }
             drop(mirror);
             is_last
@@ -168,15 +198,15 @@ impl MirrorUse {
 /// Makes each change on the node one in the guest.
 async fn follow(
     mut watch: Watch,
-    source: PathBuf,
+    original: Original,
     id: String,
     mut last: Vec<VolumeEntry>,
     agent: Agent,
 ) {
     while watch.changed().await {
         sleep(SETTLED).await;
-        let (look, at) = (source.clone(), source.display());
-        let seen = tokio::task::spawn_blocking(move || snapshot(&look)).await;
+        let (now, at) = (original.clone(), original.directory.display());
+        let seen = tokio::task::spawn_blocking(move || now.look()).await;
         match seen.map_err(io::Error::other).and_then(|seen| seen) {
             Ok(Some(entries)) if entries == last => {}
             Ok(Some(entries)) => match agent.set_volume(&id, entries.clone()).await {
@@ -209,11 +239,31 @@ mod tests {
         assert!(!is_watched(Path::new("/data/kubernetes.io~secret/x")));
     }
 
+    #[test]
+    fn owners_appear_as_the_maps_say() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("key"), "text").unwrap();
+        let own = std::fs::metadata(dir.path()).unwrap();
+        let mut options: Vec<String> = vec![
+            format!("uidmap={}:100000:1", own.uid()),
+            format!("gidmap={}:100000:1", own.gid() + 1),
+        ];
+        let original = Original {
+            directory: dir.path().to_owned(),
+            id_maps: IdMaps::take_from(&mut options).unwrap(),
+        };
+        let entries = original.look().unwrap().unwrap();
+        let owners = entries.iter().map(|entry| (entry.uid, entry.gid));
+        let nobodys = (100_000, 65_534);
+        assert_eq!(owners.collect::<Vec<_>>(), [nobodys, nobodys]);
+    }
+
     #[tokio::test]
     async fn a_volume_is_one_copy_as_long_as_it_is_used() {
         let dir = tempfile::tempdir().unwrap();
         let pod = Arc::new(PodMirrors::default());
-        let share = || pod.share(dir.path()).unwrap().unwrap();
+        let share = || pod.share(dir.path(), None).unwrap().unwrap();
         let (first, second) = (share(), share());
         assert_eq!(first.guest_path(), second.guest_path());
         first.give_up(None).await;
@@ -221,6 +271,6 @@ mod tests {
         let before = second.guest_path();
         second.give_up(None).await;
         assert_ne!(share().guest_path(), before);
-        assert!(pod.share(&dir.path().join("missing")).is_err());
+        assert!(pod.share(&dir.path().join("missing"), None).is_err());
     }
 }

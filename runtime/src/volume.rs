@@ -180,10 +180,8 @@ pub fn mount_volumes(
                 read_only,
             } => {
                 let mapped = mount.id_maps();
-                // A copy would have the owners that are stored.
-                let copied = read_only != ReadOnly::No && mapped.is_none();
-                if copied && mirror::is_watched(&source) {
-                    let shared = tree.tree().mirrors().share(&source);
+                if read_only != ReadOnly::No && mirror::is_watched(&source) {
+                    let shared = tree.tree().mirrors().share(&source, mapped.clone());
                     let shared = shared.map_err(|error| source_error(mount, &source, error))?;
                     if let Some(shared) = shared {
                         sources.insert(index, shared.guest_path());
