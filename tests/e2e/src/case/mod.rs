@@ -18,6 +18,7 @@ pub mod stdio;
 pub mod storage;
 pub mod streaming;
 pub mod task;
+pub mod user_namespace;
 pub mod volume;
 
 use std::path::PathBuf;
@@ -219,6 +220,7 @@ pub fn all() -> Vec<&'static Case> {
         lifecycle::streams::CASES,
         lifecycle::many::CASES,
         security::CASES,
+        user_namespace::CASES,
         abuse::CASES,
         churn::CASES,
         crash::CASES,
