@@ -203,6 +203,19 @@ impl Agent for Guest {
         if request.hostname == "refused" {
             return Err(status(Code::INTERNAL, "the sandbox is refused"));
         }
+        let ids = [&request.uid_mappings, &request.gid_mappings];
+        let roots = ids.map(|maps| maps.first().map(|map| map.host_id));
+        let shm = request.storages.iter().find(|storage| storage.has_tmpfs());
+        let shm = shm.map(|storage| storage.options.join(","));
+        let expected = match request.hostname == "mapped" {
+            true => ([Some(100_000); 2], "uid=100000,gid=100000"),
+            false => ([None; 2], "uid=0,gid=0"),
+        };
+        let shm = shm.unwrap_or_default();
+        if roots != expected.0 || !shm.ends_with(expected.1) {
+            let message = format!("root is {roots:?}, and of /dev/shm {shm}");
+            return Err(status(Code::INVALID_ARGUMENT, &message));
+        }
         Ok(CreateSandboxResponse::default())
     }
 
@@ -218,6 +231,11 @@ impl Agent for Guest {
                 .unwrap()
                 .starts_with("/run/husk/")
         );
+        let mounts = spec["mounts"].as_array().into_iter().flatten();
+        for mount in mounts {
+            // What is shown here is mapped.
+            assert!(mount["uidMappings"].is_null(), "{mount}");
+        }
         if let [command, path] = &arguments(&spec["process"])[..]
             && command == "joins"
             && spec["linux"]["namespaces"][0]["path"] != **path

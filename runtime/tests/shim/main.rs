@@ -15,6 +15,7 @@ mod joined;
 mod lifecycle;
 mod program;
 mod sandbox;
+mod users;
 mod vmm;
 
 use std::process::ExitCode;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         sandbox::CASES,
         joined::CASES,
         devices::CASES,
+        users::CASES,
     ]
     .concat();
     if !rustix::process::geteuid().is_root() {
