@@ -169,7 +169,7 @@ impl Layers {
                 Some(("lowerdir", value)) => lower = Some(value),
                 Some(("upperdir", value)) => upper = Some(value),
                 Some(("workdir", value)) => work = Some(value),
-                // Refused where it is mounted on the node.
+                // The node can map the layers; disks it cannot.
                 Some(("uidmap" | "gidmap", _)) => return None,
                 // Names of directories on the node, which the guest cannot see.
                 Some(("lowerdir+" | "datadir+", _)) => return None,
