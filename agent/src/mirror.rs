@@ -21,9 +21,9 @@ use crate::error::{Doing, Error, OsError};
 use crate::lock::lock;
 use crate::sandbox::check_id;
 
-/// Options of their file systems: a message bounds what comes at once, and a
-/// swap has two of them.
-const OPTIONS: &std::ffi::CStr = c"size=16m,mode=0755";
+/// Options of their file systems. A message bounds what comes at once, a file of
+/// a byte takes a page, and during a swap there are two versions.
+const OPTIONS: &std::ffi::CStr = c"size=64m,mode=0755";
 
 /// Under this name a file or link is made that then takes another's place.
 const TEMPORARY: &str = "..husk_tmp";
@@ -32,7 +32,8 @@ const TEMPORARY: &str = "..husk_tmp";
 #[derive(Debug)]
 pub struct Mirrors {
     base: PathBuf,
-    volumes: Mutex<HashMap<String, Tree>>,
+    /// None: a change has failed, so that nobody knows what is there.
+    volumes: Mutex<HashMap<String, Option<Tree>>>,
 }
 
 /// What is in a volume, by path; parents sort before what is in them.
@@ -69,26 +70,22 @@ impl Mirrors {
         let mut volumes = lock(&self.volumes);
         let path = self.base.join(id);
         let old = match volumes.remove(id) {
-            Some(old) => old,
+            Some(Some(old)) => old,
+            Some(None) => {
+                clear(&path);
+                Tree::new()
+            }
             None => {
                 make(&path)?;
                 Tree::new()
             }
         };
+        volumes.insert(id.to_owned(), None);
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = openat(CWD, &path, flags, Mode::empty()).doing("open", path.display())?;
-        match change(&root, &old, &new) {
-            Ok(()) => {
-                volumes.insert(id.to_owned(), new);
-                Ok(())
-            }
-            Err(error) => {
-                // Nobody knows what is in it: the next change begins anew.
-                clear(&path);
-                volumes.insert(id.to_owned(), Tree::new());
-                Err(error.into())
-            }
-        }
+        change(&root, &old, &new)?;
+        volumes.insert(id.to_owned(), Some(new));
+        Ok(())
     }
 
     /// Unmounts the volume. Blocks.

@@ -55,7 +55,8 @@ impl Growth {
     pub fn target(&self, containers: &[Limits]) -> Target {
         let any = |none: fn(&Limits) -> bool| containers.iter().any(none);
         let limits = sum(containers);
-        if limits.memory_bytes.is_none() && limits.cpu_millis.is_none() {
+        let huge = limits.huge_page_bytes > 0;
+        if limits.memory_bytes.is_none() && limits.cpu_millis.is_none() && !huge {
             return self.start();
         }
         let pod = PodSpec {
@@ -72,8 +73,8 @@ impl Growth {
             vcpus: u8::MAX,
         });
         let memory_mib = match limits.memory_bytes {
-            Some(_) => needed.memory_mib,
-            None => 0,
+            None if !huge => 0,
+            _ => needed.memory_mib,
         };
         let beyond = memory_mib.saturating_sub(self.boot.memory_mib);
         Target {
@@ -240,6 +241,13 @@ mod tests {
         // One without limits gets what one alone would get.
         let target = growth().target(&[one, limits(None, None)]);
         assert_eq!((target.vcpus, target.plugged_mib), (3, 512 + 96 + 16));
+    }
+
+    #[test]
+    fn huge_pages_come_on_top() {
+        let mut huge = limits(None, None);
+        huge.huge_page_bytes = 64 * MIB;
+        assert_eq!(growth().target(&[huge]).plugged_mib, 64);
     }
 
     #[test]

@@ -6,16 +6,17 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use husk_protocol::agent::VolumeEntry;
 use husk_protocol::path;
 use tokio::sync::OnceCell;
 use tokio::task::AbortHandle;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use crate::agent_client::{Agent, AgentError};
 use crate::id_map::IdMaps;
@@ -24,7 +25,7 @@ mod snapshot;
 mod watch;
 
 use snapshot::snapshot;
-use watch::Watch;
+use watch::{Watch, Watches};
 
 /// The kubelet's volumes of files that follow objects of the API.
 const KINDS: [&str; 4] = [
@@ -42,6 +43,7 @@ const SETTLED: Duration = Duration::from_millis(20);
 pub struct PodMirrors {
     last: AtomicU32,
     shared: Mutex<BTreeMap<Original, Weak<Mirror>>>,
+    watches: OnceLock<Watches>,
 }
 
 /// Of what it is a copy.
@@ -78,22 +80,31 @@ impl Drop for Follower {
     }
 }
 
+/// What the API server puts into every pod: clients look at it now and then.
+const TOKENS: &str = "kube-api-access-";
+
+/// Pauses, the first and the longest, before a change is tried again that the
+/// guest did not take.
+const AGAIN: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(120)];
+
 /// The directory is a volume of the kubelet's that follows an object of the API:
 /// `volumes/<kind>/<name>`.
 pub fn is_watched(source: &Path) -> bool {
     let kind = source.parent().unwrap_or(source);
     let is_kind = KINDS.iter().any(|known| kind.ends_with(known));
     let volumes = kind.parent().unwrap_or(kind);
-    is_kind && volumes.ends_with("volumes") && source.file_name().is_some()
+    let name = source.file_name().unwrap_or_default().as_bytes();
+    let is_other = !name.is_empty() && !name.starts_with(TOKENS.as_bytes());
+    is_kind && volumes.ends_with("volumes") && is_other
 }
 
 impl PodMirrors {
     /// The copy of what is in `source`, with the owners that `id_maps` make of those
-    /// it has, unless that is too much or something else than files, directories
-    /// and links.
+    /// it has, unless that is too much, something else than files, directories and
+    /// links, or cannot be watched.
     ///
     /// # Errors
-    /// It cannot be read or watched.
+    /// It cannot be read.
     pub fn share(
         self: &Arc<Self>,
         source: &Path,
@@ -108,7 +119,14 @@ impl PodMirrors {
             Some(mirror) => mirror,
             None => {
                 // From here on no change is lost.
-                let watch = Watch::new(source)?;
+                let watch = match self.watch(source) {
+                    Ok(watch) => watch,
+                    Err(error) => {
+                        let at = source.display();
+                        tracing::warn!("{at}: shared without word of changes (inotify): {error}");
+                        return Ok(None);
+                    }
+                };
                 let Some(entries) = original.look()? else {
                     return Ok(None);
                 };
@@ -128,6 +146,17 @@ impl PodMirrors {
             mirror,
             pod: Arc::clone(self),
         }))
+    }
+
+    fn watch(&self, directory: &Path) -> io::Result<Watch> {
+        let watches = match self.watches.get() {
+            Some(watches) => watches,
+            None => {
+                let made = Watches::new()?;
+                self.watches.get_or_init(|| made)
+            }
+        };
+        watches.add(directory)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Original, Weak<Mirror>>> {
@@ -197,22 +226,41 @@ impl MirrorUse {
 
 /// Makes each change on the node one in the guest.
 async fn follow(
-    mut watch: Watch,
+    watch: Watch,
     original: Original,
     id: String,
     mut last: Vec<VolumeEntry>,
     agent: Agent,
 ) {
-    while watch.changed().await {
+    let [mut pause, longest] = AGAIN;
+    let mut is_late = false;
+    loop {
+        let changed = match is_late {
+            false => watch.changed().await,
+            true => timeout(pause, watch.changed()).await.unwrap_or(true),
+        };
+        if !changed {
+            return;
+        }
         sleep(SETTLED).await;
         let (now, at) = (original.clone(), original.directory.display());
         let seen = tokio::task::spawn_blocking(move || now.look()).await;
         match seen.map_err(io::Error::other).and_then(|seen| seen) {
-            Ok(Some(entries)) if entries == last => {}
+            Ok(Some(entries)) if entries == last => is_late = false,
             Ok(Some(entries)) => match agent.set_volume(&id, entries.clone()).await {
-                Ok(()) => last = entries,
+                Ok(()) => {
+                    last = entries;
+                    is_late = false;
+                    [pause, _] = AGAIN;
+                }
                 Err(AgentError::Gone) => return,
-                Err(error) => tracing::warn!("{at}: the guest does not take a change: {error}"),
+                Err(error) => {
+                    tracing::warn!("{at}: the guest does not take a change: {error}");
+                    if is_late {
+                        pause = (pause * 2).min(longest);
+                    }
+                    is_late = true;
+                }
             },
             Ok(None) => tracing::warn!("{at}: too large now for the guest to follow"),
             Err(error) => tracing::warn!("{at}: {error}"),
@@ -233,6 +281,7 @@ mod tests {
             "kubernetes.io~empty-dir/cache",
             "kubernetes.io~configmap",
             "kubernetes.io~configmap/settings/below",
+            "kubernetes.io~projected/kube-api-access-x7k2p",
         ] {
             assert!(!is_watched(&pods.join(other)), "{other}");
         }

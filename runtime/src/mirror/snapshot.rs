@@ -11,8 +11,8 @@ use husk_protocol::limit;
 /// Most bytes of content and names: what fits in one message to the agent.
 const BYTES: usize = limit::MESSAGE_BYTES / 2;
 
-/// Most entries.
-const ENTRIES: usize = 10_000;
+/// Most entries. Each may take a page of the guest's memory.
+const ENTRIES: usize = 4_000;
 
 /// What an entry costs beside its content, bytes.
 const ENTRY_BYTES: usize = 64;

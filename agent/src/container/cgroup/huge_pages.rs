@@ -10,8 +10,11 @@ use crate::oci::HugepageLimit;
 /// A folder for each size that the processor has.
 const SIZES: &str = "/sys/kernel/mm/hugepages";
 
-/// Lets the kernel make pages up to each limit, as far as there is memory. What
-/// a container may use is its cgroup's matter.
+/// More pages than any machine has.
+const NO_BOUND: &str = "4294967295";
+
+/// Lets the kernel make pages for each limit, as far as there is memory. What a
+/// container may use is its cgroup's matter.
 pub fn allow(limits: &[HugepageLimit]) {
     for limit in limits {
         let finite = !matches!(limit.limit, 0 | u64::MAX);
@@ -37,8 +40,9 @@ fn allow_size(folder: &Path, pages: u64) -> std::io::Result<()> {
             false => Ok(()),
         }
     };
+    let any = kernel_file::write(folder.join("nr_overcommit_hugepages"), NO_BOUND);
     // The largest, which the buddy allocator has not, can only be set aside.
-    raise("nr_overcommit_hugepages").or_else(|_| raise("nr_hugepages"))
+    any.or_else(|_| raise("nr_hugepages"))
 }
 
 /// `2MB` as the kernel's folders count.
