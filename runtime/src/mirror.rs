@@ -121,6 +121,7 @@ impl PodMirrors {
                 // From here on no change is lost.
                 let watch = match self.watch(source) {
                     Ok(watch) => watch,
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(error),
                     Err(error) => {
                         let at = source.display();
                         tracing::warn!("{at}: shared without word of changes (inotify): {error}");

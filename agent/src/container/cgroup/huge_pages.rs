@@ -73,10 +73,15 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_only_added() {
+    fn pages_have_no_bound_or_are_only_added() {
         let folder = std::env::temp_dir().join(format!("husk-huge-{}", std::process::id()));
         fs::create_dir(&folder).unwrap();
-        let file = folder.join("nr_overcommit_hugepages");
+        let any = folder.join("nr_overcommit_hugepages");
+        fs::write(&any, "4\n").unwrap();
+        allow_size(&folder, 3).unwrap();
+        assert_eq!(fs::read_to_string(&any).unwrap().trim(), NO_BOUND);
+        fs::remove_file(&any).unwrap();
+        let file = folder.join("nr_hugepages");
         fs::write(&file, "4\n").unwrap();
         allow_size(&folder, 3).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "4\n");
