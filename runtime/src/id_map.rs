@@ -184,7 +184,9 @@ impl Holder {
                         libc::syscall(libc::SYS_nanosleep, &raw const seconds, none);
                     }
                 }
-                pid => Ok(Self(libc::pid_t::try_from(pid).unwrap_or(-1))),
+                pid => libc::pid_t::try_from(pid)
+                    .map(Self)
+                    .map_err(io::Error::other),
             }
         }
     }

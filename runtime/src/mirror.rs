@@ -191,10 +191,13 @@ impl MirrorUse {
     pub async fn fill(&self, agent: &Agent) -> Result<(), AgentError> {
         let mirror = &self.mirror;
         let begin = || async {
-            let begun = mirror.begun.lock();
-            let begun = begun.unwrap_or_else(PoisonError::into_inner).take();
-            let (entries, watch) = begun.ok_or(AgentError::Gone)?;
-            agent.set_volume(&mirror.id, entries.clone()).await?;
+            let begun = || mirror.begun.lock().unwrap_or_else(PoisonError::into_inner);
+            let (entries, watch) = begun().take().ok_or(AgentError::Gone)?;
+            if let Err(error) = agent.set_volume(&mirror.id, entries.clone()).await {
+                // For whoever else uses it.
+                *begun() = Some((entries, watch));
+                return Err(error);
+            }
             let (id, original) = (mirror.id.clone(), mirror.original.clone());
             let following = follow(watch, original, id, entries, agent.clone());
             Ok::<_, AgentError>(Follower(tokio::spawn(following).abort_handle()))

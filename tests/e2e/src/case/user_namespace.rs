@@ -7,12 +7,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Bench, Case, case};
+use super::{Bench, Case, Skip, case};
 use crate::cri::Cri;
 use crate::cri::api::{
     Capability, ContainerConfig, IdMapping, Int64Value, LinuxContainerSecurityContext, Mount,
     NamespaceMode, UserNamespace,
 };
+use crate::node::Runtime;
 use crate::pod::Pod;
 
 /// The cases of this theme.
@@ -43,7 +44,17 @@ fn owner(path: &Path) -> Result<(u32, u32)> {
     Ok((metadata.uid(), metadata.gid()))
 }
 
+/// Its root may not pass through the folders of the bundles of containerd 1.7.
+fn skip_where_runc_cannot(bench: &Bench, old: bool) -> Result<()> {
+    if old && bench.runtime == Runtime::Runc {
+        return Err(Skip("runc fails in bundles of containerd 1.7".into()).into());
+    }
+    Ok(())
+}
+
 fn of_container(bench: &Bench) -> Result<()> {
+    let old = is_old(&bench.cri()?)?;
+    skip_where_runc_cannot(bench, old)?;
     let folder = bench.folder().join("volume");
     open_folder(&folder)?;
     let map = format!("0:{ROOT}:{SIZE}");
@@ -53,7 +64,7 @@ fn of_container(bench: &Bench) -> Result<()> {
     );
     let flags = ["--uidmap", &map, "--gidmap", &map, "--mount", &bind];
     let mut ways = vec![flags.to_vec()];
-    if !is_old(&bench.cri()?)? {
+    if !old {
         // The snapshotter maps owners instead of changing them.
         ways.push([&flags[..], &["--remap-labels"]].concat());
     }
@@ -113,6 +124,7 @@ fn shell(cri: &Cri, container: &str, script: &str) -> Result<String> {
 fn of_pod(bench: &Bench) -> Result<()> {
     let cri = bench.cri()?;
     let old = is_old(&cri)?;
+    skip_where_runc_cannot(bench, old)?;
     let [plain, mapped] = ["plain", "mapped"].map(|name| bench.folder().join(name));
     for folder in [&plain, &mapped] {
         open_folder(folder)?;
