@@ -44,17 +44,24 @@ fn owner(path: &Path) -> Result<(u32, u32)> {
     Ok((metadata.uid(), metadata.gid()))
 }
 
-/// Its root may not pass through the folders of the bundles of containerd 1.7.
-fn skip_where_runc_cannot(bench: &Bench, old: bool) -> Result<()> {
-    if old && bench.runtime == Runtime::Runc {
-        return Err(Skip("runc fails in bundles of containerd 1.7".into()).into());
+/// The container's root has to pass through every folder above its bundle, which
+/// not every node lets it.
+fn skip_where_runc_cannot(bench: &Bench) -> Result<()> {
+    if bench.runtime == Runtime::Husk {
+        return Ok(());
     }
-    Ok(())
+    let map = format!("0:{ROOT}:{SIZE}");
+    let flags = ["--uidmap", &map, "--gidmap", &map];
+    let tried = bench.ctr.run(&flags, &bench.id(), &["true"])?;
+    match tried.err().contains("remount-private") {
+        true => Err(Skip("runc cannot reach its bundles from a user namespace here".into()).into()),
+        false => Ok(()),
+    }
 }
 
 fn of_container(bench: &Bench) -> Result<()> {
     let old = is_old(&bench.cri()?)?;
-    skip_where_runc_cannot(bench, old)?;
+    skip_where_runc_cannot(bench)?;
     let folder = bench.folder().join("volume");
     open_folder(&folder)?;
     let map = format!("0:{ROOT}:{SIZE}");
@@ -124,7 +131,7 @@ fn shell(cri: &Cri, container: &str, script: &str) -> Result<String> {
 fn of_pod(bench: &Bench) -> Result<()> {
     let cri = bench.cri()?;
     let old = is_old(&cri)?;
-    skip_where_runc_cannot(bench, old)?;
+    skip_where_runc_cannot(bench)?;
     let [plain, mapped] = ["plain", "mapped"].map(|name| bench.folder().join(name));
     for folder in [&plain, &mapped] {
         open_folder(folder)?;
