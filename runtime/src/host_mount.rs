@@ -11,6 +11,7 @@ use rustix::mount::{
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::id_map::IdMaps;
+use crate::lower_layers;
 use crate::mapped_overlay;
 use crate::mount_copy::{CopyOptions, FORBIDDEN, MountCopy, ReadOnly};
 
@@ -141,14 +142,7 @@ pub fn attach(kind: &str, source: &Path, target: &Path, options: &[String]) -> i
 /// in common, which comes first: an image of some 50 layers fills a page with
 /// full paths. None when there is nothing to gain.
 fn compact_layers(options: &[String]) -> Option<(PathBuf, String)> {
-    let layers = options
-        .iter()
-        .find_map(|option| option.strip_prefix("lowerdir="))?;
-    let paths: Vec<&Path> = layers.split(':').map(Path::new).collect();
-    // Escaped colons, or layers that hold data alone: nothing that snapshotters make.
-    if layers.contains('\\') || paths.iter().any(|path| !path.is_absolute()) {
-        return None;
-    }
+    let paths = lower_layers::plain(options)?;
     let (first, others) = paths.split_first()?;
     let base = first.ancestors().skip(1).find(|base| {
         others
@@ -159,23 +153,25 @@ fn compact_layers(options: &[String]) -> Option<(PathBuf, String)> {
         .iter()
         .map(|path| path.strip_prefix(base).ok()?.to_str())
         .collect::<Option<_>>()?;
-    let lower = format!("lowerdir={}", relative.join(":"));
-    let options: Vec<&str> = options
-        .iter()
-        .map(|option| match option.starts_with("lowerdir=") {
-            true => lower.as_str(),
-            false => option.as_str(),
-        })
-        .collect();
-    Some((base.to_owned(), options.join(",")))
+    Some((base.to_owned(), lower_layers::replaced(options, &relative)))
 }
 
 /// Does `work` in a thread whose working directory is `base`.
 fn in_directory(base: &Path, work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
+    apart(UnshareFlags::FS, || {
+        rustix::process::chdir(base)?;
+        work()
+    })
+}
+
+/// Does `work` in a thread that shares nothing of `what` with the others.
+pub fn apart<T: Send>(
+    what: UnshareFlags,
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
     let thread = || {
         // SAFETY: nothing else runs in this thread.
-        unsafe { unshare_unsafe(UnshareFlags::FS) }?;
-        rustix::process::chdir(base)?;
+        unsafe { unshare_unsafe(what) }?;
         work()
     };
     let joined = std::thread::scope(|scope| {

@@ -33,6 +33,7 @@ mod info;
 mod interfaces;
 mod joined;
 mod log;
+mod lower_layers;
 mod machine;
 mod mapped_overlay;
 mod mirror;

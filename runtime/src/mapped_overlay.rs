@@ -13,9 +13,11 @@ use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_change,
     move_mount, open_tree,
 };
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::thread::UnshareFlags;
 
+use crate::host_mount::apart;
 use crate::id_map::{IdMaps, UserNamespace};
+use crate::lower_layers;
 use crate::mount_copy::{CopyOptions, MountCopy};
 
 /// Where layers are mounted for the moment. Nothing that is needed meanwhile lies
@@ -40,18 +42,11 @@ pub fn attach(
     let namespace = maps.namespace()?;
     // The kernel wants layers that are mounted in the namespace of whoever mounts
     // the overlay. In one of its own nobody sees them, and they go with it.
-    let build = || {
-        // SAFETY: nothing else runs in this thread.
-        unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }?;
+    let tree = apart(UnshareFlags::NEWNS | UnshareFlags::FS, || {
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         mount_change("/", private)?;
         build(source, flags, data, &namespace)
-    };
-    let built = std::thread::scope(|scope| {
-        let spawned = std::thread::Builder::new().spawn_scoped(scope, build);
-        spawned.map(|thread| thread.join())
-    });
-    let tree = built?.unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))?;
+    })?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH
         // For a descriptor's name in /proc.
         | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
@@ -67,7 +62,7 @@ fn build(
     let place = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     let mut copies = Vec::new();
     for layer in layers(data)? {
-        let mut copy = MountCopy::new(Path::new(layer), CopyOptions::default())?;
+        let mut copy = MountCopy::new(layer, CopyOptions::default())?;
         copy.map_ids(namespace, false)?;
         copies.push(copy);
     }
@@ -81,36 +76,22 @@ fn build(
         copy.attach(Path::new(&name))?;
         names.push(name);
     }
-    let lower = format!("lowerdir={}", names.join(":"));
-    let options: Vec<&str> = data
-        .iter()
-        .map(|option| match option.starts_with("lowerdir=") {
-            true => lower.as_str(),
-            false => option.as_str(),
-        })
-        .collect();
-    let options = CString::new(options.join(","))?;
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let options = CString::new(lower_layers::replaced(data, &names))?;
     mount(source, MERGED, "overlay", flags, options.as_c_str())?;
     let copy = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     Ok(open_tree(CWD, MERGED, copy)?)
 }
 
 /// The paths of lower layers, topmost first.
-fn layers(data: &[String]) -> io::Result<Vec<&str>> {
-    let lower = data
-        .iter()
-        .find_map(|option| option.strip_prefix("lowerdir="))
-        .unwrap_or_default();
-    let layers: Vec<&str> = lower.split(':').collect();
-    // Escaped colons, or layers that hold data alone: nothing that snapshotters make.
-    let is_plain = |layer: &&str| layer.starts_with('/') && !layer.contains('\\');
-    match layers.iter().all(is_plain) {
-        true => Ok(layers),
-        false => Err(io::Error::new(
+fn layers(data: &[String]) -> io::Result<Vec<&Path>> {
+    lower_layers::plain(data).ok_or_else(|| {
+        let lower = lower_layers::given(data).unwrap_or_default();
+        io::Error::new(
             io::ErrorKind::InvalidInput,
             format!("mapped owners need plain lower layers, not {lower:?}"),
-        )),
-    }
+        )
+    })
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ use super::{RootfsError, TreeMount};
 use crate::disk::{Backing, DiskUse, PodDisks};
 use crate::host_mount::HostMount;
 use crate::id::Id;
+use crate::lower_layers;
 use crate::mounts_below::unescaped;
 use crate::shared_tree::{ContainerTree, LAYERS, ROOTFS};
 
@@ -150,7 +151,7 @@ impl Layers {
         if mount.kind != "overlay" || !mount.target.trim_matches('/').is_empty() {
             return None;
         }
-        let lower = (mount.options.iter()).find_map(|option| option.strip_prefix("lowerdir="))?;
+        let lower = lower_layers::given(&mount.options)?;
         let is_short = lower.split(':').count() <= IMAGES_MOST;
         if !is_short {
             return None;
