@@ -143,22 +143,15 @@ impl ContainerFiles {
         disks.collect::<Result<_, _>>().map_err(Error::Disk)
     }
 
-    /// Plugs the disks into a running machine.
+    /// Hands a running machine what it does not have yet: plugs the disks, and
+    /// gives the guest its copies of what it has copies of.
     ///
     /// # Errors
     /// The machine or its guest could not.
-    pub async fn plug(&self, vm: &Vm, agent: &Agent) -> Result<(), Error> {
+    pub async fn hand_over(&self, vm: &Vm, agent: &Agent) -> Result<(), Error> {
         for disk in &self.disks {
             disk.plug(vm, agent).await?;
         }
-        Ok(())
-    }
-
-    /// Gives the guest its copies of those that it has copies of.
-    ///
-    /// # Errors
-    /// As the agent says.
-    pub async fn fill(&self, agent: &Agent) -> Result<(), Error> {
         for mirror in &self.mirrors {
             mirror.fill(agent).await?;
         }

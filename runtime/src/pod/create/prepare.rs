@@ -78,10 +78,8 @@ pub(super) async fn boot_single(
             return Err(error);
         }
     };
-    let made = match files.fill(machine.agent()).await {
-        Ok(()) => create_in_guest(machine.vm(), machine.agent(), &id, guest, streams).await,
-        Err(error) => Err(error),
-    };
+    let (vm, agent) = (machine.vm(), machine.agent());
+    let made = create_in_guest(vm, agent, &id, &files, guest, streams).await;
     let made = with_hooks(made, &hooks, machine.vm().process().pid).await;
     match made {
         Ok(stdio) => {
@@ -111,14 +109,7 @@ pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<
     } = files;
     let id = files.id.clone();
     let (mut files, guest) = files.prepare().await?;
-    let ready = match files.plug(&vm, &agent).await {
-        Ok(()) => files.fill(&agent).await,
-        Err(error) => Err(error),
-    };
-    let outcome = match ready {
-        Ok(()) => create_in_guest(&vm, &agent, &id, guest, streams).await,
-        Err(error) => Err(error),
-    };
+    let outcome = create_in_guest(&vm, &agent, &id, &files, guest, streams).await;
     let stand_in = stand_in(&vm).await;
     let pid = stand_in.as_ref().map_or(vm.process().pid, StandIn::tid);
     match with_hooks(outcome, &hooks, pid).await {
@@ -167,9 +158,11 @@ async fn create_in_guest(
     vm: &Vm,
     agent: &Agent,
     id: &Id,
+    files: &ContainerFiles,
     guest: GuestFiles,
     streams: Streams,
 ) -> Result<Stdio, Error> {
+    files.hand_over(vm, agent).await?;
     let terminal = streams.paths.terminal;
     let Streams {
         paths,
