@@ -59,16 +59,12 @@ impl Growth {
         if limits.memory_bytes.is_none() && limits.cpu_millis.is_none() && !huge {
             return self.start();
         }
-        let pod = PodSpec {
-            limits,
-            unlimited: Unlimited {
-                memory: self.unlimited.memory && any(|one| one.memory_bytes.is_none()),
-                cpu: self.unlimited.cpu && any(|one| one.cpu_millis.is_none()),
-            },
-            ..PodSpec::default()
+        let unlimited = Unlimited {
+            memory: self.unlimited.memory && any(|one| one.memory_bytes.is_none()),
+            cpu: self.unlimited.cpu && any(|one| one.cpu_millis.is_none()),
         };
         // More than the node has is as much as there is room for.
-        let needed = vm_plan::size(&pod, self.host).unwrap_or(VmSize {
+        let needed = vm_plan::needed(limits, unlimited, self.host).unwrap_or(VmSize {
             memory_mib: u32::MAX,
             vcpus: u8::MAX,
         });

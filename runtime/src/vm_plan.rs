@@ -10,7 +10,7 @@ use husk_vmm_spec::{
 };
 use ttrpc::Code;
 
-use crate::bundle::PodSpec;
+use crate::bundle::{Limits, PodSpec, Unlimited};
 use crate::network::Nic;
 
 /// Guest memory where nothing limits the pod, MiB. Only what is touched costs.
@@ -124,18 +124,35 @@ impl PlanError {
 pub fn size(pod: &PodSpec, host: HostFacts) -> Result<VmSize, PlanError> {
     let memory_mib = match pod.overrides.memory_mib {
         Some(mib) => checked(mib.into(), host, OVERHEAD_MIB.into())?,
-        None => memory_for(pod, host)?,
+        None => memory_for(pod.limits, pod.unlimited, host)?,
     };
-    let limited = pod.limits.cpu_millis.map(|millis| {
-        let whole = u8::try_from(millis.div_ceil(1000)).unwrap_or(u8::MAX);
-        let others = if pod.unlimited.cpu { DEFAULT_VCPUS } else { 0 };
-        whole.saturating_add(others).clamp(1, host.cpus.max(1))
-    });
-    let vcpus = pod.overrides.vcpus.or(limited).unwrap_or(DEFAULT_VCPUS);
+    let vcpus = pod.overrides.vcpus;
+    let vcpus = vcpus.unwrap_or_else(|| vcpus_for(pod.limits, pod.unlimited, host));
     Ok(VmSize {
         memory_mib,
         vcpus: vcpus.clamp(1, VCPU_MAX),
     })
+}
+
+/// How large a machine is in which what these limits allow fits.
+///
+/// # Errors
+/// That is more memory than the node has.
+pub fn needed(limits: Limits, unlimited: Unlimited, host: HostFacts) -> Result<VmSize, PlanError> {
+    Ok(VmSize {
+        memory_mib: memory_for(limits, unlimited, host)?,
+        vcpus: vcpus_for(limits, unlimited, host).clamp(1, VCPU_MAX),
+    })
+}
+
+/// Processors that the limits can keep busy.
+fn vcpus_for(limits: Limits, unlimited: Unlimited, host: HostFacts) -> u8 {
+    let Some(millis) = limits.cpu_millis else {
+        return DEFAULT_VCPUS;
+    };
+    let whole = u8::try_from(millis.div_ceil(1000)).unwrap_or(u8::MAX);
+    let others = if unlimited.cpu { DEFAULT_VCPUS } else { 0 };
+    whole.saturating_add(others).clamp(1, host.cpus.max(1))
 }
 
 /// How much room to grow the machine of `pod` gets, which begins with `boot`. A
@@ -156,17 +173,17 @@ pub fn room(pod: &PodSpec, boot: VmSize, host: HostFacts) -> Room {
     }
 }
 
-/// Memory in which what the pod may use fits, MiB.
-fn memory_for(pod: &PodSpec, host: HostFacts) -> Result<u32, PlanError> {
+/// Memory in which what the limits allow fits, MiB.
+fn memory_for(limits: Limits, unlimited: Unlimited, host: HostFacts) -> Result<u32, PlanError> {
     let mib = |bytes: u64| bytes.div_ceil(1 << 20);
     let default = u64::from(DEFAULT_MEMORY_MIB.min(host.memory_mib));
-    let huge = mib(pod.limits.huge_page_bytes);
-    let Some(limit) = pod.limits.memory_bytes.map(mib) else {
+    let huge = mib(limits.huge_page_bytes);
+    let Some(limit) = limits.memory_bytes.map(mib) else {
         return checked(default + huge, host, 0);
     };
     let limit = u64::from(checked(limit + huge, host, 0)?);
     // Only what is touched costs, and the containers with limits have cgroups.
-    let others = if pod.unlimited.memory { default } else { 0 };
+    let others = if unlimited.memory { default } else { 0 };
     let usable = (limit + others).min(limit.max(host.memory_mib.into()));
     let overhead = usable.div_ceil(PAGES_FOR_ONE) + u64::from(OVERHEAD_MIB);
     checked(usable + overhead, host, overhead)
@@ -316,7 +333,7 @@ fn nic_id(nic: &Nic) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bundle::{Limits, Overrides, Unlimited};
+    use crate::bundle::Overrides;
     use husk_vmm_spec::MacAddress;
     use std::fs::File;
 
