@@ -154,12 +154,7 @@ async fn remove(cgroup: &Cgroup) {
 
 /// Makes the namespace, tells of it, and stays.
 pub fn main(fd: RawFd) -> ! {
-    if let Ok(mut channel) = HelperChannel::from_inherited(fd) {
-        let Err(error) = hold(&mut channel);
-        // If the agent is gone there is nobody to tell.
-        let _ = channel.send(&Report::Failure(error.into()), None);
-    }
-    std::process::exit(1)
+    HelperChannel::serve(fd, hold)
 }
 
 fn hold(channel: &mut HelperChannel) -> Result<Infallible, InitError> {

@@ -160,12 +160,7 @@ pub fn in_first_network<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T
 
 /// Makes the namespaces and waits until they are open.
 pub fn main(fd: RawFd) -> ! {
-    if let Ok(mut channel) = HelperChannel::from_inherited(fd) {
-        let Err(error) = hold(&mut channel);
-        // If the agent is gone there is nobody to tell.
-        let _ = channel.send(&Report::Failure(error.into()), None);
-    }
-    std::process::exit(1)
+    HelperChannel::serve(fd, hold)
 }
 
 fn hold(channel: &mut HelperChannel) -> Result<Infallible, InitError> {

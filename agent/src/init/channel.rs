@@ -1,6 +1,7 @@
 //! Framed JSON between the agent and its helper over a unix socket: four bytes
 //! of length, then the message. Descriptors ride on the length.
 
+use std::convert::Infallible;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -8,6 +9,9 @@ use std::os::unix::net::UnixStream;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::Interest;
+
+use super::InitError;
+use super::plan::Report;
 
 /// Far above the largest spec that ttrpc carries.
 const FRAME_BYTES: usize = 16 << 20;
@@ -18,7 +22,7 @@ pub struct HelperChannel(UnixStream);
 
 impl HelperChannel {
     /// Takes over the descriptor the agent named on the command line.
-    pub fn from_inherited(fd: RawFd) -> io::Result<Self> {
+    fn from_inherited(fd: RawFd) -> io::Result<Self> {
         nix::fcntl::fcntl(
             // SAFETY: borrowed for this call only; a number that isn't open fails with EBADF.
             unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) },
@@ -26,6 +30,17 @@ impl HelperChannel {
         )?;
         // SAFETY: the agent left this descriptor open for us and nobody else here knows it.
         Ok(Self(unsafe { UnixStream::from_raw_fd(fd) }))
+    }
+
+    /// What a helper does with its life: `work` on that descriptor, and an end
+    /// that the agent is told of.
+    pub fn serve(fd: RawFd, work: impl FnOnce(&mut Self) -> Result<Infallible, InitError>) -> ! {
+        if let Ok(mut channel) = Self::from_inherited(fd) {
+            let Err(error) = work(&mut channel);
+            // If the agent is gone there is nobody to tell.
+            let _ = channel.send(&Report::Failure(error.into()), None);
+        }
+        std::process::exit(1)
     }
 
     /// Reads one message.

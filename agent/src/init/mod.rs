@@ -73,12 +73,7 @@ impl From<InitError> for Failure {
 pub fn main(fd: RawFd) -> ! {
     // Standard error is the container's by now: no word of ours may go there.
     std::panic::set_hook(Box::new(|_| {}));
-    if let Ok(mut channel) = HelperChannel::from_inherited(fd) {
-        let Err(error) = run(&mut channel);
-        // If the agent is gone there is nobody to tell.
-        let _ = channel.send(&Report::Failure(error.into()), None);
-    }
-    std::process::exit(1)
+    HelperChannel::serve(fd, run)
 }
 
 fn run(channel: &mut HelperChannel) -> Result<Infallible, InitError> {

@@ -97,6 +97,26 @@ impl Prefix {
         }
     }
 
+    /// The same of a field that may be empty.
+    pub fn parse_given(field: &'static str, text: &str) -> Result<Option<Self>, NetworkError> {
+        match text.is_empty() {
+            true => Ok(None),
+            false => Self::parse(field, text).map(Some),
+        }
+    }
+
+    /// The family of what has been `given` one, and else that of the first of these
+    /// that is there; IPv4 where nothing says.
+    pub fn family_of(given: u32, prefixes: [&Option<Self>; 2]) -> u8 {
+        match u8::try_from(given).unwrap_or(0) {
+            0 => {
+                let first = prefixes.into_iter().flatten().next();
+                first.map_or(Address::V4_FAMILY, |prefix| prefix.address.family())
+            }
+            given => given,
+        }
+    }
+
     /// Of an IPv4 network that has one.
     pub fn broadcast(&self) -> Option<Ipv4Addr> {
         match self.address {

@@ -2,7 +2,7 @@
 
 use husk_protocol::agent::{NextHop, Route};
 
-use super::address::{Address, Prefix};
+use super::address::Prefix;
 use super::message::{Mode, Request, RouteSocket, push_attribute};
 use super::{NetworkError, index_of, unless_exists};
 use crate::error::Doing;
@@ -32,19 +32,10 @@ pub fn add(socket: &RouteSocket, route: &Route) -> Result<(), NetworkError> {
         RT_TABLE_UNSPEC => RT_TABLE_MAIN,
         table => table,
     };
-    let parse = |field, text: &str| match text.is_empty() {
-        true => Ok(None),
-        false => Prefix::parse(field, text).map(Some),
-    };
-    let destination = parse("route destination", &route.destination)?;
-    let gateway = parse("route gateway", &route.gateway)?;
-    let source = parse("route source", &route.source)?;
-    let given = u8::try_from(route.family).unwrap_or(0);
-    let family = match (given, &destination, &gateway) {
-        (0, Some(prefix), _) | (0, None, Some(prefix)) => prefix.address.family(),
-        (0, None, None) => Address::V4_FAMILY,
-        (given, ..) => given,
-    };
+    let destination = Prefix::parse_given("route destination", &route.destination)?;
+    let gateway = Prefix::parse_given("route gateway", &route.gateway)?;
+    let source = Prefix::parse_given("route source", &route.source)?;
+    let family = Prefix::family_of(route.family, [&destination, &gateway]);
     let length = destination.as_ref().map_or(0, |prefix| prefix.length);
     let kind = match u8::try_from(route.kind).unwrap_or(0) {
         0 => RTN_UNICAST,

@@ -2,7 +2,7 @@
 
 use husk_protocol::agent::{Range, Rule};
 
-use super::address::{Address, Prefix};
+use super::address::Prefix;
 use super::message::{Mode, Request, RouteSocket};
 use super::{NetworkError, unless_exists};
 use crate::error::Doing;
@@ -28,18 +28,9 @@ const RT_TABLE_COMPAT: u32 = 252;
 
 /// Adds one, unless it is there.
 pub fn add(socket: &RouteSocket, rule: &Rule) -> Result<(), NetworkError> {
-    let parse = |field, text: &str| match text.is_empty() {
-        true => Ok(None),
-        false => Prefix::parse(field, text).map(Some),
-    };
-    let source = parse("rule source", &rule.source)?;
-    let destination = parse("rule destination", &rule.destination)?;
-    let given = u8::try_from(rule.family).unwrap_or(0);
-    let family = match (given, &source, &destination) {
-        (0, Some(prefix), _) | (0, None, Some(prefix)) => prefix.address.family(),
-        (0, None, None) => Address::V4_FAMILY,
-        (given, ..) => given,
-    };
+    let source = Prefix::parse_given("rule source", &rule.source)?;
+    let destination = Prefix::parse_given("rule destination", &rule.destination)?;
+    let family = Prefix::family_of(rule.family, [&source, &destination]);
     let length = |prefix: &Option<Prefix>| prefix.as_ref().map_or(0, |prefix| prefix.length);
     let short_table = u8::try_from(rule.table).unwrap_or(RT_TABLE_COMPAT as u8);
     let flags = if rule.inverted { FIB_RULE_INVERT } else { 0 };
