@@ -356,22 +356,7 @@ pub fn try_lock(file: &str) -> io::Result<()> {
 
 /// Maps FILE, says so, and shows its first byte whenever it changes in memory.
 pub fn map(file: &str) -> io::Result<()> {
-    let file = OpenOptions::new().read(true).write(true).open(file)?;
-    // SAFETY: a mapping of a page that stays; the file has one.
-    let at = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            PAGE,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED,
-            file.as_raw_fd(),
-            0,
-        )
-    };
-    if at == libc::MAP_FAILED {
-        return check(-1, "mmap");
-    }
-    let at = at.cast::<u8>();
+    let at = map_page(file)?;
     let mut last = None;
     loop {
         // SAFETY: the mapping is ours and as large.
@@ -386,24 +371,31 @@ pub fn map(file: &str) -> io::Result<()> {
 
 /// Stores the first byte of TEXT at the start of FILE, through memory.
 pub fn poke(file: &str, text: &str) -> io::Result<()> {
+    let at = map_page(file)?;
+    let byte = text.bytes().next().unwrap_or(b'?');
+    // SAFETY: the mapping is ours and as large.
+    unsafe { at.write_volatile(byte) };
+    Ok(())
+}
+
+/// A mapping of the first page of FILE, which stays to the end.
+fn map_page(file: &str) -> io::Result<*mut u8> {
     let file = OpenOptions::new().read(true).write(true).open(file)?;
-    // SAFETY: a mapping of a page, which the file has; it stays to the end.
-    unsafe {
-        let at = libc::mmap(
+    // SAFETY: a new mapping; the file has a page.
+    let at = unsafe {
+        libc::mmap(
             std::ptr::null_mut(),
             PAGE,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_SHARED,
             file.as_raw_fd(),
             0,
-        );
-        if at == libc::MAP_FAILED {
-            return check(-1, "mmap");
-        }
-        let byte = text.bytes().next().unwrap_or(b'?');
-        at.cast::<u8>().write_volatile(byte);
+        )
+    };
+    if at == libc::MAP_FAILED {
+        check(-1, "mmap")?;
     }
-    Ok(())
+    Ok(at.cast())
 }
 
 /// Answers at a unix socket in capitals.
