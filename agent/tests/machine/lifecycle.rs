@@ -212,7 +212,7 @@ agent_test! {
     async fn exec_joins_the_container(agent: Agent) {
         let mut streams = agent.run("a", &agent.spec(&["/bin/sh", "-c", "touch /tmp/mark; echo ready; exec sleep 1000"])).await;
         streams.read_until("ready").await;
-        let line = "hostname; ls /tmp; cat /proc/1/comm; grep ^0: /proc/self/cgroup; exit 5";
+        let line = "hostname; ls /tmp; while [ \"$(cat /proc/1/comm)\" = sh ]; do :; done; cat /proc/1/comm; grep ^0: /proc/self/cgroup; exit 5";
         let process_json = json!({"user": {"uid": 1000, "gid": 1000}, "args": ["sh", "-c", line], "env": ["PATH=/bin"], "cwd": "/tmp"});
         let exec = agent.exec("a", "e", &process_json).await.unwrap();
         assert_eq!(read_all(exec.stdout).await, "box\nmark\nsleep\n0::/\n");
