@@ -70,14 +70,21 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
         let state = dir.read().unwrap_or_default();
         (dir, state)
     };
+    let serves = |state: &State, pod: &Id| {
+        let shim = state.shim.filter(|shim| shim.is_alive());
+        shim.is_some_and(|shim| {
+            // One that was killed closes its socket before it is seen to have ended.
+            socket_of(flags, &bundle, pod).answers() || !ends(shim, LAST_WORDS)
+        })
+    };
     let left = pod_of(&bundle).map(|pod| (find(&pod), pod));
     let ((state_dir, state), pod) = left
-        .filter(|((_, state), _)| state.is_deleted && !serves(state))
+        .filter(|((_, state), pod)| state.is_deleted && !serves(state, pod))
         .unwrap_or_else(|| (find(&id), id));
     let pid = state.vmm.map_or(0, |vmm| vmm.pid);
     // containerd asks when it closes its connection, which it does when the pod's
     // own container is deleted. The shim ends by itself after the last one.
-    if state.is_deleted && serves(&state) {
+    if state.is_deleted && serves(&state, &pod) {
         return answer(pid);
     }
     let shim = match state.shim {
@@ -91,12 +98,7 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
         cgroup::remove(path);
     }
     state_dir.remove();
-    let socket = ShimSocket::new(
-        &socket_dir(&bundle),
-        &flags.address,
-        &flags.namespace,
-        pod.as_str(),
-    );
+    let socket = socket_of(flags, &bundle, &pod);
     if !socket.answers() {
         socket.remove();
     }
@@ -111,11 +113,6 @@ fn pod_of(bundle: &Path) -> Option<Id> {
     }
 }
 
-/// The pod's shim is there.
-fn serves(state: &State) -> bool {
-    state.shim.is_some_and(Process::is_alive)
-}
-
 fn answer(pid: u32) -> Result<(), CleanupError> {
     let response = DeleteResponse {
         pid,
@@ -125,6 +122,12 @@ fn answer(pid: u32) -> Result<(), CleanupError> {
     };
     let text = response.write_to_bytes().map_err(io::Error::other)?;
     Ok(io::stdout().write_all(&text)?)
+}
+
+/// Where a pod's shim is asked.
+fn socket_of(flags: &Flags, bundle: &Path, pod: &Id) -> ShimSocket {
+    let dir = socket_dir(bundle);
+    ShimSocket::new(&dir, &flags.address, &flags.namespace, pod.as_str())
 }
 
 /// Where the shim's socket is: newer containerds say where at its start. The file

@@ -202,8 +202,10 @@ fn serve(mut device: File, top: &Path, reference_budget: usize) -> (usize, usize
             Ok(size) => size,
             Err(e) if e.kind() == ErrorKind::Interrupted => continue,
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => continue,
-            // Unmounted.
-            Err(e) if e.raw_os_error() == Some(libc::ENODEV) => return counts,
+            // Unmounted, the second while a request was being taken.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ECONNABORTED)) => {
+                return counts;
+            }
             Err(e) => panic!("/dev/fuse: {e}"),
         };
         let used = server.handle(pieces(&mut request[..size]), pieces(&mut reply));
