@@ -18,4 +18,5 @@ pub mod pod_cgroup;
 pub mod process;
 pub mod runner;
 pub mod stream;
+pub mod stuck;
 pub mod tasks;

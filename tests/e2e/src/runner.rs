@@ -12,6 +12,7 @@ use crate::clean;
 use crate::host::HostState;
 use crate::node::{Node, Runtime};
 use crate::process;
+use crate::stuck;
 
 /// Exit code of a case's process for a skip, its reason on standard output.
 const SKIPPED: i32 = 77;
@@ -95,6 +96,14 @@ fn run_one(case: &'static Case, node: &Node, runtime: Runtime) -> Result<Ran> {
     let counts = |difference: &str| case.counts(runtime, difference);
     let failed = matches!(verdict, Verdict::Failed(_));
     if failed {
+        // Cleaning up may hang on the same thing, and ends what could tell.
+        let still = stuck::tell();
+        if !still.is_empty() {
+            println!("{} failed with this still there:", case.name);
+        }
+        for text in process::tail(&still, 12_000).lines() {
+            println!("        | {text}");
+        }
         clean::remove_all(node).context("clean up after a failed case")?;
         if before.await_same(node, patience, counts).is_err() {
             clean::kill_leftovers(node);
