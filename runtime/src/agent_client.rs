@@ -24,8 +24,10 @@ use crate::config::Patience;
 
 mod error;
 mod metrics;
+mod outbox;
 
 pub use error::AgentError;
+use outbox::Outbox;
 
 /// Longest time for calls that only change state in the guest.
 const QUICK: Duration = Duration::from_secs(10);
@@ -112,9 +114,9 @@ impl Agent {
     /// # Errors
     /// The stream cannot be polled.
     pub fn new(stream: UnixStream, patience: Patience) -> Result<Self, AgentError> {
-        let socket = Socket::try_from(stream).map_err(AgentError::Connect)?;
+        let stream = Outbox::new(stream).map_err(AgentError::Connect)?;
         Ok(Self {
-            client: AgentClient::new(Client::new(socket)),
+            client: AgentClient::new(Client::new(Socket::new(stream))),
             patience,
         })
     }
