@@ -151,6 +151,7 @@ pub fn boot(
     for device in blocks.chain(nets).chain(filesystems) {
         devices.add(&device, descriptors, When::AtBoot)?;
     }
+    devices.provide_for_later();
 
     // Processors.
     let vcpus = vcpu::create_all(&vm, spec.vcpus.max, kernel.entry)?;

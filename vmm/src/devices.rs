@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use husk_virtio::block::{Block, DiskError, Engine};
+use husk_virtio::block::{Block, DiskError, Engine, Spares};
 use husk_virtio::console::Console;
 use husk_virtio::event_loop::{LoopGone, LoopHandle};
 use husk_virtio::fs::{self, BackEndError, Fs};
@@ -87,6 +87,7 @@ pub struct Devices {
     plugged: Vec<Plugged>,
     vsock: Option<Arc<Mutex<VirtioPci>>>,
     pluggable_memory: Option<Arc<Mutex<VirtioPci>>>,
+    rings: Spares,
 }
 
 /// A device that can be unplugged.
@@ -127,7 +128,14 @@ impl Devices {
             plugged: Vec::new(),
             vsock: None,
             pluggable_memory: None,
+            rings: Spares::default(),
         }
+    }
+
+    /// Makes what later disks need and what no thread can make once it is
+    /// confined: a ring for each slot of the bus that is free.
+    pub fn provide_for_later(&mut self) {
+        self.rings = Spares::new(self.bus.free_slots());
     }
 
     /// Adds what every machine has: the console, if its output goes anywhere, and
@@ -202,7 +210,7 @@ impl Devices {
         if self.plugged.iter().any(|plugged| plugged.id == id) {
             return Err(PlugError::Exists(id.to_owned()));
         }
-        let device = make(spec, descriptors, when)?;
+        let device = make(spec, descriptors, when, &self.rings)?;
         let (function, slot) = self.put_on_bus(id, device, when)?;
         self.plugged.push(Plugged {
             id: id.to_owned(),
@@ -319,6 +327,7 @@ fn make(
     spec: &DeviceSpec,
     descriptors: &mut Descriptors,
     when: When,
+    rings: &Spares,
 ) -> Result<Box<dyn VirtioDevice>, PlugError> {
     let failed = |source| PlugError::Host {
         name: spec.id().to_owned(),
@@ -327,7 +336,11 @@ fn make(
     match spec {
         DeviceSpec::Block(block) => {
             let file = descriptors.take(block.file).map_err(failed)?;
-            let disk = Block::new(file.into(), block.read_only, &block.serial, Engine::new());
+            let engine = match when {
+                When::AtBoot => Engine::new(),
+                When::Later => rings.take(),
+            };
+            let disk = Block::new(file.into(), block.read_only, &block.serial, engine);
             Ok(Box::new(disk.map_err(|source| PlugError::Disk {
                 id: block.id.clone(),
                 source,

@@ -132,6 +132,12 @@ impl PciBus {
         self.config().add(function)
     }
 
+    /// How many slots are free.
+    pub fn free_slots(&self) -> usize {
+        let config = self.config();
+        config.slots.iter().filter(|slot| slot.is_none()).count()
+    }
+
     /// Takes the function out of a slot.
     pub fn unplug(&self, slot: usize) -> Option<SharedFunction> {
         let mut config = self.config();

@@ -38,9 +38,4 @@ pub(super) const ALLOWED: &[Allowed] = &[
     // A plugged file system: the first talk with its server.
     any(libc::SYS_recvfrom),
     any(libc::SYS_shutdown),
-    // A disk's ring, which is restricted to what a disk needs before it is used. The
-    // price of disks that don't hold up the device thread: a ring without
-    // restrictions could be had here, by whoever has taken this thread over.
-    any(libc::SYS_io_uring_setup),
-    any(libc::SYS_io_uring_register),
 ];

@@ -165,6 +165,16 @@ mod tests {
         unsafe { libc::ioctl(-1, KVM_CREATE_VM, 0) };
     }
 
+    fn set_up_a_ring() {
+        // SAFETY: no ring comes of it, as it has neither size nor parameters.
+        unsafe { libc::syscall(libc::SYS_io_uring_setup, 0, 0) };
+    }
+
+    fn change_a_ring() {
+        // SAFETY: no such descriptor is open.
+        unsafe { libc::syscall(libc::SYS_io_uring_register, -1, 0, 0, 0) };
+    }
+
     fn signal_another_process() {
         // SAFETY: signal 0 only asks whether the process is there.
         unsafe { libc::kill(1, 0) };
@@ -179,6 +189,8 @@ mod tests {
                 socket,
                 executable_memory,
                 create_vm,
+                set_up_a_ring,
+                change_a_ring,
                 signal_another_process,
             ] {
                 let status = end(role, call);

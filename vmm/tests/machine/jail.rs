@@ -6,7 +6,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
-use husk_vmm_spec::{CONTROL_FD, ExitReason, Message, Reply, Request};
+use husk_vmm_spec::{
+    BlockSpec, CONTROL_FD, Descriptor, DeviceSpec, ExitReason, Message, Reply, Request,
+};
 
 use crate::harness::{Request0, receive, send, skip, socket_pair};
 use crate::payload;
@@ -53,7 +55,12 @@ impl Jailed {
     }
 
     fn request(&self, request: &Request) -> Message {
-        send(&self.shim, &serde_json::to_vec(request).unwrap(), &[]);
+        self.request_with(request, &[])
+    }
+
+    fn request_with(&self, request: &Request, descriptors: &[OwnedFd]) -> Message {
+        let bytes = serde_json::to_vec(request).unwrap();
+        send(&self.shim, &bytes, descriptors);
         receive(&self.shim).expect("the VMM hung up")
     }
 
@@ -157,6 +164,46 @@ fn a_running_vmm_holds_nothing_of_the_host() {
     );
     assert_eq!(receive(&vmm.shim), None);
     assert!(vmm.child.wait().unwrap().success());
+}
+
+#[test]
+fn a_jailed_vmm_takes_disks_that_come_and_go() {
+    if skip_unless_root() {
+        return;
+    }
+    let vmm = Jailed::spawn();
+    let (request, _console) = Request0::new(payload::build("1: jmp 1b"));
+    assert!(matches!(vmm.start(&request), Message::Started(_)));
+    let done = Message::Reply(Ok(Reply::Done));
+    let rings = || {
+        let entries = fs::read_dir(vmm.proc("fd")).unwrap();
+        let links = entries.map(|entry| fs::read_link(entry.unwrap().path()).unwrap());
+        let is_ring = |link: &std::path::PathBuf| link.to_str() == Some("anon_inode:[io_uring]");
+        links.filter(is_ring).count()
+    };
+    // Whatever was to be made for them was there before.
+    let before = rings();
+    assert!(before > 0);
+    for _ in 0..2 {
+        let names: Vec<String> = (0..before).map(|i| format!("d{i}")).collect();
+        for id in &names {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(4096).unwrap();
+            let spec = BlockSpec {
+                id: id.clone(),
+                file: Descriptor(0),
+                read_only: false,
+                serial: id.clone(),
+            };
+            let request = Request::AddDevice(DeviceSpec::Block(spec));
+            assert_eq!(vmm.request_with(&request, &[file.into()]), done);
+            assert_eq!(rings(), before);
+        }
+        for id in names {
+            assert_eq!(vmm.request(&Request::RemoveDevice(id)), done);
+        }
+        assert_eq!(rings(), before);
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use io_uring::{IoUring, opcode, register::Restriction, squeue, types};
 
@@ -44,7 +44,8 @@ unsafe impl Send for Call {}
 /// How a disk's requests are carried out.
 ///
 /// It is made before the process locks itself up, since io_uring is set up with
-/// system calls that a worker does not have.
+/// system calls that no thread has afterwards; disks that come later take theirs
+/// from [`Spares`].
 pub enum Engine {
     /// Asynchronously.
     Uring(Box<Ring>),
@@ -100,7 +101,7 @@ impl Engine {
     pub(super) fn finished(&mut self) -> Option<(u64, i32)> {
         match self {
             Self::Uring(ring) => {
-                let entry = ring.0.completion().next()?;
+                let entry = ring.uring.completion().next()?;
                 Some((entry.user_data(), entry.result()))
             }
             Self::Waiting => None,
@@ -115,11 +116,23 @@ impl Engine {
         }
     }
 
+    /// The disk goes, and nothing of it is in flight.
+    pub(super) fn give_back(self) {
+        if let Self::Uring(ring) = self
+            && let Ring {
+                uring,
+                home: Some(home),
+            } = *ring
+        {
+            home.lock().push(uring);
+        }
+    }
+
     /// Readable when something has finished.
     pub(super) fn source(&self) -> Option<BorrowedFd<'_>> {
         match self {
             // SAFETY: the ring owns the descriptor and is borrowed as long as it.
-            Self::Uring(ring) => Some(unsafe { BorrowedFd::borrow_raw(ring.0.as_raw_fd()) }),
+            Self::Uring(ring) => Some(unsafe { BorrowedFd::borrow_raw(ring.uring.as_raw_fd()) }),
             Self::Waiting => None,
         }
     }
@@ -131,12 +144,46 @@ impl Default for Engine {
     }
 }
 
+/// Rings for the disks that come after the process has locked itself up. A disk
+/// that goes gives its ring back.
+#[derive(Clone, Default)]
+pub struct Spares(Arc<Mutex<Vec<IoUring>>>);
+
+impl Spares {
+    /// So many, or as many as can be had.
+    pub fn new(count: usize) -> Self {
+        let rings = (0..count).map_while(|_| Ring::make().ok());
+        Self(Arc::new(Mutex::new(rings.collect())))
+    }
+
+    /// One of them; when all are lent, an engine that waits.
+    pub fn take(&self) -> Engine {
+        self.lock().pop().map_or(Engine::Waiting, |uring| {
+            let home = Some(self.clone());
+            Engine::Uring(Box::new(Ring { uring, home }))
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<IoUring>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// An io_uring that can do nothing but what a disk needs: it would otherwise be
 /// a way round the seccomp filter of whoever has it.
-pub struct Ring(IoUring);
+pub struct Ring {
+    uring: IoUring,
+    /// Where it goes when its disk goes.
+    home: Option<Spares>,
+}
 
 impl Ring {
     fn new() -> io::Result<Self> {
+        let uring = Self::make()?;
+        Ok(Self { uring, home: None })
+    }
+
+    fn make() -> io::Result<IoUring> {
         let ring = IoUring::builder()
             .setup_r_disabled()
             .dontfork()
@@ -151,14 +198,14 @@ impl Ring {
         submitter.register_iowq_max_workers(&mut KERNEL_THREADS.clone())?;
         submitter.register_restrictions(&mut allowed)?;
         submitter.register_enable_rings()?;
-        Ok(Self(ring))
+        Ok(ring)
     }
 
     /// # Safety
     /// What the entry points to stays until its completion.
     unsafe fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
         // SAFETY: as the caller says.
-        while unsafe { self.0.submission().push(entry) }.is_err() {
+        while unsafe { self.uring.submission().push(entry) }.is_err() {
             self.submit(0)?;
         }
         Ok(())
@@ -166,7 +213,7 @@ impl Ring {
 
     fn submit(&mut self, wait_for: usize) -> io::Result<()> {
         loop {
-            match self.0.submit_and_wait(wait_for) {
+            match self.uring.submit_and_wait(wait_for) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
@@ -271,7 +318,8 @@ impl Ring {
     /// The kernel takes nothing of it until it is enabled.
     pub(super) fn disabled() -> Self {
         let mut builder = IoUring::builder();
-        Self(builder.setup_r_disabled().build(QUEUE_SIZE.into()).unwrap())
+        let uring = builder.setup_r_disabled().build(QUEUE_SIZE.into()).unwrap();
+        Self { uring, home: None }
     }
 
     /// Neither other operations nor registrations are possible.
@@ -280,9 +328,9 @@ impl Ring {
         // SAFETY: the path is static.
         unsafe { self.push(&entry) }.unwrap();
         self.submit(1).unwrap();
-        let result = self.0.completion().next().map(|entry| entry.result());
+        let result = self.uring.completion().next().map(|entry| entry.result());
         assert_eq!(result, Some(-libc::EACCES));
-        let error = self.0.submitter().register_files(&[0]).unwrap_err();
+        let error = self.uring.submitter().register_files(&[0]).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EACCES));
     }
 }

@@ -18,7 +18,7 @@ use crate::queue::FEATURES;
 use crate::{ActivateError, Activation, DeviceType, VirtioDevice, Worker, config};
 
 pub use disk::DiskError;
-pub use engine::Engine;
+pub use engine::{Engine, Spares};
 
 use disk::{Disk, SECTOR_BYTES};
 use worker::BlockWorker;
@@ -59,6 +59,14 @@ impl Block {
             config,
             engine: Some(engine),
         })
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if let Some(engine) = self.engine.take() {
+            engine.give_back();
+        }
     }
 }
 

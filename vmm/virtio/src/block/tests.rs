@@ -529,6 +529,28 @@ fn the_ring_does_nothing_else() {
 }
 
 #[test]
+fn a_disk_that_goes_gives_its_ring_back() {
+    let spares = Spares::new(1);
+    let lent = |engine: &Engine| matches!(engine, Engine::Uring(_));
+    // Idle, and while it works.
+    for start in [false, true] {
+        let engine = spares.take();
+        assert!(lent(&engine));
+        assert!(!lent(&spares.take()));
+        let mut bench = Bench::new(false, engine);
+        if start {
+            assert_eq!(bench.send(READ, 0, &[], 512).0, OK);
+            bench.driver.function.retire();
+        }
+        drop(bench);
+    }
+    let Engine::Uring(ring) = spares.take() else {
+        panic!("the ring is gone");
+    };
+    ring.assert_restricted();
+}
+
+#[test]
 fn a_reset_does_not_wait_for_a_ring_that_refuses() {
     let file = tempfile().unwrap();
     file.set_len(BYTES as u64).unwrap();

@@ -268,6 +268,8 @@ impl Drop for BlockWorker {
         if self.in_flight() {
             // What the kernel may still write to must stay for ever.
             std::mem::forget(std::mem::take(&mut self.slots));
+        } else if let Some(engine) = self.engine.take() {
+            engine.give_back();
         }
     }
 }
