@@ -32,6 +32,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// containerd its last events. containerd waits five seconds for us.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// How long the poststop hooks may take, of the five seconds.
+const HOOKS: Duration = Duration::from_secs(2);
+
 /// Names that cannot be cleaned up after.
 #[derive(Debug, thiserror::Error)]
 pub enum CleanupError {
@@ -80,7 +83,7 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
     let left = pod_of(&bundle).map(|pod| (find(&pod), pod));
     let ((state_dir, state), pod) = left
         .filter(|((_, state), pod)| state.is_deleted && !serves(state, pod))
-        .unwrap_or_else(|| (find(&id), id));
+        .unwrap_or_else(|| (find(&id), id.clone()));
     let pid = state.vmm.map_or(0, |vmm| vmm.pid);
     // containerd asks when it closes its connection, which it does when the pod's
     // own container is deleted. The shim ends by itself after the last one.
@@ -102,7 +105,29 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
     if !socket.answers() {
         socket.remove();
     }
+    run_hooks(&bundle, &id);
     answer(pid)
+}
+
+/// Runs the poststop hooks that the killed shim did not live to run.
+fn run_hooks(bundle: &Path, id: &Id) {
+    // A bundle that cannot be read never became a container.
+    let Ok(bundle) = Bundle::load(bundle) else {
+        return;
+    };
+    let hooks = bundle.hooks(id);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    match runtime {
+        Ok(runtime) => {
+            let run = async { tokio::time::timeout(HOOKS, hooks.deleted_without_shim()).await };
+            if runtime.block_on(run).is_err() {
+                eprintln!("containerd-shim-husk-v2: the poststop hooks of {id} take too long");
+            }
+        }
+        Err(error) => eprintln!("containerd-shim-husk-v2: poststop hooks of {id}: {error}"),
+    }
 }
 
 /// The pod that a container's bundle names.

@@ -6,6 +6,7 @@
 //! which are the guest's: nobody can run them.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -23,6 +24,10 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// How long what a hook has said is waited for when it has ended: a child of its
 /// may hold the pipe.
 const AFTER_END: Duration = Duration::from_millis(200);
+
+/// A file of a bundle that is there as long as the container's poststop hooks have
+/// yet to run.
+const OWED_FILE: &str = "husk-poststop";
 
 /// Most that is told of what a hook says, bytes.
 const COMPLAINT: u64 = 1024;
@@ -55,6 +60,7 @@ struct Hook {
 pub struct ContainerHooks {
     hooks: Hooks,
     state: Value,
+    owed: PathBuf,
 }
 
 /// A hook that failed.
@@ -111,7 +117,11 @@ impl ContainerHooks {
         let state = json!({
             "ociVersion": version, "id": id, "bundle": bundle, "annotations": annotations,
         });
-        Self { hooks, state }
+        Self {
+            hooks,
+            state,
+            owed: bundle.join(OWED_FILE),
+        }
     }
 
     /// The container is made and not yet started.
@@ -127,6 +137,12 @@ impl ContainerHooks {
                 hook.run(turn, &self.state("creating", pid)).await?;
             }
         }
+        if self.hooks.poststop.iter().flatten().next().is_some()
+            && let Err(error) = fs::write(&self.owed, "")
+        {
+            let path = self.owed.display();
+            tracing::warn!(%path, %error, "poststop hooks will not survive this shim");
+        }
         Ok(())
     }
 
@@ -138,8 +154,21 @@ impl ContainerHooks {
 
     /// It is gone.
     pub async fn deleted(&self) {
+        self.settle();
         let state = self.state("stopped", 0);
         run_all("poststop", self.hooks.poststop.as_deref(), &state).await;
+    }
+
+    /// As `deleted`, for a container whose shim was killed before it could.
+    pub async fn deleted_without_shim(&self) {
+        if self.settle() {
+            self.deleted().await;
+        }
+    }
+
+    /// Whether the poststop hooks were still to be run; from now on they are not.
+    fn settle(&self) -> bool {
+        fs::remove_file(&self.owed).is_ok()
     }
 
     fn state(&self, status: &str, pid: u32) -> Vec<u8> {
@@ -235,9 +264,13 @@ mod tests {
     use super::*;
 
     fn hooks(json: Value) -> ContainerHooks {
+        in_bundle(json, Path::new("/bundle"))
+    }
+
+    fn in_bundle(json: Value, bundle: &Path) -> ContainerHooks {
         let hooks = serde_json::from_value(json).unwrap();
         let annotations = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
-        ContainerHooks::new(hooks, "1.1.0", "c1", Path::new("/bundle"), &annotations)
+        ContainerHooks::new(hooks, "1.1.0", "c1", bundle, &annotations)
     }
 
     fn shell(script: &str) -> Value {
@@ -269,6 +302,24 @@ mod tests {
         });
         assert_eq!(told("started"), expected);
         assert_eq!(told("stopped")["status"], "stopped");
+    }
+
+    #[tokio::test]
+    async fn a_killed_shims_hooks_run_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let writes = shell(&format!("echo ran >> {}", log.display()));
+        let hooks = in_bundle(json!({ "poststop": [writes] }), dir.path());
+        hooks.deleted_without_shim().await;
+        assert!(!log.exists(), "of a container that never was");
+        hooks.created(7).await.unwrap();
+        hooks.deleted_without_shim().await;
+        hooks.deleted_without_shim().await;
+        assert_eq!(std::fs::read_to_string(&log).unwrap(), "ran\n");
+        hooks.created(7).await.unwrap();
+        hooks.deleted().await;
+        hooks.deleted_without_shim().await;
+        assert_eq!(std::fs::read_to_string(&log).unwrap(), "ran\nran\n");
     }
 
     #[tokio::test]

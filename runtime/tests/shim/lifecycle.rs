@@ -29,6 +29,7 @@ pub const CASES: &[Case] = &[
     ("life_outlives_containerd", containerd_restarts),
     ("life_without_events", no_events),
     ("life_has_hooks", hooks),
+    ("life_has_hooks_that_outlive_the_shim", hooks_without_shim),
     ("life_may_be_refused_by_a_hook", refused_by_a_hook),
 ];
 
@@ -470,6 +471,36 @@ fn hooks() {
         shim.delete("h1", "").await.unwrap();
         assert!(logged().contains("poststop\n"), "{}", logged());
         shim.shut_down("h1").await;
+        shim.assert_gone().await;
+        node.assert_clean();
+    });
+}
+
+fn hooks_without_shim() {
+    block_on(async {
+        let node = Node::new().await;
+        let log = node.path("hooks");
+        let bundle = node.bundle("h3", &["sleep"]).with(|spec| {
+            let script = format!("cat >> {}", log.display());
+            spec["hooks"] = json!({"poststop": hook(&script)});
+        });
+        let shim = node.start(&bundle).await;
+        shim.create(&bundle.request()).await.unwrap();
+        shim.run("h3", "").await.unwrap();
+        let raw = rustix::process::Pid::from_raw(shim.pid).unwrap();
+        rustix::process::kill_process(raw, rustix::process::Signal::KILL).unwrap();
+        let dir = node.path("bundles").join("h3");
+        let path = dir.display().to_string();
+        for _ in 0..2 {
+            let output = node.shim(&["-id", "h3", "-bundle", &path, "delete"], &dir, b"");
+            assert!(output.status.success());
+            let told: serde_json::Value =
+                serde_json::from_str(&std::fs::read_to_string(&log).unwrap()).unwrap();
+            assert_eq!(
+                (&told["id"], &told["status"]),
+                (&json!("h3"), &json!("stopped"))
+            );
+        }
         shim.assert_gone().await;
         node.assert_clean();
     });
