@@ -2,11 +2,12 @@
 //! of length, then the message. Descriptors ride on the length.
 
 use std::convert::Infallible;
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use rustix::io::retry_on_intr;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::Interest;
 
@@ -55,18 +56,30 @@ impl HelperChannel {
     /// Writes one message.
     pub fn send<T: Serialize>(&mut self, message: &T, fd: Option<&OwnedFd>) -> io::Result<()> {
         let frame = frame(message)?;
+        let Some(fd) = fd else {
+            return self.write(&frame);
+        };
         let (length, body) = frame.split_at(4);
-        let fds = fd.map(|fd| [fd.as_raw_fd()]);
-        let control = fds.as_ref().map(|fds| [ControlMessage::ScmRights(fds)]);
+        let fds = [fd.as_raw_fd()];
         let sent = sendmsg::<()>(
             self.0.as_raw_fd(),
             &[IoSlice::new(length)],
-            control.as_ref().map_or(&[], |control| &control[..]),
+            &[ControlMessage::ScmRights(&fds)],
             MsgFlags::MSG_NOSIGNAL,
             None,
         )?;
-        self.0.write_all(&length[sent..])?;
-        self.0.write_all(body)
+        self.write(&length[sent..])?;
+        self.write(body)
+    }
+
+    /// With write(2): the last word, why a program cannot be executed, comes when
+    /// its seccomp filter holds, and few filters leave that call out.
+    fn write(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let count = retry_on_intr(|| rustix::io::write(&self.0, bytes))?;
+            bytes = &bytes[count..];
+        }
+        Ok(())
     }
 }
 

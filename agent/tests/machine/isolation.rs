@@ -224,6 +224,30 @@ agent_test! {
 }
 
 agent_test! {
+    async fn a_program_that_cannot_run_is_told_past_a_seccomp_filter(agent: Agent) {
+        use std::os::unix::fs::PermissionsExt;
+        // The last step fails, where the filter holds already.
+        let script = agent.rootfs().join("bin/script");
+        std::fs::write(&script, "#!/bin/not-there\n").unwrap();
+        std::fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).unwrap();
+        let mut spec = agent.spec(&["/bin/script"]);
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["sendmsg", "sendto", "sendmmsg"], "action": "SCMP_ACT_ERRNO"}],
+        });
+        agent.create("a", &spec).await.unwrap();
+        let error = agent.start_container("a").await.err().unwrap();
+        assert!(status(error).1.contains("/bin/script"));
+        spec["process"]["args"] = json!(["/bin/sleep", "1000"]);
+        agent.run("b", &spec).await;
+        let exec = json!({"user": {"uid": 0, "gid": 0}, "args": ["script"], "env": ["PATH=/bin"], "cwd": "/"});
+        let error = agent.exec("b", "e", &exec).await.err().unwrap();
+        assert!(status(error).1.contains("/bin/script"));
+        agent.delete("b").await;
+    }
+}
+
+agent_test! {
     async fn user_namespaces_map_ids(agent: Agent) {
         let line = "id -u; cat /proc/self/uid_map; touch /tmp/made; echo x > /dev/null && head -c1 /dev/zero | wc -c; hostname; mount | grep -c -E ' /(proc|sys|dev/mqueue) '; touch /dev/shm/a && echo shm";
         let mut spec = agent.spec(&["/bin/sh", "-c", line]);
