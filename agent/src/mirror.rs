@@ -32,8 +32,19 @@ const TEMPORARY: &str = "..husk_tmp";
 #[derive(Debug)]
 pub struct Mirrors {
     base: PathBuf,
-    /// None: a change has failed, so that nobody knows what is there.
-    volumes: Mutex<HashMap<String, Option<Tree>>>,
+    volumes: Mutex<HashMap<String, Volume>>,
+}
+
+/// What is known of a volume.
+#[derive(Debug)]
+enum Volume {
+    /// Its files.
+    Is(Tree),
+    /// A change has failed: nobody knows what is there.
+    Unknown,
+    /// It has gone for good. A request that was overtaken does not bring it back:
+    /// ids are not used again.
+    Removed,
 }
 
 /// What is in a volume, by path; parents sort before what is in them.
@@ -69,34 +80,40 @@ impl Mirrors {
         let new = tree(entries)?;
         let mut volumes = lock(&self.volumes);
         let path = self.base.join(id);
-        let old = match volumes.remove(id) {
-            Some(Some(old)) => old,
-            Some(None) => {
+        let old = match volumes.insert(id.to_owned(), Volume::Unknown) {
+            Some(Volume::Is(old)) => old,
+            Some(Volume::Unknown) => {
                 clear(&path);
                 Tree::new()
             }
+            Some(Volume::Removed) => {
+                volumes.insert(id.to_owned(), Volume::Removed);
+                return Err(Error::Invalid {
+                    field: "volume_id",
+                    reason: format!("volume {id} has been removed"),
+                });
+            }
             None => {
-                make(&path)?;
+                make(&path).inspect_err(|_| {
+                    volumes.remove(id);
+                })?;
                 Tree::new()
             }
         };
-        volumes.insert(id.to_owned(), None);
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = openat(CWD, &path, flags, Mode::empty()).doing("open", path.display())?;
         change(&root, &old, &new)?;
-        volumes.insert(id.to_owned(), Some(new));
+        volumes.insert(id.to_owned(), Volume::Is(new));
         Ok(())
     }
 
-    /// Unmounts the volume. Blocks.
+    /// Unmounts the volume, if it has been made; it will not be any more. Blocks.
     pub fn remove(&self, id: &str) -> Result<(), Error> {
         check_id(id)?;
         let mut volumes = lock(&self.volumes);
-        if volumes.remove(id).is_none() {
-            return Err(Error::Invalid {
-                field: "volume_id",
-                reason: format!("there is no volume {id}"),
-            });
+        match volumes.insert(id.to_owned(), Volume::Removed) {
+            Some(Volume::Is(_) | Volume::Unknown) => {}
+            Some(Volume::Removed) | None => return Ok(()),
         }
         let path = self.base.join(id);
         unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
@@ -333,6 +350,19 @@ mod tests {
         assert_eq!(names(dir.path()), ["..data", "..v2", "key"]);
         // What did not change was left alone.
         assert_eq!(fs::symlink_metadata(&key).unwrap().ino(), user_link);
+    }
+
+    #[test]
+    fn a_request_that_was_overtaken_makes_no_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let mirrors = Mirrors::new(dir.path());
+        mirrors.remove("1").unwrap();
+        let late = mirrors.set("1", vec![entry("", DIR, "")]);
+        assert!(late.unwrap_err().to_string().contains("has been removed"));
+        let again = mirrors.set("1", vec![entry("", DIR, "")]);
+        assert!(again.is_err());
+        assert_eq!(names(dir.path()), Vec::<String>::new());
+        mirrors.remove("1").unwrap();
     }
 
     #[test]
