@@ -81,13 +81,17 @@ pub fn rescan() -> Result<(), OsError> {
     write("/sys/bus/pci/rescan", "1")
 }
 
-/// Removes a device before it is unplugged; its /sys directory is that of the
-/// virtio device, whose parent is the PCI function.
-pub fn remove(class_entry: &Path) -> Result<(), OsError> {
-    let device = class_entry.join("device");
-    let virtio = fs::canonicalize(&device).doing("find", device.display())?;
+/// Removes a device before it is unplugged: the PCI function that the virtio
+/// device stands on.
+pub fn remove(virtio: &Path) -> Result<(), OsError> {
+    let virtio = fs::canonicalize(virtio).doing("find", virtio.display())?;
     let function = virtio.parent().unwrap_or(&virtio).join("remove");
     write(&function, "1")
+}
+
+/// The directory in /sys of a device of the virtio bus.
+pub fn on_virtio_bus(name: &str) -> PathBuf {
+    Path::new("/sys/bus/virtio/devices").join(name)
 }
 
 /// Brings vCPUs on- or offline until there are so many; the first one stays.

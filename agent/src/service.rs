@@ -1,5 +1,6 @@
 //! The requests of `agent.proto`: parse, call, map the error.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -9,7 +10,7 @@ use husk_protocol::agent::{
     ExecResponse, ListProcessesResponse, OomEvent, ProcessInfo, ProcessRequest,
     RemoveDeviceRequest, RemoveVolumeRequest, ResizePtyRequest, SetVcpusRequest, SetVcpusResponse,
     SetVolumeRequest, SignalRequest, StatsResponse, UpdateNetworkRequest, UpdateResourcesRequest,
-    WaitResponse, event, remove_device_request,
+    WaitResponse, event, remove_device_request::Device,
 };
 use tokio::sync::Notify;
 use ttrpc::r#async::TtrpcContext;
@@ -265,7 +266,9 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: RemoveDeviceRequest,
     ) -> ttrpc::Result<Empty> {
-        blocking(move || remove_device(&request)).await?;
+        // On this thread, which is in the pod's network namespace.
+        let device = find_device(&request)?;
+        blocking(move || Ok(device::remove(&device)?)).await?;
         Ok(Empty::new())
     }
 
@@ -318,21 +321,21 @@ async fn blocking<T: Send + 'static>(
         .doing("finish", "the request")?
 }
 
-fn remove_device(request: &RemoveDeviceRequest) -> Result<(), Error> {
-    use remove_device_request::Device;
-    let (name, entry) = match &request.device {
+/// The directory in /sys of the virtio device that a request names.
+fn find_device(request: &RemoveDeviceRequest) -> Result<PathBuf, Error> {
+    let of = |entry: PathBuf| entry.join("device");
+    let (name, device) = match &request.device {
         Some(Device::BlockSerial(serial)) => {
             let block = device::find_block(serial);
-            (serial.clone(), block.map(|block| block.directory()))
+            (serial.clone(), block.map(|block| of(block.directory())))
         }
         Some(Device::HardwareAddress(address)) => {
-            let interface = netlink::find_interface(address)?;
-            let directory = |name| std::path::Path::new("/sys/class/net").join(name);
-            (format!("{address:02x?}"), interface.map(directory))
+            let device = netlink::find_device(address)?;
+            let device = device.map(|name| device::on_virtio_bus(&name));
+            (format!("{address:02x?}"), device)
         }
-        Some(Device::FsTag(tag)) => (tag.clone(), device::find_virtio_fs(tag)),
+        Some(Device::FsTag(tag)) => (tag.clone(), device::find_virtio_fs(tag).map(of)),
         _ => (String::new(), None),
     };
-    let entry = entry.ok_or(Error::NoDevice { device: name })?;
-    Ok(device::remove(&entry)?)
+    device.ok_or(Error::NoDevice { device: name })
 }

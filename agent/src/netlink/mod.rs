@@ -35,6 +35,7 @@ const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_NET_NS_FD: u16 = 28;
+const IFLA_PARENT_DEV_NAME: u16 = 56;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_BROADCAST: u16 = 4;
@@ -86,11 +87,21 @@ pub async fn apply(network: &Network) -> Result<(), NetworkError> {
     Ok(())
 }
 
-/// The interface of this hardware address: its name.
-pub fn find_interface(address: &[u8]) -> Result<Option<String>, OsError> {
-    let socket = RouteSocket::open().doing("open", "a netlink socket")?;
-    let links = links(&socket).doing("list", "interfaces")?;
-    Ok(by_address(&links, address).map(|link| link.name.clone()))
+/// The device of the interface of this hardware address, by its name on the virtio
+/// bus, wherever the interface is now: among the pod's, or where it appeared.
+pub fn find_device(address: &[u8]) -> Result<Option<String>, OsError> {
+    let pods = RouteSocket::open();
+    let first = pod_namespaces::in_first_network(RouteSocket::open);
+    for socket in [pods, first] {
+        let socket = socket.doing("open", "a netlink socket")?;
+        let links = links(&socket).doing("list", "interfaces")?;
+        if let Some(link) = by_address(&links, address) {
+            let none = || io::Error::from(io::ErrorKind::NotFound);
+            let device = link.device.clone().ok_or_else(none);
+            return device.map(Some).doing("find the device of", &link.name);
+        }
+    }
+    Ok(None)
 }
 
 async fn wait_for(interface: &Interface) -> Result<(), NetworkError> {
@@ -139,6 +150,8 @@ struct Link {
     address: Vec<u8>,
     /// Made by software on top of others, whose address it may have.
     is_virtual: bool,
+    /// By its name on its bus.
+    device: Option<String>,
 }
 
 fn links(socket: &RouteSocket) -> io::Result<Vec<Link>> {
@@ -148,16 +161,19 @@ fn links(socket: &RouteSocket) -> io::Result<Vec<Link>> {
         let Some((fixed, attributes)) = body.split_first_chunk::<16>() else {
             return;
         };
-        let name = message::find_attribute(attributes, IFLA_IFNAME).unwrap_or_default();
+        let text = |kind| {
+            let text = message::find_attribute(attributes, kind)?;
+            let text = String::from_utf8_lossy(text);
+            Some(text.trim_end_matches('\0').to_owned())
+        };
         links.push(Link {
             index: u32::from_ne_bytes([fixed[4], fixed[5], fixed[6], fixed[7]]),
-            name: String::from_utf8_lossy(name)
-                .trim_end_matches('\0')
-                .to_owned(),
+            name: text(IFLA_IFNAME).unwrap_or_default(),
             address: message::find_attribute(attributes, IFLA_ADDRESS)
                 .unwrap_or_default()
                 .to_vec(),
             is_virtual: message::find_attribute(attributes, IFLA_LINKINFO).is_some(),
+            device: text(IFLA_PARENT_DEV_NAME),
         });
     })?;
     Ok(links)

@@ -1,8 +1,8 @@
 //! A pod with users of its own.
 
 use husk_protocol::agent::{
-    CreateSandboxRequest, IdMapping, Interface, Network, Storage, TmpfsStorage,
-    UpdateNetworkRequest,
+    CreateSandboxRequest, IdMapping, Interface, Network, RemoveDeviceRequest, Storage,
+    TmpfsStorage, UpdateNetworkRequest,
 };
 use serde_json::{Value, json};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -208,4 +208,10 @@ async fn interfaces_that_come_later_are_the_pods_too() {
     let line = "ls /sys/class/net; ip -4 addr show eth1 | grep -o 'inet [0-9./]*'";
     let (_, stdout, stderr) = agent.output(&spec(&agent, line)).await;
     assert_eq!(stdout, "eth0\neth1\nlo\ninet 10.2.0.5/24\n", "{stderr}");
+    // It is found where it is now, though what stands for it here has no device.
+    let mut request = RemoveDeviceRequest::default();
+    request.set_hardware_address(LATE.to_vec());
+    let refused = agent.client.remove_device(context(), &request).await;
+    let (_, text) = crate::agent::status(refused.unwrap_err());
+    assert!(text.starts_with("cannot find the device of eth1"), "{text}");
 }
