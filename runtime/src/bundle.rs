@@ -219,6 +219,12 @@ pub enum BundleError {
          machine cannot have it: give the pod a network of its own (no hostNetwork, no --net-host)"
     )]
     HostNetwork,
+    /// Processes outside of the machine.
+    #[error(
+        "PID namespace {0} is of no container of this pod; processes outside of its virtual machine \
+         cannot be joined"
+    )]
+    OtherProcesses(PathBuf),
     /// A memory limit no container can run under.
     #[error(
         "memory limit {0} is impossible; it must be from {MEMORY_LIMIT_MIN} to {MEMORY_LIMIT_MAX} \
@@ -381,14 +387,19 @@ impl Bundle {
             .unwrap_or_default()
     }
 
-    /// The process by which the spec names the PID namespace that the container
-    /// joins.
-    pub fn joined_pid(&self) -> Option<u32> {
+    /// The PID namespace of somebody else's that the container joins.
+    pub fn joined_pids(&self) -> Option<&Path> {
         let namespaces = self.spec.linux.as_ref()?.namespaces.as_ref()?;
         let of_pids = namespaces
             .iter()
             .find(|namespace| namespace.kind == "pid")?;
-        let path = of_pids.path.as_ref()?.to_str()?;
+        let path = of_pids.path.as_deref()?;
+        (!path.as_os_str().is_empty()).then_some(path)
+    }
+
+    /// The process by which the spec names it.
+    pub fn joined_pid(&self) -> Option<u32> {
+        let path = self.joined_pids()?.to_str()?;
         let number = path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?;
         number.parse().ok()
     }

@@ -110,6 +110,8 @@ pub struct Pod {
     deleting: BTreeMap<String, Deletion>,
     /// Containers get the pod's own files about names.
     pod_binds: bool,
+    /// Its containers may share their processes.
+    shares_pids: bool,
     /// Code with which the sandbox ends, once it was asked to.
     sandbox_exit: Option<u32>,
     disks: Arc<PodDisks>,
@@ -190,6 +192,7 @@ impl Pod {
             after_start: Vec::new(),
             deleting: BTreeMap::new(),
             pod_binds: false,
+            shares_pids: false,
             sandbox_exit: None,
             disks: Arc::default(),
             was_used: false,

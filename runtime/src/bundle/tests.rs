@@ -138,6 +138,7 @@ fn names_whose_processes_a_container_shares() {
         "/proc/-1/ns/pid",
     ] {
         assert_eq!(with(path).joined_pid(), None, "{path}");
+        assert_eq!(with(path).joined_pids().is_none(), path.is_empty());
     }
     let mut target = with("/proc/4711/ns/pid");
     assert_eq!(target.joined_pid(), Some(4711));

@@ -1,6 +1,8 @@
 //! Creating containers; the first brings the machine up.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,7 +13,7 @@ use husk_protocol::limit;
 use protobuf::MessageField;
 
 use super::{MachineState, Pod, PodHandle, Reply};
-use crate::bundle::{Bundle, Limits, PodSpec, Role};
+use crate::bundle::{Bundle, BundleError, Limits, PodSpec, Role};
 use crate::cgroup::PodCgroup;
 use crate::clock;
 use crate::container::{Container, Kind, Process, State as ProcessState};
@@ -140,9 +142,7 @@ impl Pod {
 
     /// The container of a pod that is there.
     fn plan_member(&mut self, request: &CreateRequest, mut bundle: Bundle) -> Result<Files, Error> {
-        if let Some(target) = bundle.joined_pid().and_then(|pid| self.with_pid(pid)) {
-            bundle.join_processes_of(target);
-        }
+        self.join_processes(&mut bundle)?;
         let tree = match &self.machine {
             MachineState::Running(machine) => machine.tree().clone(),
             _ => {
@@ -154,6 +154,28 @@ impl Pod {
         self.plan_files(request, bundle).map(|plan| plan(tree))
     }
 
+    /// Finds whose processes the container joins: another's of the pod, or those
+    /// that all containers of a sandbox share, which are named by the VMM.
+    fn join_processes(&self, bundle: &mut Bundle) -> Result<(), Error> {
+        let Some(path) = bundle.joined_pids().map(Path::to_owned) else {
+            return Ok(());
+        };
+        let pid = bundle.joined_pid();
+        let first = self.containers.get(self.settings.id.as_str());
+        let is_single = |first: &Container| matches!(first.kind, Kind::Guest(_));
+        if let Some(target) = pid.and_then(|pid| self.with_pid(pid)) {
+            bundle.join_processes_of(target);
+        } else if pid == Some(self.pid()) && first.is_some_and(is_single) {
+            bundle.join_processes_of(self.settings.id.as_str());
+        } else {
+            let of_pod = PathBuf::from(format!("/proc/{}/ns/pid", self.pid()));
+            if !self.shares_pids || !is_same_file(&path, &of_pod) {
+                return Err(BundleError::OtherProcesses(path).into());
+            }
+        }
+        Ok(())
+    }
+
     /// The container with which the pod begins.
     fn plan_first(
         &mut self,
@@ -162,6 +184,9 @@ impl Pod {
         role: &Role,
     ) -> Result<Plan, Error> {
         self.check_first(&request.id)?;
+        if let (Role::Single, Some(path)) = (role, bundle.joined_pids()) {
+            return Err(BundleError::OtherProcesses(path.to_owned()).into());
+        }
         let pod = bundle.pod_spec(role)?;
         let files = match role {
             Role::Sandbox => None,
@@ -188,6 +213,7 @@ impl Pod {
 
     /// Makes the pod's place on the node.
     fn plan_machine(&mut self, mut pod: PodSpec) -> Result<MachineRequest, Error> {
+        self.shares_pids = pod.shared_pid_namespace;
         self.state_dir.create()?;
         self.state = State {
             shim: HostProcess::find(std::process::id()),
@@ -467,4 +493,10 @@ struct Created {
     id: String,
     rootfs: Vec<Mount>,
     reply: Reply<u32>,
+}
+
+/// Namespaces that are the same are one file.
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    let number = |path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
+    matches!((number(one), number(other)), (Ok(one), Ok(other)) if one == other)
 }
