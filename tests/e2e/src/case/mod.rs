@@ -7,6 +7,7 @@ pub mod crash;
 pub mod device;
 pub mod interfaces;
 pub mod lifecycle;
+pub mod machine;
 pub mod network;
 pub mod pod;
 pub mod pod_network;
@@ -212,6 +213,7 @@ pub fn all() -> Vec<&'static Case> {
         task::CASES,
         pod::CASES,
         resources::CASES,
+        machine::CASES,
         network::CASES,
         interfaces::CASES,
         pod_network::CASES,

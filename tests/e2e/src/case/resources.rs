@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use super::{Bench, Case, Skip, case, husk_case};
+use super::{Bench, Case, Skip, case};
 use crate::cri::Cri;
 use crate::cri::api::{ContainerConfig, ContainerState, LinuxContainerResources};
 use crate::oci;
@@ -24,15 +24,16 @@ pub const CASES: &[Case] = &[
     case("resources/oci-limits", 40, oci_limits),
     case("resources/huge-pages", 40, huge_pages),
     case("resources/io-throttle", 60, io_throttle),
-    husk_case("resources/machine-size", 90, machine_size),
-    husk_case("resources/machine-grows", 90, machine_grows),
-    husk_case("resources/beyond-machine", 60, beyond_machine),
 ];
 
-const MIB: i64 = 1 << 20;
+pub(super) const MIB: i64 = 1 << 20;
 
 /// A container's configuration with these resources.
-fn limited(pod: &Pod, command: &[&str], resources: LinuxContainerResources) -> ContainerConfig {
+pub(super) fn limited(
+    pod: &Pod,
+    command: &[&str],
+    resources: LinuxContainerResources,
+) -> ContainerConfig {
     let mut config = pod.container(command);
     config.linux.get_or_insert_default().resources = Some(resources);
     config
@@ -43,12 +44,12 @@ fn unified(key: &str, value: &str) -> std::collections::HashMap<String, String> 
 }
 
 /// What a command in the container prints.
-fn shown(cri: &Cri, container: &str, script: &str) -> Result<String> {
+pub(super) fn shown(cri: &Cri, container: &str, script: &str) -> Result<String> {
     cri.exec_sync(container, &["sh", "-c", script], 10)?.ok()
 }
 
 /// The number beside `key` in the lines of a flat keyed file.
-fn value_of(text: &str, key: &str) -> Result<u64> {
+pub(super) fn value_of(text: &str, key: &str) -> Result<u64> {
     text.lines()
         .find_map(|line| line.strip_prefix(key)?.trim().parse().ok())
         .with_context(|| format!("no {key} in\n{text}"))
@@ -401,148 +402,4 @@ fn io_throttle(bench: &Bench) -> Result<()> {
     );
     ensure!(fs::metadata(folder.join("file"))?.size() == 4 << 20);
     Ok(())
-}
-
-/// Memory in MiB and processors of a pod's machine.
-fn machine_of(bench: &Bench, cri: &Cri, pod: &Pod) -> Result<(u64, u64)> {
-    let container = pod.start(cri, &["sleep", "1000"])?;
-    let memory = shown(cri, &container, "cat /proc/meminfo")?;
-    let memory = memory.replace(" kB", "");
-    let vcpus = shown(cri, &container, "nproc")?.parse()?;
-    let memory_mib = value_of(&memory, "MemTotal:")? >> 10;
-    println!("{}: {memory_mib} MiB, {vcpus} vCPUs", bench.runtime.name());
-    Ok((memory_mib, vcpus))
-}
-
-/// The machine is as large as the pod's limits; where they leave something
-/// open, there is room for that.
-fn machine_size(bench: &Bench) -> Result<()> {
-    let cri = bench.cri()?;
-    let limits = |memory_mib: i64, cpu_quota: i64| LinuxContainerResources {
-        cpu_period: 100_000,
-        cpu_quota,
-        memory_limit_in_bytes: memory_mib * MIB,
-        ..Default::default()
-    };
-    let run = |cgroup: &PodCgroup, resources: LinuxContainerResources| {
-        Pod::run(bench, &cri, |config| {
-            let linux = config.linux.get_or_insert_default();
-            linux.cgroup_parent = cgroup.name.clone();
-            linux.resources = Some(resources);
-        })
-    };
-    let processors = thread_count();
-
-    // Every container has limits: the kubelet limits the pod's cgroup as well.
-    let all = PodCgroup::make(&bench.id())?;
-    all.limit("memory.max", &(500 * MIB).to_string())?;
-    all.limit("cpu.max", "150000 100000")?;
-    let pod = run(&all, limits(200, 150_000))?;
-    let (memory, vcpus) = machine_of(bench, &cri, &pod)?;
-    ensure!(
-        (200..320).contains(&memory) && vcpus == 2.min(processors),
-        "200 MiB and 1.5 CPUs: {memory} MiB, {vcpus} vCPUs of {processors}"
-    );
-    pod.remove(&cri)?;
-
-    // A limit of CPU alone.
-    let cpu = PodCgroup::make(&bench.id())?;
-    cpu.limit("cpu.max", "50000 100000")?;
-    let pod = run(&cpu, limits(0, 50_000))?;
-    let (memory, vcpus) = machine_of(bench, &cri, &pod)?;
-    ensure!(
-        memory >= 400 && vcpus == 1,
-        "0.5 CPUs: {memory} MiB, {vcpus} vCPUs"
-    );
-    pod.remove(&cri)?;
-
-    // One container of several has limits: their sum is told, and the pod's
-    // cgroup has none.
-    let some = PodCgroup::make(&bench.id())?;
-    let pod = run(&some, limits(64, 20_000))?;
-    let (memory, _) = machine_of(bench, &cri, &pod)?;
-    ensure!(
-        memory >= 464,
-        "64 MiB and a container without limit: {memory} MiB"
-    );
-    pod.remove(&cri)
-}
-
-fn thread_count() -> u64 {
-    let count = std::thread::available_parallelism();
-    count.map_or(1, |count| count.get() as u64)
-}
-
-/// The machine follows the limits of its containers, up and down.
-fn machine_grows(bench: &Bench) -> Result<()> {
-    let cri = bench.cri()?;
-    let limits = |mib: i64| LinuxContainerResources {
-        memory_limit_in_bytes: mib * MIB,
-        ..Default::default()
-    };
-    let cgroup = PodCgroup::make(&bench.id())?;
-    cgroup.limit("memory.max", &(1200 * MIB).to_string())?;
-    let pod = Pod::run(bench, &cri, |config| {
-        let linux = config.linux.get_or_insert_default();
-        linux.cgroup_parent = cgroup.name.clone();
-        linux.resources = Some(limits(64));
-    })?;
-    let small = pod.start_config(&cri, &limited(&pod, &["sleep", "1000"], limits(64)))?;
-    let memory = || -> Result<u64> {
-        let text = shown(&cri, &small, "cat /proc/meminfo")?;
-        Ok(value_of(&text.replace(" kB", ""), "MemTotal:")? >> 10)
-    };
-    let at_first = memory()?;
-    ensure!(at_first < 200, "64 MiB: {at_first} MiB");
-
-    // A container that the pod's limits did not know of, and that uses its own.
-    let large = limited(&pod, &["probe", "eat", "220"], limits(300));
-    let large = pod.start_config(&cri, &large)?;
-    pod.await_log(&cri, &large, "holding 220 MiB")?;
-    let with_large = memory()?;
-    ensure!(with_large >= at_first + 280, "{at_first}, {with_large} MiB");
-    // A limit that is raised in place.
-    cri.update(&small, limits(160))?;
-    eventually("more memory", bench.seconds(10), || {
-        Ok((memory()? >= with_large + 90).then_some(()))
-    })?;
-    let used = shown(&cri, &small, "cat /sys/fs/cgroup/memory.max")?;
-    ensure!(used == (160 * MIB).to_string(), "{used}");
-
-    cri.stop(&large, 0)?;
-    cri.remove(&large)?;
-    cri.update(&small, limits(64))?;
-    eventually("less memory", bench.seconds(20), || {
-        Ok((memory()? <= at_first + 64).then_some(()))
-    })?;
-    pod.remove(&cri)
-}
-
-/// A limit that the machine can't hold is refused, and the pod goes on.
-fn beyond_machine(bench: &Bench) -> Result<()> {
-    let cri = bench.cri()?;
-    let pod = Pod::run(bench, &cri, |_| {})?;
-    let container = pod.start(&cri, &["sleep", "1000"])?;
-    let much = || LinuxContainerResources {
-        memory_limit_in_bytes: 65_536 * MIB,
-        ..Default::default()
-    };
-    let refused = |outcome: Result<()>| -> Result<()> {
-        let said = outcome.err().map(|error| format!("{error:#}"));
-        let said = said.context("64 GiB fit in a machine of a pod without limits")?;
-        ensure!(
-            said.contains("68719476736") && said.contains("machine"),
-            "{said}"
-        );
-        Ok(())
-    };
-    refused(cri.update(&container, much()))?;
-    let seen = shown(&cri, &container, "cat /sys/fs/cgroup/memory.max")?;
-    ensure!(seen == "max", "{seen}");
-    let config = limited(&pod, &["true"], much());
-    let started = pod.start_config(&cri, &config);
-    refused(started.map(drop))?;
-    let next = pod.start(&cri, &["echo", "works"])?;
-    pod.await_log(&cri, &next, "works")?;
-    pod.remove(&cri)
 }
