@@ -15,9 +15,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::agent_client::{End, Exit};
-use crate::bundle::Limits;
 use crate::container_files::ContainerFiles;
 use crate::error::Error;
+use crate::growth::AgreedLimits;
 use crate::hook::ContainerHooks;
 use crate::stand_in::StandIn;
 use crate::stdio::{Stdio, StdioPaths};
@@ -38,7 +38,7 @@ pub struct Container {
     /// Processes that were added, running or not.
     pub execs: BTreeMap<String, Exec>,
     /// What it may use.
-    pub limits: Limits,
+    pub limits: AgreedLimits,
     /// Frozen.
     pub paused: bool,
     /// When containerd was last told that its memory ran out.

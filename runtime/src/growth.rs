@@ -82,7 +82,7 @@ impl Growth {
 
 /// Limits after containerd has sent new `resources` (OCI `linux.resources`): what
 /// those do not mention stays. The agent says what is wrong with them.
-pub fn updated(limits: Limits, resources: &[u8]) -> Limits {
+fn updated(limits: Limits, resources: &[u8]) -> Limits {
     let resources: Value = serde_json::from_slice(resources).unwrap_or_default();
     let memory = resources["memory"]["limit"].as_i64();
     let quota = resources["cpu"]["quota"].as_i64();
@@ -106,8 +106,50 @@ pub fn updated(limits: Limits, resources: &[u8]) -> Limits {
     }
 }
 
+/// The limits of a container, which are changed one update after another or
+/// several at once.
+#[derive(Debug, Default)]
+pub struct AgreedLimits {
+    limits: Limits,
+    /// What the guest has been sent and not answered.
+    asked: Vec<Arc<[u8]>>,
+}
+
+impl From<Limits> for AgreedLimits {
+    fn from(limits: Limits) -> Self {
+        Self {
+            limits,
+            asked: Vec::new(),
+        }
+    }
+}
+
+impl AgreedLimits {
+    /// Notes that the guest is sent new resources.
+    pub fn ask(&mut self, resources: Vec<u8>) -> Arc<[u8]> {
+        let resources = Arc::from(resources);
+        self.asked.push(Arc::clone(&resources));
+        resources
+    }
+
+    /// Notes its answer.
+    pub fn answered(&mut self, resources: &Arc<[u8]>, is_done: bool) {
+        self.asked.retain(|asked| !Arc::ptr_eq(asked, resources));
+        if is_done {
+            self.limits = updated(self.limits, resources);
+        }
+    }
+
+    /// All that may hold now.
+    pub fn largest(&self) -> Limits {
+        let asked = self.asked.iter();
+        let asked = asked.map(|resources| updated(self.limits, resources));
+        asked.fold(self.limits, larger)
+    }
+}
+
 /// What two sets of limits allow together.
-pub fn larger(one: Limits, other: Limits) -> Limits {
+fn larger(one: Limits, other: Limits) -> Limits {
     // None is no limit.
     let max = |one: Option<u64>, other: Option<u64>| Some(one?.max(other?));
     Limits {
@@ -278,6 +320,18 @@ mod tests {
         assert_eq!(after(r#"{"cpu": {"quota": -1}}"#), (Some(64), None));
         let other = limits(Some(32), None);
         assert_eq!(larger(before, other), limits(Some(64), None));
+    }
+
+    #[test]
+    fn updates_at_once_leave_what_the_guest_agreed_to() {
+        let mut agreed = AgreedLimits::from(limits(Some(64), Some(500)));
+        let lower = agreed.ask(br#"{"memory": {"limit": 33554432}}"#.to_vec());
+        let quicker = agreed.ask(br#"{"cpu": {"quota": 100000}}"#.to_vec());
+        assert_eq!(agreed.largest(), limits(Some(64), Some(1000)));
+        agreed.answered(&lower, true);
+        assert_eq!(agreed.largest(), limits(Some(32), Some(1000)));
+        agreed.answered(&quicker, false);
+        assert_eq!(agreed.largest(), limits(Some(32), Some(500)));
     }
 
     #[test]

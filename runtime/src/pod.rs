@@ -322,7 +322,7 @@ impl Pod {
         let guests = self.containers.values();
         let limits: Vec<_> = guests
             .filter(|container| matches!(container.kind, Kind::Guest(_)))
-            .map(|container| container.limits)
+            .map(|container| container.limits.largest())
             .collect();
         machine.fitter().want(&limits);
         Some(machine.fitter().clone())

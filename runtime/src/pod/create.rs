@@ -303,7 +303,7 @@ impl Pod {
             hooks: None,
             init: Process::new(request.paths.clone(), ProcessState::Creating),
             execs: BTreeMap::new(),
-            limits,
+            limits: limits.into(),
             paused: false,
             oom_told: None,
             created_ns: clock::wall_ns(),

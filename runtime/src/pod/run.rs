@@ -18,7 +18,6 @@ use crate::agent_client::{Agent, AgentError, Exit};
 use crate::config::Patience;
 use crate::container::{Exec, Kind, Process, State};
 use crate::error::Error;
-use crate::growth::{larger, updated};
 use crate::id::Id;
 use crate::machine::explained;
 use crate::stdio::{GuestStreams, Stdio, StdioPaths};
@@ -358,18 +357,16 @@ impl Pod {
         let Ok(container) = self.container_mut(&id) else {
             return;
         };
-        let old = container.limits;
-        let new = updated(old, &resources);
-        container.limits = larger(old, new);
+        let resources = container.limits.ask(resources);
         let fitter = self.fitter();
         self.later(async move {
             if let Some(fitter) = fitter {
                 fitter.fit(&vm, &agent).await;
             }
-            let outcome = agent.update_resources(&id, resources).await;
+            let outcome = agent.update_resources(&id, resources.to_vec()).await;
             move |pod: &mut Pod| {
                 if let Ok(container) = pod.container_mut(&id) {
-                    container.limits = if outcome.is_ok() { new } else { old };
+                    container.limits.answered(&resources, outcome.is_ok());
                 }
                 pod.fit_machine();
                 reply.send(outcome.map_err(Error::from));
