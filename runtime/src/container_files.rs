@@ -24,6 +24,17 @@ pub struct ContainerFiles {
     tree: ContainerTree,
     disks: Vec<DiskUse>,
     mirrors: Vec<MirrorUse>,
+    pod_disks: Arc<PodDisks>,
+}
+
+/// Files that could not all be had.
+#[derive(Debug)]
+pub struct Unprepared {
+    /// Why not.
+    pub error: Error,
+    /// Those that could. Others may have shared them, and gone meanwhile: then
+    /// the guest has to give them up like those of a container that was there.
+    pub files: Option<ContainerFiles>,
 }
 
 /// What the agent and the machine are told about them.
@@ -60,51 +71,61 @@ impl FilesRequest {
     /// Mounts and opens what is needed.
     ///
     /// # Errors
-    /// A source is not there, or the kernel refuses; nothing stays.
-    pub async fn prepare(self) -> Result<(ContainerFiles, GuestFiles), Error> {
+    /// A source is not there, or the kernel refuses.
+    pub async fn prepare(self) -> Result<(ContainerFiles, GuestFiles), Box<Unprepared>> {
         // mount(2) may wait for a disk.
-        tokio::task::spawn_blocking(move || self.prepare_blocking())
-            .await
-            .unwrap_or(Err(Error::ShuttingDown))
+        let prepared = tokio::task::spawn_blocking(move || self.prepare_blocking()).await;
+        let (error, files) = match prepared {
+            Ok(Ok((files, Ok(guest)))) => return Ok((files, guest)),
+            Ok(Ok((files, Err(error)))) => (error, Some(files)),
+            Ok(Err(error)) => (error, None),
+            Err(_) => (Error::ShuttingDown, None),
+        };
+        Err(Box::new(Unprepared { error, files }))
     }
 
-    fn prepare_blocking(mut self) -> Result<(ContainerFiles, GuestFiles), Error> {
-        let mut tree = ContainerTree::create(&self.tree, &self.id)?;
+    fn prepare_blocking(self) -> Result<(ContainerFiles, Result<GuestFiles, Error>), Error> {
+        let mut files = ContainerFiles {
+            tree: ContainerTree::create(&self.tree, &self.id)?,
+            disks: Vec::new(),
+            mirrors: Vec::new(),
+            pod_disks: Arc::clone(&self.disks),
+        };
+        let guest = self.fill(&mut files);
+        Ok((files, guest))
+    }
+
+    fn fill(mut self, files: &mut ContainerFiles) -> Result<GuestFiles, Error> {
+        let tree = &mut files.tree;
         let mut storages = Vec::new();
-        let mut disks = Vec::new();
         let root = match &self.rootfs {
             RootfsPlan::Tree(mounts) => {
-                let layered = layers::mount(&mut tree, mounts, &self.disks, &self.id)?;
+                let layered = layers::mount(tree, mounts, &self.disks, &self.id)?;
                 match layered {
                     Some(layered) => {
                         storages.extend(layered.storages);
-                        disks.extend(layered.disks);
+                        files.disks.extend(layered.disks);
                         layered.root
                     }
-                    None => rootfs::mount_tree(&mut tree, mounts)?,
+                    None => rootfs::mount_tree(tree, mounts)?,
                 }
             }
             RootfsPlan::Disk(mount) => {
                 let disk = self.disks.add(mount.open()?, mount.read_only());
                 let (storage, root) = mount.storage(disk.serial(), &self.id);
                 storages.push(storage);
-                disks.push(disk);
+                files.disks.push(disk);
                 root
             }
         };
         let mut devices = Devices::open(&self.id, &self.bundle, &self.disks)?;
         let pod_uid = self.bundle.pod_uid();
         let mounts = self.bundle.mounts();
-        let mut mirrors = Vec::new();
-        let sources = volume::mount_volumes(
-            &mut tree,
-            &mut devices,
-            &mut mirrors,
-            mounts,
-            pod_uid.as_deref(),
-        )?;
+        let mirrors = &mut files.mirrors;
+        let sources =
+            volume::mount_volumes(tree, &mut devices, mirrors, mounts, pod_uid.as_deref())?;
         let (devices, of_devices) = devices.finish();
-        disks.extend(of_devices);
+        files.disks.extend(of_devices);
         storages.extend(devices.storages);
         let binds = if self.pod_binds {
             volume::pod_binds(self.bundle.mounts())
@@ -112,18 +133,12 @@ impl FilesRequest {
             Vec::new()
         };
         self.bundle.keep_devices(&devices.asked);
-        let files = ContainerFiles {
-            tree,
-            disks,
-            mirrors,
-        };
-        let guest = GuestFiles {
+        Ok(GuestFiles {
             oci_spec: self.bundle.guest_spec(&root, &sources, &binds),
             storages,
             devices: devices.numbers,
             all_devices: devices.all,
-        };
-        Ok((files, guest))
+        })
     }
 }
 
@@ -160,13 +175,17 @@ impl ContainerFiles {
 
     /// Takes them from the guest, which has deleted the container.
     pub async fn detach(self, machine: Option<(&Vm, &Agent)>) {
-        for disk in self.disks {
-            disk.give_up(machine).await;
+        let Self {
+            tree,
+            disks,
+            mirrors,
+            pod_disks,
+        } = self;
+        drop((disks, mirrors));
+        if let Some((vm, agent)) = machine {
+            pod_disks.unplug_unused(vm, agent).await;
+            tree.tree().mirrors().remove_unused(agent).await;
         }
-        for mirror in self.mirrors {
-            mirror.give_up(machine.map(|(_, agent)| agent)).await;
-        }
-        let tree = self.tree;
         // umount(2) may wait for a disk.
         let _ = tokio::task::spawn_blocking(move || drop(tree)).await;
     }

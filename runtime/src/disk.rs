@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::OnceCell;
@@ -23,8 +23,13 @@ pub struct PodDisks {
     last: AtomicU32,
     shared: Mutex<BTreeMap<Key, Weak<PodDisk>>>,
     /// Each disk has one.
-    count: Arc<()>,
+    unused: Arc<Unused>,
+    /// Held by who takes them from the machine.
+    unplugging: tokio::sync::Mutex<()>,
 }
+
+/// Serials of the disks that the machine has and nobody uses any more.
+type Unused = Mutex<Vec<String>>;
 
 /// What makes two disks the same; and whether it is read-only.
 type Key = (Backing, bool);
@@ -61,13 +66,10 @@ impl Backing {
     }
 }
 
-/// A container's use of a disk.
+/// A container's use of a disk, until it is dropped. What the last one leaves has
+/// to be taken from the machine ([`PodDisks::unplug_unused`]).
 #[derive(Debug)]
-pub struct DiskUse {
-    disk: Arc<PodDisk>,
-    key: Option<Key>,
-    disks: Arc<PodDisks>,
-}
+pub struct DiskUse(Arc<PodDisk>);
 
 #[derive(Debug)]
 struct PodDisk {
@@ -75,17 +77,24 @@ struct PodDisk {
     file: OwnedFd,
     read_only: bool,
     plugged: OnceCell<()>,
-    _counted: Arc<()>,
+    /// The machine has been told of it.
+    was_told: AtomicBool,
+    unused: Arc<Unused>,
+}
+
+impl Drop for PodDisk {
+    fn drop(&mut self) {
+        if *self.was_told.get_mut() {
+            let mut unused = self.unused.lock().unwrap_or_else(PoisonError::into_inner);
+            unused.push(std::mem::take(&mut self.serial));
+        }
+    }
 }
 
 impl PodDisks {
     /// A disk of one container.
-    pub fn add(self: &Arc<Self>, file: OwnedFd, read_only: bool) -> DiskUse {
-        DiskUse {
-            disk: self.new_disk(file, read_only),
-            key: None,
-            disks: Arc::clone(self),
-        }
+    pub fn add(&self, file: OwnedFd, read_only: bool) -> DiskUse {
+        DiskUse(self.new_disk(file, read_only))
     }
 
     /// The disk that stands on `backing`; `open` opens it when it is none yet.
@@ -93,7 +102,7 @@ impl PodDisks {
     /// # Errors
     /// As `open` says.
     pub fn share(
-        self: &Arc<Self>,
+        &self,
         backing: Backing,
         read_only: bool,
         open: impl FnOnce() -> io::Result<OwnedFd>,
@@ -104,7 +113,7 @@ impl PodDisks {
     /// The disks that images are, which nobody writes to; none when the pod would
     /// have more than `most` disks then.
     pub fn share_images(
-        self: &Arc<Self>,
+        &self,
         images: Vec<(Backing, OwnedFd)>,
         most: usize,
     ) -> Option<Vec<DiskUse>> {
@@ -114,7 +123,7 @@ impl PodDisks {
             known.is_none()
         };
         let new = images.iter().filter(|(backing, _)| is_new(backing)).count();
-        if Arc::strong_count(&self.count) - 1 + new > most {
+        if Arc::strong_count(&self.unused) - 1 + new > most {
             return None;
         }
         images
@@ -127,7 +136,7 @@ impl PodDisks {
     }
 
     fn share_in(
-        self: &Arc<Self>,
+        &self,
         shared: &mut BTreeMap<Key, Weak<PodDisk>>,
         key: Key,
         open: impl FnOnce() -> io::Result<OwnedFd>,
@@ -136,15 +145,12 @@ impl PodDisks {
             Some(disk) => disk,
             None => {
                 let disk = self.new_disk(open()?, key.1);
+                shared.retain(|_, disk| disk.strong_count() > 0);
                 shared.insert(key, Arc::downgrade(&disk));
                 disk
             }
         };
-        Ok(DiskUse {
-            disk,
-            key: Some(key),
-            disks: Arc::clone(self),
-        })
+        Ok(DiskUse(disk))
     }
 
     fn new_disk(&self, file: OwnedFd, read_only: bool) -> Arc<PodDisk> {
@@ -155,8 +161,26 @@ impl PodDisks {
             file,
             read_only,
             plugged: OnceCell::new(),
-            _counted: Arc::clone(&self.count),
+            was_told: AtomicBool::new(false),
+            unused: Arc::clone(&self.unused),
         })
+    }
+
+    /// Takes from the machine what nobody uses any more.
+    pub async fn unplug_unused(&self, vm: &Vm, agent: &Agent) {
+        // What somebody else is taking shall be gone as well when this returns.
+        let _turn = self.unplugging.lock().await;
+        let unused = || self.unused.lock().unwrap_or_else(PoisonError::into_inner);
+        let serials = std::mem::take(&mut *unused());
+        for serial in serials {
+            // A machine that cannot is about to end or has ended.
+            if let Err(error) = agent.remove_disk(&serial).await {
+                tracing::warn!(serial, %error, "disk");
+            }
+            if let Err(error) = vm.remove_device(serial.clone()).await {
+                tracing::warn!(serial, %error, "disk");
+            }
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Weak<PodDisk>>> {
@@ -167,7 +191,7 @@ impl PodDisks {
 impl DiskUse {
     /// By which the guest finds it.
     pub fn serial(&self) -> &str {
-        &self.disk.serial
+        &self.0.serial
     }
 
     /// For a machine that is about to boot.
@@ -175,9 +199,9 @@ impl DiskUse {
     /// # Errors
     /// No descriptor is free.
     pub fn for_boot(&self) -> io::Result<Disk> {
-        let disk = self.disk.for_machine()?;
+        let disk = self.0.for_machine()?;
         // It is when it has booted, and otherwise there is no machine.
-        let _ = self.disk.plugged.set(());
+        let _ = self.0.plugged.set(());
         Ok(disk)
     }
 
@@ -187,43 +211,19 @@ impl DiskUse {
     /// The machine or its guest could not.
     pub async fn plug(&self, vm: &Vm, agent: &Agent) -> Result<(), Error> {
         let plug = || async {
-            vm.add_disk(self.disk.for_machine().map_err(Error::Disk)?)
+            vm.add_disk(self.0.for_machine().map_err(Error::Disk)?)
                 .await?;
             agent.rescan_devices().await?;
             Ok::<_, Error>(())
         };
-        self.disk.plugged.get_or_try_init(plug).await?;
+        self.0.plugged.get_or_try_init(plug).await?;
         Ok(())
-    }
-
-    /// Gives it up; unplugged by the last who does.
-    pub async fn give_up(self, machine: Option<(&Vm, &Agent)>) {
-        let Self { disk, key, disks } = self;
-        let serial = disk.serial.clone();
-        let is_last = {
-            // Who comes next finds either no disk or one that stays.
-            let mut shared = disks.lock();
-            let is_last = Arc::strong_count(&disk) == 1;
-            if is_last && let Some(key) = key {
-                shared.remove(&key);
-            }
-            drop(disk);
-            is_last
-        };
-        if let (true, Some((vm, agent))) = (is_last, machine) {
-            // A machine that cannot is about to end or has ended.
-            if let Err(error) = agent.remove_disk(&serial).await {
-                tracing::warn!(serial, %error, "disk");
-            }
-            if let Err(error) = vm.remove_device(serial.clone()).await {
-                tracing::warn!(serial, %error, "disk");
-            }
-        }
     }
 }
 
 impl PodDisk {
     fn for_machine(&self) -> io::Result<Disk> {
+        self.was_told.store(true, Ordering::Relaxed);
         Ok(Disk {
             serial: self.serial.clone(),
             file: self.file.try_clone()?,
@@ -242,8 +242,8 @@ mod tests {
         Ok(File::open("/dev/null")?.into())
     }
 
-    #[tokio::test]
-    async fn a_device_is_one_disk_as_long_as_it_is_used() {
+    #[test]
+    fn a_device_is_one_disk_as_long_as_it_is_used() {
         let disks = Arc::new(PodDisks::default());
         let first = disks.share(DISK, false, open).unwrap();
         let never = || Err(io::Error::other("opened again"));
@@ -251,16 +251,29 @@ mod tests {
         assert_eq!(first.serial(), second.serial());
         let fixed = disks.share(DISK, true, open).unwrap();
         assert_ne!(first.serial(), fixed.serial());
-        first.give_up(None).await;
+        drop(first);
         let third = disks.share(DISK, false, never).unwrap();
         assert_eq!(second.serial(), third.serial());
-        second.give_up(None).await;
+        drop(second);
         let before = third.serial().to_owned();
-        third.give_up(None).await;
+        drop(third);
         assert_ne!(disks.share(DISK, false, open).unwrap().serial(), before);
-        // One that was dropped without a word leaves nothing either.
-        drop(disks.share(Backing::Device(8), false, open).unwrap());
-        disks.share(Backing::Device(8), false, open).unwrap();
+    }
+
+    #[test]
+    fn what_the_last_use_leaves_is_known() {
+        let disks = Arc::new(PodDisks::default());
+        let unused = || disks.unused.lock().unwrap().clone();
+        // Of a creation that failed before the machine heard of it.
+        drop(disks.share(DISK, false, open).unwrap());
+        let first = disks.share(DISK, false, open).unwrap();
+        first.for_boot().unwrap();
+        // One fails while the other is being deleted.
+        let failing = disks.share(DISK, false, open).unwrap();
+        drop(first);
+        assert!(unused().is_empty());
+        drop(failing);
+        assert_eq!(unused(), ["disk-2"]);
     }
 
     #[test]
@@ -272,8 +285,8 @@ mod tests {
         assert_eq!(disks.add(open().unwrap(), true).serial(), "disk-2");
     }
 
-    #[tokio::test]
-    async fn images_are_shared_as_far_as_there_is_room() {
+    #[test]
+    fn images_are_shared_as_far_as_there_is_room() {
         let dir = tempfile::tempdir().unwrap();
         let image = |name: &str| {
             let path = dir.path().join(name);
@@ -297,10 +310,7 @@ mod tests {
         );
         let own = disks.add(open().unwrap(), false);
         assert!(disks.share_images(vec![image("d")], 4).is_none());
-        for used in first {
-            used.give_up(None).await;
-        }
-        drop(own);
+        drop((first, own));
         let third = disks.share_images(vec![image("d")], 3).unwrap();
         assert_eq!(serials(&third), ["disk-5"]);
         assert!(Backing::of(&File::open(dir.path()).unwrap()).is_err());

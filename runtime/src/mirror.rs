@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -44,7 +44,11 @@ pub struct PodMirrors {
     last: AtomicU32,
     shared: Mutex<BTreeMap<Original, Weak<Mirror>>>,
     watches: OnceLock<Watches>,
+    unused: Arc<Unused>,
 }
+
+/// Ids of the copies that the guest has and nobody uses any more.
+type Unused = Mutex<Vec<String>>;
 
 /// Of what it is a copy.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,12 +58,10 @@ struct Original {
     id_maps: Option<IdMaps>,
 }
 
-/// A container's use of one.
+/// A container's use of one, until it is dropped. What the last one leaves has to
+/// be taken from the guest ([`PodMirrors::remove_unused`]).
 #[derive(Debug)]
-pub struct MirrorUse {
-    mirror: Arc<Mirror>,
-    pod: Arc<PodMirrors>,
-}
+pub struct MirrorUse(Arc<Mirror>);
 
 #[derive(Debug)]
 struct Mirror {
@@ -68,6 +70,18 @@ struct Mirror {
     /// Until the guest has it: what it gets, and what tells of changes since.
     begun: Mutex<Option<(Vec<VolumeEntry>, Watch)>>,
     follower: OnceCell<Follower>,
+    /// The guest has been told of it.
+    was_told: AtomicBool,
+    unused: Arc<Unused>,
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        if *self.was_told.get_mut() {
+            let mut unused = self.unused.lock().unwrap_or_else(PoisonError::into_inner);
+            unused.push(std::mem::take(&mut self.id));
+        }
+    }
 }
 
 /// What brings changes to the guest; until it is dropped.
@@ -105,11 +119,7 @@ impl PodMirrors {
     ///
     /// # Errors
     /// It cannot be read.
-    pub fn share(
-        self: &Arc<Self>,
-        source: &Path,
-        id_maps: Option<IdMaps>,
-    ) -> io::Result<Option<MirrorUse>> {
+    pub fn share(&self, source: &Path, id_maps: Option<IdMaps>) -> io::Result<Option<MirrorUse>> {
         let original = Original {
             directory: source.to_owned(),
             id_maps,
@@ -138,15 +148,26 @@ impl PodMirrors {
                     original: original.clone(),
                     begun: Mutex::new(Some((entries, watch))),
                     follower: OnceCell::new(),
+                    was_told: AtomicBool::new(false),
+                    unused: Arc::clone(&self.unused),
                 });
+                shared.retain(|_, mirror| mirror.strong_count() > 0);
                 shared.insert(original, Arc::downgrade(&mirror));
                 mirror
             }
         };
-        Ok(Some(MirrorUse {
-            mirror,
-            pod: Arc::clone(self),
-        }))
+        Ok(Some(MirrorUse(mirror)))
+    }
+
+    /// Takes from the guest what nobody uses any more.
+    pub async fn remove_unused(&self, agent: &Agent) {
+        let unused = || self.unused.lock().unwrap_or_else(PoisonError::into_inner);
+        let ids = std::mem::take(&mut *unused());
+        for id in ids {
+            if let Err(error) = agent.remove_volume(&id).await {
+                tracing::warn!(id, %error, "volume");
+            }
+        }
     }
 
     fn watch(&self, directory: &Path) -> io::Result<Watch> {
@@ -180,7 +201,7 @@ impl Original {
 impl MirrorUse {
     /// Where the guest has it.
     pub fn guest_path(&self) -> String {
-        format!("{}/{}", path::VOLUMES, self.mirror.id)
+        format!("{}/{}", path::VOLUMES, self.0.id)
     }
 
     /// Gives the guest its copy, unless another container's use has, and from
@@ -189,7 +210,8 @@ impl MirrorUse {
     /// # Errors
     /// As the agent says.
     pub async fn fill(&self, agent: &Agent) -> Result<(), AgentError> {
-        let mirror = &self.mirror;
+        let mirror = &self.0;
+        mirror.was_told.store(true, Ordering::Relaxed);
         let begin = || async {
             let begun = || mirror.begun.lock().unwrap_or_else(PoisonError::into_inner);
             let (entries, watch) = begun().take().ok_or(AgentError::Gone)?;
@@ -204,27 +226,6 @@ impl MirrorUse {
         };
         mirror.follower.get_or_try_init(begin).await?;
         Ok(())
-    }
-
-    /// Gives it up; the last who does takes the copy from the guest.
-    pub async fn give_up(self, agent: Option<&Agent>) {
-        let Self { mirror, pod } = self;
-        let id = mirror.id.clone();
-        let is_last = {
-            // Who comes next finds either no copy or one that stays.
-            let mut shared = pod.lock();
-            let is_last = Arc::strong_count(&mirror) == 1;
-            if is_last {
-                shared.remove(&mirror.original);
-            }
-            drop(mirror);
-            is_last
-        };
-        if let (true, Some(agent)) = (is_last, agent)
-            && let Err(error) = agent.remove_volume(&id).await
-        {
-            tracing::warn!(id, %error, "volume");
-        }
     }
 }
 
@@ -315,14 +316,14 @@ mod tests {
     #[tokio::test]
     async fn a_volume_is_one_copy_as_long_as_it_is_used() {
         let dir = tempfile::tempdir().unwrap();
-        let pod = Arc::new(PodMirrors::default());
+        let pod = PodMirrors::default();
         let share = || pod.share(dir.path(), None).unwrap().unwrap();
         let (first, second) = (share(), share());
         assert_eq!(first.guest_path(), second.guest_path());
-        first.give_up(None).await;
+        drop(first);
         assert_eq!(share().guest_path(), second.guest_path());
         let before = second.guest_path();
-        second.give_up(None).await;
+        drop(second);
         assert_ne!(share().guest_path(), before);
         assert!(pod.share(&dir.path().join("missing"), None).is_err());
     }

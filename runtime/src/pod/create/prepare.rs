@@ -6,7 +6,7 @@ use std::sync::Arc;
 use husk_protocol::agent::CreateContainerRequest;
 
 use crate::agent_client::Agent;
-use crate::container_files::{ContainerFiles, FilesRequest, GuestFiles};
+use crate::container_files::{ContainerFiles, FilesRequest, GuestFiles, Unprepared};
 use crate::error::Error;
 use crate::hook::ContainerHooks;
 use crate::id::Id;
@@ -58,8 +58,12 @@ pub(super) async fn boot_single(
     let id = files.id.clone();
     let (files, guest) = match files.prepare().await {
         Ok(prepared) => prepared,
-        Err(error) => {
+        Err(failed) => {
             parts.end().await;
+            let Unprepared { error, files } = *failed;
+            if let Some(files) = files {
+                files.detach(None).await;
+            }
             return Err(error);
         }
     };
@@ -108,7 +112,16 @@ pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<
         hooks,
     } = files;
     let id = files.id.clone();
-    let (mut files, guest) = files.prepare().await?;
+    let (files, guest) = match files.prepare().await {
+        Ok(prepared) => prepared,
+        Err(failed) => {
+            let Unprepared { error, files } = *failed;
+            if let Some(files) = files {
+                take_back(&vm, &agent, &id, files).await;
+            }
+            return Err(error);
+        }
+    };
     let outcome = create_in_guest(&vm, &agent, &id, &files, guest, streams).await;
     let stand_in = stand_in(&vm).await;
     let pid = stand_in.as_ref().map_or(vm.process().pid, StandIn::tid);
@@ -120,16 +133,21 @@ pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<
             hooks,
         }),
         Err(error) => {
-            // It may be there all the same, when only the answer was late, and it
-            // has seen the files that are about to go.
-            let unused = files.give_up();
-            if let Err(error) = agent.delete_container(id.as_str(), unused).await {
-                tracing::debug!(%error, "deletion in the guest");
-            }
-            files.detach(Some((&vm, &agent))).await;
+            take_back(&vm, &agent, &id, files).await;
             Err(error)
         }
     }
+}
+
+/// Takes the files of a container that has not been made. It may be there all the
+/// same, when only the answer was late, and it has seen the files that are about
+/// to go.
+async fn take_back(vm: &Vm, agent: &Agent, id: &Id, mut files: ContainerFiles) {
+    let unused = files.give_up();
+    if let Err(error) = agent.delete_container(id.as_str(), unused).await {
+        tracing::debug!(%error, "deletion in the guest");
+    }
+    files.detach(Some((vm, agent))).await;
 }
 
 /// A container that its hooks want no more of has not been made.
