@@ -8,7 +8,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_protocol::agent::{CreateSandboxRequest, Network, Storage, VirtioFsStorage};
+use husk_node::state::{DiskFacts, MachineFacts, NicFacts};
+use husk_protocol::agent::{
+    CreateSandboxRequest, CreateSandboxResponse, Network, Storage, VirtioFsStorage,
+};
 use husk_protocol::{deadline, path};
 use nix::unistd::{SysconfVar, sysconf};
 use tokio::time::timeout;
@@ -176,6 +179,7 @@ impl MachineParts {
             disks,
         };
         let (size, room) = (self.size, self.room);
+        let mut facts = machine_facts(size, room, &parts);
         let extra = &request.config.kernel_parameters;
         let line = vm_plan::command_line(size, room, extra, request.debug);
         let (spec, descriptors) = vm_plan::plan(size, room, line, parts)?;
@@ -214,8 +218,11 @@ impl MachineParts {
         let mut sandbox = sandbox_request(&request.pod, network, request.config.patience());
         sandbox.memory_max_mib = (size.memory_mib + room.pluggable_mib).into();
         match machine.set_up(&sandbox, patience).await {
-            Ok(()) => {
+            Ok(guest) => {
                 state.timeline.agent_ready_ns = clock::monotonic_ns();
+                facts.agent_version = guest.agent_version;
+                facts.kernel_release = guest.kernel_release;
+                state.machine = Some(facts);
                 Ok((machine, state))
             }
             Err(error) => {
@@ -274,7 +281,7 @@ impl Machine {
         &self,
         sandbox: &CreateSandboxRequest,
         patience: Duration,
-    ) -> Result<(), Error> {
+    ) -> Result<CreateSandboxResponse, Error> {
         let answer = tokio::select! {
             answer = self.agent.create_sandbox(sandbox, patience) => answer,
             end = self.vm.ended() => return Err(VmError::Ended(end).into()),
@@ -286,7 +293,7 @@ impl Machine {
                     kernel = sandbox.kernel_release,
                     "machine is ready"
                 );
-                Ok(())
+                Ok(sandbox)
             }
             Err(AgentError::Deadline { seconds, .. }) => {
                 let VmEnd { console, .. } = self.vm.kill().await;
@@ -294,6 +301,29 @@ impl Machine {
             }
             Err(error) => Err(explained(&self.vm, &self.agent, error).await),
         }
+    }
+}
+
+/// What others may know of a machine; what its guest says comes later.
+fn machine_facts(size: VmSize, room: Room, parts: &VmParts) -> MachineFacts {
+    let nics = parts.nics.iter().map(|nic| NicFacts {
+        name: nic.name.clone(),
+        mac: nic.mac.to_string(),
+        mtu: nic.mtu,
+    });
+    let disks = parts.disks.iter().map(|disk| DiskFacts {
+        serial: disk.serial.clone(),
+        read_only: disk.read_only,
+    });
+    MachineFacts {
+        vcpus: size.vcpus,
+        vcpus_max: room.vcpus,
+        memory_mib: size.memory_mib,
+        pluggable_mib: room.pluggable_mib,
+        nics: nics.collect(),
+        disks: disks.collect(),
+        shim_version: env!("CARGO_PKG_VERSION").to_owned(),
+        ..MachineFacts::default()
     }
 }
 

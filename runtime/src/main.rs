@@ -7,6 +7,7 @@ use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use flags::Invocation;
+use husk_node::{config, process};
 
 mod agent_client;
 mod bundle;
@@ -14,7 +15,6 @@ mod cgroup;
 mod child;
 mod cleanup;
 mod clock;
-mod config;
 mod container;
 mod container_files;
 mod device;
@@ -43,7 +43,6 @@ mod network;
 mod pod;
 mod pod_config;
 mod ports;
-mod process;
 mod rootfs;
 mod sandbox_service;
 mod serve;

@@ -6,13 +6,10 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use husk_node::state::FILE;
+pub use husk_node::state::State;
 
 use crate::id::Id;
-use crate::network::NetnsId;
-use crate::process::Process;
-
-const FILE: &str = "state.json";
 
 /// What [`FILE`] is before it is complete.
 const NEW_FILE: &str = "state.new";
@@ -24,49 +21,6 @@ const SHARED: &str = "shared";
 #[derive(Clone, Debug)]
 pub struct StateDir {
     path: PathBuf,
-}
-
-/// What is on the node for a pod.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct State {
-    /// The pod's shim.
-    pub shim: Option<Process>,
-    /// Its VMM.
-    pub vmm: Option<Process>,
-    /// Its file server.
-    pub file_server: Option<Process>,
-    /// containerd has been told that the pod's own container is deleted, while
-    /// the shim still serves others.
-    pub is_deleted: bool,
-    /// Its cgroup, below the mount point of cgroup v2.
-    pub cgroup: Option<PathBuf>,
-    /// The network namespace that its machine took over.
-    pub netns: Option<NetnsId>,
-    /// Its start.
-    pub timeline: Timeline,
-}
-
-/// Moments of a pod's start, `CLOCK_MONOTONIC` in nanoseconds; 0: not yet.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Timeline {
-    /// containerd's request came.
-    pub request_ns: u64,
-    /// The VMM's program began.
-    pub vmm_exec_ns: u64,
-    /// It had read what to do.
-    pub vmm_spec_ns: u64,
-    /// The guest's first instruction.
-    pub guest_entered_ns: u64,
-    /// The agent had set the sandbox up.
-    pub agent_ready_ns: u64,
-    /// The first container was created.
-    pub container_created_ns: u64,
-    /// Its program was executed.
-    pub container_started_ns: u64,
-    /// Its first output came.
-    pub first_output_ns: u64,
 }
 
 /// The directory could not be used.
@@ -122,8 +76,7 @@ impl StateDir {
 
     /// What was last written; none without the directory.
     pub fn read(&self) -> Option<State> {
-        let text = fs::read(self.path.join(FILE)).ok()?;
-        serde_json::from_slice(&text).ok()
+        State::read(&self.path).ok()
     }
 
     /// Removes it, and the namespace's when it was the last. Only what is ours

@@ -1,21 +1,33 @@
-//! The node's configuration: one optional file.
+//! The node's configuration: an optional file, and drop-ins beside it.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
+
+mod file;
+pub mod key;
+mod page;
+
+pub use page::page;
 
 /// Where the file is looked for when [`VARIABLE`] is not set.
-const DEFAULT_FILE: &str = "/etc/husk/config.toml";
+pub const CONFIG_FILE: &str = "/etc/husk/config.toml";
 
-/// Environment variable that names another file.
-const VARIABLE: &str = "HUSK_CONFIG";
+/// Directory of the files that are read after it.
+pub const DROP_INS: &str = "/etc/husk/conf.d";
 
-/// Values of the configuration file, or their defaults.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+/// Environment variable that names another file, which is then the only one.
+pub const VARIABLE: &str = "HUSK_CONFIG";
+
+/// What is in effect: values of the files, or their defaults. The keys are
+/// described in [`key::KEYS`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// The VMM's program.
@@ -52,6 +64,35 @@ impl Default for Config {
     }
 }
 
+/// Which files are read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sources {
+    file: PathBuf,
+    /// Its absence is an error.
+    is_named: bool,
+    drop_ins: Option<PathBuf>,
+}
+
+/// The configuration and where it was said.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Loaded {
+    /// What is in effect.
+    pub config: Config,
+    /// Where each key was said that has not its default.
+    pub places: BTreeMap<&'static str, Place>,
+    /// The files that were read, in order.
+    pub files: Vec<PathBuf>,
+}
+
+/// A line of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The file.
+    pub path: PathBuf,
+    /// Counted from 1.
+    pub line: usize,
+}
+
 /// How long things may take on this node. Where a machine may take long to
 /// boot, everything in it may take as much longer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +111,7 @@ impl Patience {
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file could not be read.
+    /// A file could not be read.
     #[error("configuration {path}")]
     Read {
         /// The file.
@@ -79,7 +120,7 @@ pub enum ConfigError {
         #[source]
         source: io::Error,
     },
-    /// The file is not what it should be.
+    /// A file is not what it should be.
     #[error("configuration {path}, line {line}: {message}")]
     Parse {
         /// The file.
@@ -91,23 +132,106 @@ pub enum ConfigError {
     },
 }
 
+impl Sources {
+    /// Those of this node.
+    pub fn of_node() -> Self {
+        match env::var_os(VARIABLE) {
+            Some(path) => Self {
+                file: path.into(),
+                is_named: true,
+                drop_ins: None,
+            },
+            None => Self {
+                file: CONFIG_FILE.into(),
+                is_named: false,
+                drop_ins: Some(DROP_INS.into()),
+            },
+        }
+    }
+
+    /// Reads them.
+    ///
+    /// # Errors
+    /// A file that was asked for is not there, or the first that is wrong in one.
+    pub fn load(&self) -> Result<Loaded, ConfigError> {
+        let mut said = Table::new();
+        let mut loaded = Loaded::default();
+        for path in self.files()? {
+            let text = match read(&path) {
+                Ok(text) => text,
+                Err(source) if !self.is_named && source.kind() == io::ErrorKind::NotFound => {
+                    continue;
+                }
+                Err(source) => return Err(ConfigError::Read { path, source }),
+            };
+            let read = file::parse(&path, &text).map_err(first)?;
+            for (key, (value, line)) in read {
+                let place = Place {
+                    path: path.clone(),
+                    line,
+                };
+                loaded.places.insert(key, place);
+                said.insert(key.to_owned(), value);
+            }
+            loaded.files.push(path);
+        }
+        // Each value was checked with its line; nothing is left that could be wrong.
+        loaded.config = said.try_into().map_err(|error: toml::de::Error| {
+            let path = self.file.clone();
+            let message = error.message().to_owned();
+            ConfigError::Parse {
+                path,
+                line: 1,
+                message,
+            }
+        })?;
+        Ok(loaded)
+    }
+
+    fn files(&self) -> Result<Vec<PathBuf>, ConfigError> {
+        let mut files = Vec::new();
+        if let Some(dir) = &self.drop_ins {
+            let entries = fs::read_dir(dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+            match entries {
+                Ok(entries) => files.extend(entries.iter().map(fs::DirEntry::path)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => {
+                    let path = dir.clone();
+                    return Err(ConfigError::Read { path, source });
+                }
+            }
+        }
+        // An editor's hidden files are not meant.
+        let is_meant = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+            name.ends_with(b".toml") && !name.starts_with(b".")
+        };
+        files.retain(is_meant);
+        files.sort();
+        files.insert(0, self.file.clone());
+        Ok(files)
+    }
+}
+
+/// Everything that is wrong in a file, which need not be the node's.
+///
+/// # Errors
+/// All of it, in the order of the lines.
+pub fn check(path: &Path) -> Result<(), Vec<ConfigError>> {
+    let text = read(path).map_err(|source| {
+        let path = path.to_owned();
+        vec![ConfigError::Read { path, source }]
+    })?;
+    file::parse(path, &text).map(drop)
+}
+
 impl Config {
-    /// Reads the node's configuration file, if there is one.
+    /// Reads the node's configuration, if there is one.
     ///
     /// # Errors
     /// A file that was asked for is not there, or its content is wrong.
     pub fn load() -> Result<Self, ConfigError> {
-        match env::var_os(VARIABLE) {
-            Some(path) => Self::read(Path::new(&path)),
-            None => match Self::read(Path::new(DEFAULT_FILE)) {
-                Err(ConfigError::Read { source, .. })
-                    if source.kind() == io::ErrorKind::NotFound =>
-                {
-                    Ok(Self::default())
-                }
-                other => other,
-            },
-        }
+        Ok(Sources::of_node().load()?.config)
     }
 
     /// How long things may take.
@@ -117,67 +241,26 @@ impl Config {
         }
     }
 
-    fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::parse(path, &text)
+    /// The value of a key, as a file would say it.
+    pub fn value(&self, key: &str) -> Value {
+        let table = Table::try_from(self).unwrap_or_default();
+        let value = table.get(key).cloned();
+        value.unwrap_or_else(|| Value::String(String::new()))
     }
+}
 
-    fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
-        // toml's own text has several lines; containerd's errors have one.
-        toml::from_str(text).map_err(|error| ConfigError::Parse {
-            path: path.to_owned(),
-            line: error
-                .span()
-                .and_then(|span| text.get(..span.start))
-                .map_or(1, |before| before.matches('\n').count() + 1),
-            message: error.message().to_owned(),
-        })
-    }
+fn read(path: &Path) -> io::Result<String> {
+    /// Nobody writes so much by hand.
+    const LONGEST: u64 = 1 << 20;
+    let mut text = String::new();
+    let file = fs::File::open(path)?;
+    io::Read::read_to_string(&mut io::Read::take(file, LONGEST), &mut text)?;
+    Ok(text)
+}
+
+fn first(mut errors: Vec<ConfigError>) -> ConfigError {
+    errors.swap_remove(0)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keeps_defaults_of_what_is_not_said() {
-        let config: Config = toml::from_str("kernel = '/k'").unwrap();
-        assert_eq!(config.kernel, Path::new("/k"));
-        assert_eq!(config.vmm, Config::default().vmm);
-    }
-
-    #[test]
-    fn is_as_patient_as_with_the_boot() {
-        let usual = Duration::from_secs(10);
-        for (seconds, expected) in [(1, 10), (60, 10), (180, 30), (u32::MAX, 715_827_882)] {
-            let config = Config {
-                boot_timeout_seconds: seconds,
-                ..Config::default()
-            };
-            let patience = config.patience().of(usual);
-            assert_eq!(patience.as_secs(), expected);
-        }
-    }
-
-    #[test]
-    fn names_what_is_wrong_in_one_line() {
-        let path = Path::new("/etc/husk/config.toml");
-        let cases = [
-            (
-                "vmm = '/v'\nkernal = '/k'",
-                "line 2: unknown field `kernal`",
-            ),
-            ("first_uid = 'x'", "line 1: invalid type: string"),
-            ("kernel = ", "line 1: "),
-        ];
-        for (text, expected) in cases {
-            let error = Config::parse(path, text).unwrap_err().to_string();
-            let expected = format!("configuration {}, {expected}", path.display());
-            assert!(error.starts_with(&expected), "{error}");
-            assert!(!error.contains('\n'), "{error}");
-        }
-    }
-}
+mod tests;

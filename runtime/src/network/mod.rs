@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use husk_protocol::agent::Network;
 use husk_vmm_spec::MacAddress;
 
-pub use netns::NetnsId;
+pub use husk_node::state::NetnsId;
 pub use port_forward::PortForward;
 
 use inspect::FoundNetwork;

@@ -1,33 +1,13 @@
 //! Running something inside a network namespace.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::thread;
 
 use nix::sched::{CloneFlags, setns};
-use serde::{Deserialize, Serialize};
 
 use super::NetworkError;
-
-/// What tells a namespace from all others as long as it is there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NetnsId {
-    device: u64,
-    inode: u64,
-}
-
-impl NetnsId {
-    /// That of the namespace at `path`, if there is one.
-    pub fn of(path: &Path) -> Option<Self> {
-        let metadata = fs::metadata(path).ok()?;
-        Some(Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-        })
-    }
-}
 
 /// Runs `work` on a thread of its own that has entered the namespace at `path`,
 /// since a namespace belongs to a thread and the caller's must not change.

@@ -384,6 +384,7 @@ impl Pod {
 
     fn machine_ready(&mut self, machine: Machine, state: State) {
         self.state = state;
+        self.write_state();
         self.follow_machine(machine);
     }
 

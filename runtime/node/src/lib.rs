@@ -1,0 +1,7 @@
+//! What Husk's shim keeps on a node, and what it is told there: the
+//! configuration, and the state of each pod. The shim writes it; the operator's
+//! command reads it.
+
+pub mod config;
+pub mod process;
+pub mod state;
