@@ -24,7 +24,7 @@ use crate::id_map::IdMaps;
 mod snapshot;
 mod watch;
 
-use snapshot::snapshot;
+use snapshot::{DirectoryId, snapshot};
 use watch::{Watch, Watches};
 
 /// The kubelet's volumes of files that follow objects of the API.
@@ -54,6 +54,7 @@ type Unused = Mutex<Vec<String>>;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Original {
     directory: PathBuf,
+    id: DirectoryId,
     /// How the owners appear, if not as they are.
     id_maps: Option<IdMaps>,
 }
@@ -122,6 +123,7 @@ impl PodMirrors {
     pub fn share(&self, source: &Path, id_maps: Option<IdMaps>) -> io::Result<Option<MirrorUse>> {
         let original = Original {
             directory: source.to_owned(),
+            id: DirectoryId::of(source)?,
             id_maps,
         };
         let mut shared = self.lock();
@@ -188,7 +190,7 @@ impl PodMirrors {
 
 impl Original {
     fn look(&self) -> io::Result<Option<Vec<VolumeEntry>>> {
-        let mut seen = snapshot(&self.directory)?;
+        let mut seen = snapshot(&self.directory, self.id)?;
         if let Some(maps) = &self.id_maps {
             for entry in seen.iter_mut().flatten() {
                 (entry.uid, entry.gid) = maps.outside(entry.uid, entry.gid);
@@ -305,6 +307,7 @@ mod tests {
         ];
         let original = Original {
             directory: dir.path().to_owned(),
+            id: DirectoryId::of(dir.path()).unwrap(),
             id_maps: IdMaps::take_from(&mut options).unwrap(),
         };
         let entries = original.look().unwrap().unwrap();
