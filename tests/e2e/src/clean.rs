@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 
 use crate::cri::Cri;
 use crate::ctr::Ctr;
+use crate::docker;
 use crate::node::{Node, Runtime};
 
 /// Ends every process of a session.
@@ -36,6 +37,7 @@ pub fn remove_all(node: &Node) -> Result<()> {
     for id in containers.split_whitespace() {
         ctr.call(&["container", "delete", id])?;
     }
+    docker::remove_all(node)?;
     let cri = Cri::connect(node.socket.clone(), Duration::from_secs(30) * node.slowness)?;
     for pod in cri.pods(&[])? {
         let removed = cri.stop_pod(&pod.id).and_then(|()| cri.remove_pod(&pod.id));

@@ -4,7 +4,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -36,7 +36,7 @@ const FILES: &[(&str, &str)] = &[
 pub fn install_for(node: &Node, probe: &Path, busybox: &Path) -> Result<()> {
     let cri = Cri::connect(node.socket.clone(), Duration::from_secs(30) * node.slowness)?;
     let pause_name = pause_name(&cri.status()?);
-    let base = node.work.join("base.tar");
+    let base = base_archive(node);
     archive(&base, BASE, &[base_layer(probe, busybox)?], &["/bin/sh"])?;
     import(node, NAMESPACE, &base)?;
     import(node, CRI_NAMESPACE, &base)?;
@@ -58,6 +58,11 @@ pub fn install_for(node: &Node, probe: &Path, busybox: &Path) -> Result<()> {
         import(node, CRI_NAMESPACE, &pause)?;
     }
     Ok(())
+}
+
+/// The archive of [`BASE`], once it is installed.
+pub fn base_archive(node: &Node) -> PathBuf {
+    node.work.join("base.tar")
 }
 
 /// Gives the cases' namespace an image without layers.
@@ -232,6 +237,18 @@ fn archive(file: &Path, name: &str, layers: &[Vec<u8>], entrypoint: &[&str]) -> 
     in_index["annotations"] = json!({ "io.containerd.image.name": name });
     let index = serde_json::to_vec(&json!({ "schemaVersion": 2, "manifests": [in_index] }))?;
 
+    // The same, as Docker loads it.
+    let blob_path = |blob: &[u8]| {
+        let digest = digest(blob);
+        format!("blobs/sha256/{}", digest.trim_start_matches("sha256:"))
+    };
+    let layer_paths: Vec<_> = layers.iter().map(|layer| blob_path(layer)).collect();
+    let for_docker = serde_json::to_vec(&json!([{
+        "Config": blob_path(&config),
+        "RepoTags": [name],
+        "Layers": layer_paths,
+    }]))?;
+
     let mut tar = Builder::new(Vec::new());
     entry(
         &mut tar,
@@ -241,12 +258,15 @@ fn archive(file: &Path, name: &str, layers: &[Vec<u8>], entrypoint: &[&str]) -> 
         br#"{"imageLayoutVersion":"1.0.0"}"#,
     )?;
     entry(&mut tar, "index.json", EntryType::Regular, 0o644, &index)?;
+    entry(
+        &mut tar,
+        "manifest.json",
+        EntryType::Regular,
+        0o644,
+        &for_docker,
+    )?;
     for blob in layers.iter().chain([&config, &manifest]) {
-        let path = format!(
-            "blobs/sha256/{}",
-            digest(blob).trim_start_matches("sha256:")
-        );
-        entry(&mut tar, &path, EntryType::Regular, 0o644, blob)?;
+        entry(&mut tar, &blob_path(blob), EntryType::Regular, 0o644, blob)?;
     }
     let bytes = tar.into_inner()?;
     fs::File::create(file)

@@ -7,6 +7,7 @@ pub mod clean;
 pub mod compatibility;
 pub mod cri;
 pub mod ctr;
+pub mod docker;
 pub mod footprint;
 pub mod host;
 pub mod image;

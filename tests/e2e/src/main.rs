@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use husk_e2e::case::{self, Case};
 use husk_e2e::compatibility::Compatibility;
 use husk_e2e::node::{Node, Runtime};
-use husk_e2e::{clean, cri, host, image, runner};
+use husk_e2e::{clean, cri, docker, host, image, runner};
 
 const USAGE: &str = "\
 usage: husk-e2e [--runtime husk,runc] [--filter TEXT]... [--skip TEXT]... [--list]
@@ -204,6 +204,13 @@ fn prepare(options: &Options) -> Result<()> {
         if let Err(error) = case::WARM_UP.run(node, *runtime) {
             println!("{}: warming up failed: {error:#}", runtime.name());
         }
+    }
+    if options
+        .chosen()
+        .iter()
+        .any(|case| case.name.starts_with("docker/"))
+    {
+        docker::warm_up(node, &options.runtimes)?;
     }
     clean::remove_all(node)?;
     host::await_rest(node, Duration::from_secs(20) * node.slowness)

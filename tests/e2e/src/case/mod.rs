@@ -5,6 +5,7 @@ pub mod abuse;
 pub mod churn;
 pub mod crash;
 pub mod device;
+pub mod docker;
 pub mod interfaces;
 pub mod lifecycle;
 pub mod machine;
@@ -223,6 +224,7 @@ pub fn all() -> Vec<&'static Case> {
         lifecycle::many::CASES,
         security::CASES,
         user_namespace::CASES,
+        docker::CASES,
         abuse::CASES,
         churn::CASES,
         crash::CASES,
