@@ -95,22 +95,23 @@ impl MemWorker {
             _,
         ] = request;
         let (address, count) = (u64::from_le_bytes(address), u16::from_le_bytes([c0, c1]));
-        let mut blocks = self.blocks.lock();
         let done = match kind {
-            PLUG => blocks.plug(address, count),
-            STATE => match blocks.state(address, count) {
+            PLUG => self.blocks.lock().plug(address, count),
+            STATE => match self.blocks.lock().state(address, count) {
                 Ok(state) => return (ACK, number(state)),
                 Err(refusal) => Err(refusal),
             },
             UNPLUG | UNPLUG_ALL => {
                 let range = match kind {
-                    UNPLUG => blocks.to_unplug(address, count),
-                    _ => Ok(blocks.all()),
+                    UNPLUG => self.blocks.lock().to_unplug(address, count),
+                    _ => Ok(self.blocks.lock().all()),
                 };
                 match range {
+                    // Without the lock, which a vCPU takes to read the configuration:
+                    // only this worker changes what is plugged.
                     Ok(range) => match self.give_back(&range) {
                         Ok(()) => {
-                            blocks.unplugged(&range);
+                            self.blocks.lock().unplugged(&range);
                             Ok(())
                         }
                         // The driver asks again later.
