@@ -4,8 +4,8 @@
 //! belongs to the guest alone; nobody else changes it while the pod lives, and
 //! the guest caches it without limit. The same holds for the directories in
 //! `<directory>/layers`, in which the guest's overlay writes; but beside them lie
-//! a snapshotter's own files, so of that directory itself the guest sees nothing
-//! else and can change nothing. Everything else may change under the guest's
+//! a snapshotter's own files, so in that directory itself the guest sees names
+//! alone, and can open and change nothing else. Everything else may change under the guest's
 //! feet (volumes) and is looked at again after a second.
 
 use std::time::Duration;
