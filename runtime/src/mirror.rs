@@ -5,6 +5,7 @@
 //! the agent makes each change to the copy as it is made here.
 
 use std::collections::BTreeMap;
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -223,7 +224,7 @@ impl MirrorUse {
                 return Err(error);
             }
             let (id, original) = (mirror.id.clone(), mirror.original.clone());
-            let following = follow(watch, original, id, entries, agent.clone());
+            let following = follow(watch, original, id, Digest::of(&entries), agent.clone());
             Ok::<_, AgentError>(Follower(tokio::spawn(following).abort_handle()))
         };
         mirror.follower.get_or_try_init(begin).await?;
@@ -231,14 +232,43 @@ impl MirrorUse {
     }
 }
 
+/// What tells a version of the files from others, without keeping it: nobody can
+/// choose files for it, since nobody knows its key.
+#[derive(Debug)]
+struct Digest {
+    key: RandomState,
+    number: u64,
+}
+
+impl Digest {
+    fn of(entries: &[VolumeEntry]) -> Self {
+        let key = RandomState::new();
+        let number = Self::number(&key, entries);
+        Self { key, number }
+    }
+
+    fn is_of(&self, entries: &[VolumeEntry]) -> bool {
+        self.number == Self::number(&self.key, entries)
+    }
+
+    fn number(key: &RandomState, entries: &[VolumeEntry]) -> u64 {
+        let mut hasher = key.build_hasher();
+        for entry in entries {
+            (&entry.path, entry.mode, entry.uid, entry.gid).hash(&mut hasher);
+            (&entry.target, &entry.content).hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+}
+
+async fn set(agent: &Agent, id: &str, entries: Vec<VolumeEntry>) -> Result<Digest, AgentError> {
+    let digest = Digest::of(&entries);
+    agent.set_volume(id, entries).await?;
+    Ok(digest)
+}
+
 /// Makes each change on the node one in the guest.
-async fn follow(
-    watch: Watch,
-    original: Original,
-    id: String,
-    mut last: Vec<VolumeEntry>,
-    agent: Agent,
-) {
+async fn follow(watch: Watch, original: Original, id: String, mut last: Digest, agent: Agent) {
     let [mut pause, longest] = AGAIN;
     let mut is_late = false;
     loop {
@@ -253,10 +283,10 @@ async fn follow(
         let (now, at) = (original.clone(), original.directory.display());
         let seen = tokio::task::spawn_blocking(move || now.look()).await;
         match seen.map_err(io::Error::other).and_then(|seen| seen) {
-            Ok(Some(entries)) if entries == last => is_late = false,
-            Ok(Some(entries)) => match agent.set_volume(&id, entries.clone()).await {
-                Ok(()) => {
-                    last = entries;
+            Ok(Some(entries)) if last.is_of(&entries) => is_late = false,
+            Ok(Some(entries)) => match set(&agent, &id, entries).await {
+                Ok(now) => {
+                    last = now;
                     is_late = false;
                     [pause, _] = AGAIN;
                 }
@@ -293,6 +323,31 @@ mod tests {
             assert!(!is_watched(&pods.join(other)), "{other}");
         }
         assert!(!is_watched(Path::new("/data/kubernetes.io~secret/x")));
+    }
+
+    #[test]
+    fn a_digest_is_of_everything() {
+        let entry = |change: fn(&mut VolumeEntry)| {
+            let mut entry = VolumeEntry {
+                path: "a".into(),
+                ..VolumeEntry::default()
+            };
+            change(&mut entry);
+            [entry]
+        };
+        let digest = Digest::of(&entry(|_| {}));
+        assert!(digest.is_of(&entry(|_| {})));
+        let changes: [fn(&mut VolumeEntry); 6] = [
+            |entry| entry.path = "b".into(),
+            |entry| entry.mode = 1,
+            |entry| entry.uid = 1,
+            |entry| entry.gid = 1,
+            |entry| entry.target = "b".into(),
+            |entry| entry.content = b"b".to_vec(),
+        ];
+        for change in changes {
+            assert!(!digest.is_of(&entry(change)));
+        }
     }
 
     #[test]
