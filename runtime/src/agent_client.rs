@@ -13,6 +13,7 @@ use husk_protocol::agent::{
     ResizePtyRequest, SignalRequest, UpdateResourcesRequest,
 };
 use husk_protocol::{deadline, limit};
+use husk_vmm_spec::MacAddress;
 use protobuf::Message;
 use tokio::time::timeout;
 use ttrpc::asynchronous::Client;
@@ -432,7 +433,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Gives the guest a complete network state, late interfaces included.
+    /// Tells the guest what is new in its network, late interfaces included.
     ///
     /// # Errors
     /// As the agent says.
@@ -443,6 +444,18 @@ impl Agent {
         };
         let ask = |context| self.client.update_network(context, &request);
         self.answer("UpdateNetwork", SLOW, ask).await?;
+        Ok(())
+    }
+
+    /// Lets go of a network interface before it is unplugged.
+    ///
+    /// # Errors
+    /// As the agent says.
+    pub async fn remove_interface(&self, mac: MacAddress) -> Result<(), AgentError> {
+        let mut request = agent::RemoveDeviceRequest::default();
+        request.set_hardware_address(mac.0.to_vec());
+        let ask = |context| self.client.remove_device(context, &request);
+        self.answer("RemoveDevice", QUICK, ask).await?;
         Ok(())
     }
 

@@ -24,7 +24,7 @@ use crate::error::Error;
 use crate::file_server::FileServer;
 use crate::growth::{Fitter, Growth};
 use crate::id_map::IdMaps;
-use crate::interfaces::Interfaces;
+use crate::interfaces::{Interfaces, Known};
 use crate::network::PodNetwork;
 use crate::shared_tree::SharedTree;
 use crate::state_dir::{State, StateDir};
@@ -164,7 +164,7 @@ impl MachineParts {
             Some(network) => (network.nics, network.guest),
             None => (Vec::new(), Network::default()),
         };
-        let known = nics.iter().map(|nic| nic.name.clone()).collect();
+        let known = Known::new(&nics, network.clone());
         for nic in &nics {
             tracing::info!(name = nic.name, mac = %nic.mac, mtu = nic.mtu, "interface");
         }

@@ -426,6 +426,8 @@ impl Pod {
             move |pod: &mut Pod| pod.machine_ended(end)
         });
         tokio::spawn(follow_agent(agent.clone(), vm.clone(), self.handle.clone()));
+        let interfaces = machine.interfaces().clone();
+        tokio::spawn(interfaces.follow(vm.clone(), agent.clone()));
         if let Some(netns) = machine.netns() {
             let netns = netns.to_owned();
             tokio::spawn(forward::serve(netns, vm, agent));

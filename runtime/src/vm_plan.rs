@@ -5,8 +5,9 @@ use std::os::fd::OwnedFd;
 
 use husk_protocol::{path, port};
 use husk_vmm_spec::{
-    BlockSpec, BootSpec, ConsoleSpec, Descriptor, FsSpec, HostPort, MEMORY_MAX_MIB, MemorySpec,
-    NetSpec, PLUGGABLE_UNIT_MIB, SpecError, VCPU_MAX, ValidVmSpec, VcpuSpec, VmSpec, VsockSpec,
+    BlockSpec, BootSpec, ConsoleSpec, Descriptor, DeviceId, FsSpec, HostPort, MEMORY_MAX_MIB,
+    MacAddress, MemorySpec, NetSpec, PLUGGABLE_UNIT_MIB, SpecError, VCPU_MAX, ValidVmSpec,
+    VcpuSpec, VmSpec, VsockSpec,
 };
 use ttrpc::Code;
 
@@ -308,7 +309,7 @@ impl Descriptors {
     /// An interface as the VMM wants it.
     pub fn nic(&mut self, nic: Nic) -> NetSpec {
         NetSpec {
-            id: nic_id(&nic),
+            id: nic_id(nic.mac),
             tap: self.push(nic.tap),
             mac: nic.mac,
             mtu: nic.mtu,
@@ -324,9 +325,10 @@ impl Descriptors {
     }
 }
 
-/// Interface names may have characters that device ids may not.
-fn nic_id(nic: &Nic) -> String {
-    let [_, _, c, d, e, f] = nic.mac.0;
+/// The machine's name of an interface: names of interfaces may have characters that
+/// device ids may not.
+pub fn nic_id(mac: MacAddress) -> DeviceId {
+    let [_, _, c, d, e, f] = mac.0;
     format!("net-{c:02x}{d:02x}{e:02x}{f:02x}")
 }
 
@@ -334,7 +336,6 @@ fn nic_id(nic: &Nic) -> String {
 mod tests {
     use super::*;
     use crate::bundle::Overrides;
-    use husk_vmm_spec::MacAddress;
     use std::fs::File;
 
     const HOST: HostFacts = HostFacts {
@@ -435,6 +436,7 @@ mod tests {
     #[test]
     fn plans_a_machine_the_vmm_takes() {
         let nic = Nic {
+            index: 2,
             name: "eth0".into(),
             tap: null(),
             mac: MacAddress([2, 0, 0, 0, 0, 1]),

@@ -1,6 +1,6 @@
 //! Reads a network namespace.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use futures::TryStreamExt;
@@ -21,7 +21,7 @@ use rtnetlink::packet_route::rule::{
 };
 use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
 
-use super::NetworkError;
+use super::{LinkId, NetworkError};
 
 /// Rules that every namespace has: local, main, default.
 const DEFAULT_RULES: [u32; 3] = [0, 32766, 32767];
@@ -37,9 +37,20 @@ pub(super) struct FoundLink {
     pub(super) mtu: u32,
 }
 
+impl FoundLink {
+    pub(super) fn id(&self) -> LinkId {
+        LinkId {
+            index: self.index,
+            name: self.name.clone(),
+        }
+    }
+}
+
 /// What a namespace holds.
 pub(super) struct FoundNetwork {
     pub(super) links: Vec<FoundLink>,
+    /// Every interface, of whatever kind, up or not.
+    pub(super) all: BTreeSet<LinkId>,
     pub(super) guest: Network,
 }
 
@@ -56,6 +67,7 @@ pub(super) async fn read(handle: &Handle) -> Result<FoundNetwork, NetworkError> 
         .await
         .map_err(dump("list interfaces"))?;
     let links: Vec<FoundLink> = messages.iter().filter_map(link).collect();
+    let all = messages.iter().filter_map(link_id).collect();
     let loopback = messages.iter().find_map(loopback);
     let names: HashMap<u32, &str> = links
         .iter()
@@ -138,7 +150,7 @@ pub(super) async fn read(handle: &Handle) -> Result<FoundNetwork, NetworkError> 
         rules,
         ..Default::default()
     };
-    Ok(FoundNetwork { links, guest })
+    Ok(FoundNetwork { links, all, guest })
 }
 
 fn dump(what: &'static str) -> impl FnOnce(rtnetlink::Error) -> NetworkError {
@@ -176,21 +188,27 @@ fn link(message: &LinkMessage) -> Option<FoundLink> {
     })
 }
 
+fn link_id(message: &LinkMessage) -> Option<LinkId> {
+    let mut attributes = message.attributes.iter();
+    let name = attributes.find_map(|attribute| match attribute {
+        LinkAttribute::IfName(text) => Some(text.clone()),
+        _ => None,
+    });
+    Some(LinkId {
+        index: message.header.index,
+        name: name?,
+    })
+}
+
 /// The loopback, which is the guest's own.
 fn loopback(message: &LinkMessage) -> Option<FoundLink> {
     if message.header.link_layer_type != LinkLayerType::Loopback {
         return None;
     }
-    let name = message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            LinkAttribute::IfName(text) => Some(text.clone()),
-            _ => None,
-        });
+    let LinkId { index, name } = link_id(message)?;
     Some(FoundLink {
-        index: message.header.index,
-        name: name?,
+        index,
+        name,
         mac: MacAddress([0; 6]),
         // As it is.
         mtu: 0,

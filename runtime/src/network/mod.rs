@@ -13,6 +13,7 @@ mod netns;
 mod port_forward;
 mod redirect;
 mod tap;
+mod watch;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -24,13 +25,25 @@ use husk_vmm_spec::MacAddress;
 
 pub use husk_node::state::NetnsId;
 pub use port_forward::PortForward;
+pub use watch::NetworkWatch;
 
 use inspect::FoundNetwork;
 use netns::in_netns;
 
+/// What tells an interface of a namespace from those that were there before it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LinkId {
+    /// The kernel's number; another may get it later.
+    pub index: u32,
+    /// Its name; another may have it later.
+    pub name: String,
+}
+
 /// A network interface for the machine.
 #[derive(Debug)]
 pub struct Nic {
+    /// The kernel's number of it in the namespace.
+    pub index: u32,
     /// Name in the namespace and in the guest.
     pub name: String,
     /// Tap joined to the interface, non-blocking, with 12-byte vnet headers.
@@ -46,6 +59,8 @@ pub struct Nic {
 pub struct PodNetwork {
     /// One for each Ethernet interface that was not known before.
     pub nics: Vec<Nic>,
+    /// Every interface that is there, of whatever kind, up or not.
+    pub all: BTreeSet<LinkId>,
     /// The whole state the guest is to take on, known interfaces included.
     pub guest: Network,
 }
@@ -101,9 +116,22 @@ pub enum NetworkError {
         #[source]
         source: io::Error,
     },
+    /// The kernel does not tell of changes.
+    #[error("watching the pod's network namespace")]
+    Watch(#[source] io::Error),
     /// A thread or the runtime for it could not be started.
     #[error("thread for the pod's network namespace")]
     Thread(#[source] io::Error),
+}
+
+impl Nic {
+    /// Which it is.
+    pub fn link(&self) -> LinkId {
+        LinkId {
+            index: self.index,
+            name: self.name.clone(),
+        }
+    }
 }
 
 impl PodNetwork {
@@ -121,12 +149,12 @@ impl PodNetwork {
     ///
     /// # Errors
     /// As [`PodNetwork::attach`].
-    pub fn attach_new(netns: &Path, known: &BTreeSet<String>) -> Result<Self, NetworkError> {
+    pub fn attach_new(netns: &Path, known: &BTreeSet<LinkId>) -> Result<Self, NetworkError> {
         in_netns(netns, || take_over(known))
     }
 }
 
-fn take_over(known: &BTreeSet<String>) -> Result<PodNetwork, NetworkError> {
+fn take_over(known: &BTreeSet<LinkId>) -> Result<PodNetwork, NetworkError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()
@@ -135,10 +163,13 @@ fn take_over(known: &BTreeSet<String>) -> Result<PodNetwork, NetworkError> {
         // Bound to the namespace of this thread, as every socket made here.
         let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Thread)?;
         let connection = tokio::spawn(connection);
-        let FoundNetwork { links, guest } = inspect::read(&handle).await?;
+        let FoundNetwork { links, all, guest } = inspect::read(&handle).await?;
 
         let mut nics = Vec::new();
-        for link in links.into_iter().filter(|link| !known.contains(&link.name)) {
+        for link in links {
+            if known.contains(&link.id()) {
+                continue;
+            }
             let mtu = u16::try_from(link.mtu)
                 .ok()
                 .filter(|mtu| *mtu >= 68)
@@ -149,6 +180,7 @@ fn take_over(known: &BTreeSet<String>) -> Result<PodNetwork, NetworkError> {
             let tap = tap::create(&link)?;
             redirect::join(&handle, &link, &tap).await?;
             nics.push(Nic {
+                index: link.index,
                 name: link.name,
                 tap: tap.fd,
                 mac: link.mac,
@@ -156,6 +188,6 @@ fn take_over(known: &BTreeSet<String>) -> Result<PodNetwork, NetworkError> {
             });
         }
         connection.abort();
-        Ok(PodNetwork { nics, guest })
+        Ok(PodNetwork { nics, all, guest })
     })
 }

@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use husk_protocol::agent::{
     Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
     CreateSandboxResponse, DeleteContainerRequest, Empty, Event, ExecRequest, ExecResponse,
-    ProcessRequest, RemoveDeviceRequest, SignalRequest, StatsResponse, Streams, WaitResponse,
-    create_agent,
+    ProcessRequest, RemoveDeviceRequest, SignalRequest, StatsResponse, Streams,
+    UpdateNetworkRequest, WaitResponse, create_agent,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, watch};
@@ -30,6 +30,8 @@ struct Guest {
     events: tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>,
     tell: mpsc::UnboundedSender<Event>,
     off: watch::Sender<bool>,
+    /// What it was told of its network, a word each.
+    network: Mutex<Vec<String>>,
 }
 
 struct Process {
@@ -48,6 +50,7 @@ pub fn serve(connection: UnixStream, ports: Ports) {
         events: tokio::sync::Mutex::new(events),
         tell,
         off,
+        network: Mutex::default(),
     });
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -104,6 +107,12 @@ impl Guest {
                 return Ok(());
             }
             ["die"] => std::process::exit(1),
+            ["network"] => {
+                let told = self.network.lock().unwrap().join(" ");
+                stdout.unwrap().write_all(told.as_bytes()).unwrap();
+                exit.send_replace(Some(0));
+                return Ok(());
+            }
             _ => {}
         }
         let arguments = arguments.clone();
@@ -365,7 +374,30 @@ impl Agent for Guest {
         Ok(Empty::default())
     }
 
-    async fn remove_device(&self, _: &TtrpcContext, _: RemoveDeviceRequest) -> Result<Empty> {
+    async fn remove_device(&self, _: &TtrpcContext, request: RemoveDeviceRequest) -> Result<Empty> {
+        if let [.., last] = request.hardware_address() {
+            let told = format!("gone:{last:02x}");
+            self.network.lock().unwrap().push(told);
+        }
+        Ok(Empty::default())
+    }
+
+    async fn update_network(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateNetworkRequest,
+    ) -> Result<Empty> {
+        let mut told = self.network.lock().unwrap();
+        for interface in &request.network.interfaces {
+            told.push(format!(
+                "{}:{}",
+                interface.name,
+                interface.addresses.join(",")
+            ));
+        }
+        for route in &request.network.routes {
+            told.push(format!("to:{}", route.destination));
+        }
         Ok(Empty::default())
     }
 

@@ -11,6 +11,7 @@ mod containerd;
 mod devices;
 mod ends;
 mod errors;
+mod interfaces;
 mod joined;
 mod lifecycle;
 mod program;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         ends::CASES,
         sandbox::CASES,
         joined::CASES,
+        interfaces::CASES,
         devices::CASES,
         users::CASES,
     ]

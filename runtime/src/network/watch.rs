@@ -1,0 +1,135 @@
+//! Word of changes in a network namespace.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::io::Errno;
+use rustix::net::netlink::SocketAddrNetlink;
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, recv, socket_with};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::NetworkError;
+use super::netns::in_netns;
+
+/// `RTMGRP_*` and `RTNLGRP_*` of linux/rtnetlink.h: of interfaces, addresses, routes
+/// and rules.
+const GROUPS: u32 =
+    LINK | IPV4_ADDRESS | IPV4_ROUTE | IPV4_RULE | IPV6_ADDRESS | IPV6_ROUTE | IPV6_RULE;
+const LINK: u32 = 1;
+const IPV4_ADDRESS: u32 = 0x10;
+const IPV4_ROUTE: u32 = 0x40;
+const IPV4_RULE: u32 = 0x80;
+const IPV6_ADDRESS: u32 = 0x100;
+const IPV6_ROUTE: u32 = 0x400;
+const IPV6_RULE: u32 = 1 << 18;
+
+/// Hears of them from when it is opened on.
+#[derive(Debug)]
+pub struct NetworkWatch(AsyncFd<OwnedFd>);
+
+impl NetworkWatch {
+    /// Of the namespace at `netns`. Blocks for a moment.
+    ///
+    /// # Errors
+    /// The namespace is not there, or the kernel refuses.
+    pub fn open(netns: &Path) -> Result<OwnedFd, NetworkError> {
+        in_netns(netns, || {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            // NETLINK_ROUTE is protocol 0.
+            socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)
+                .and_then(|socket| {
+                    bind(&socket, &SocketAddrNetlink::new(0, GROUPS))?;
+                    Ok(socket)
+                })
+                .map_err(|errno| NetworkError::Watch(errno.into()))
+        })
+    }
+
+    /// Listens on what was opened.
+    ///
+    /// # Errors
+    /// It cannot be polled.
+    pub fn new(socket: OwnedFd) -> Result<Self, NetworkError> {
+        // SAFETY: an OwnedFd is the same open descriptor until it is dropped.
+        let socket = unsafe { AsyncFd::register(socket) };
+        socket
+            .map(Self)
+            .map_err(|error| NetworkError::Watch(error.into()))
+    }
+
+    /// Returns when something has changed since the last time.
+    ///
+    /// # Errors
+    /// The kernel tells no more.
+    pub async fn changed(&self) -> io::Result<()> {
+        let mut word = [0; 4096];
+        self.0
+            .async_io(Interest::READABLE, |socket| {
+                let mut is_first = true;
+                loop {
+                    // What is said is looked up: it may not be all.
+                    match recv(socket, &mut word[..], RecvFlags::empty()) {
+                        Ok(_) | Err(Errno::NOBUFS | Errno::INTR) => is_first = false,
+                        Err(Errno::AGAIN) if !is_first => return Ok(()),
+                        Err(errno) => return Err(errno.into()),
+                    }
+                }
+            })
+            .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sched::{CloneFlags, unshare};
+    use std::process::Command;
+    use std::time::Duration;
+    use tokio::time::timeout;
+
+    #[tokio::test]
+    async fn hears_of_interfaces_and_routes() {
+        let (ready, wait) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let holder = std::thread::spawn(move || {
+            let made = unshare(CloneFlags::CLONE_NEWNET).is_ok();
+            let thread = rustix::thread::gettid().as_raw_nonzero();
+            ready
+                .send(made.then(|| format!("/proc/self/task/{thread}/ns/net")))
+                .unwrap();
+            let _ = ended.recv();
+        });
+        let Some(netns) = wait.recv().unwrap() else {
+            return println!("SKIPPED: no network namespace can be made");
+        };
+        let watch = NetworkWatch::new(NetworkWatch::open(Path::new(&netns)).unwrap()).unwrap();
+        let path = format!(
+            "--net=/proc/{}{}",
+            std::process::id(),
+            &netns["/proc/self".len()..]
+        );
+        for line in [
+            "link set lo up",
+            "route add 10.9.0.0/16 dev lo",
+            "rule add from 10.9.0.1 table 100",
+        ] {
+            while timeout(Duration::from_millis(50), watch.changed())
+                .await
+                .is_ok()
+            {}
+            let mut command = Command::new("nsenter");
+            let done = command.arg(&path).arg("ip").args(line.split(' ')).status();
+            if !done.is_ok_and(|status| status.success()) {
+                return println!("SKIPPED: ip {line}");
+            }
+            let heard = timeout(Duration::from_secs(5), watch.changed()).await;
+            heard
+                .unwrap_or_else(|_| panic!("not told of {line}"))
+                .unwrap();
+        }
+        drop(end);
+        holder.join().unwrap();
+    }
+}
