@@ -21,6 +21,7 @@ mod kernel_file;
 mod kmsg;
 mod lock;
 mod mirror;
+mod names;
 mod netlink;
 mod oci;
 mod pidfd;

@@ -8,16 +8,16 @@ use husk_protocol::agent::{
     Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
     CreateSandboxResponse, DeleteContainerRequest, DialRequest, Empty, Event, ExecRequest,
     ExecResponse, ListProcessesResponse, OomEvent, ProcessInfo, ProcessRequest,
-    RemoveDeviceRequest, RemoveVolumeRequest, ResizePtyRequest, SetVcpusRequest, SetVcpusResponse,
-    SetVolumeRequest, SignalRequest, StatsResponse, UpdateNetworkRequest, UpdateResourcesRequest,
-    WaitResponse, event, remove_device_request::Device,
+    RemoveDeviceRequest, RemoveVolumeRequest, ResizePtyRequest, ServeNamesRequest, SetVcpusRequest,
+    SetVcpusResponse, SetVolumeRequest, SignalRequest, StatsResponse, UpdateNetworkRequest,
+    UpdateResourcesRequest, WaitResponse, event, remove_device_request::Device,
 };
 use tokio::sync::Notify;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::error::{Doing, Error};
 use crate::sandbox::{Sandbox, check_id, parse};
-use crate::{clock, device, events, forward, netlink, oci, storage};
+use crate::{clock, device, events, forward, names, netlink, oci, storage};
 
 /// Answers the shim.
 #[derive(Debug)]
@@ -252,6 +252,16 @@ impl Agent for Service {
     async fn dial(&self, _: &TtrpcContext, request: DialRequest) -> ttrpc::Result<Empty> {
         let dialler = &self.sandbox.around().dialler;
         forward::dial(dialler, request.port, request.host_port).await?;
+        Ok(Empty::new())
+    }
+
+    async fn serve_names(
+        &self,
+        _: &TtrpcContext,
+        request: ServeNamesRequest,
+    ) -> ttrpc::Result<Empty> {
+        let dialler = &self.sandbox.around().dialler;
+        names::serve(dialler, &request.address, request.host_port).await?;
         Ok(Empty::new())
     }
 

@@ -9,6 +9,7 @@ mod guest;
 mod isolation;
 mod lifecycle;
 mod limits;
+mod names;
 mod network;
 mod storage;
 mod streams;
