@@ -3,6 +3,7 @@
 
 pub mod abuse;
 pub mod churn;
+pub mod cli;
 pub mod crash;
 pub mod device;
 pub mod docker;
@@ -227,6 +228,7 @@ pub fn all() -> Vec<&'static Case> {
         docker::CASES,
         abuse::CASES,
         churn::CASES,
+        cli::CASES,
         crash::CASES,
     ]
     .into_iter()

@@ -1,0 +1,62 @@
+//! What a command answers, and the exit codes.
+
+use serde::Serialize;
+
+use crate::text;
+
+/// Done, and all is well.
+pub const DONE: u8 = 0;
+/// Could not be done.
+pub const FAILED: u8 = 1;
+/// No such pod, or several.
+pub const NO_POD: u8 = 3;
+/// What was looked at is wrong.
+pub const WRONG: u8 = 4;
+
+/// For standard output, and the exit code.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Ends with a newline.
+    pub text: String,
+    /// One of the above.
+    pub code: u8,
+}
+
+/// The error of a pod that is not there, or not only one.
+#[derive(Debug)]
+pub struct NoPod(pub String);
+
+impl std::fmt::Display for NoPod {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for NoPod {}
+
+impl Answer {
+    /// All is well.
+    pub fn done(text: String) -> Self {
+        Self { text, code: DONE }
+    }
+
+    /// `value` in JSON.
+    ///
+    /// # Errors
+    /// It cannot be written so.
+    pub fn json(value: &impl Serialize) -> anyhow::Result<Self> {
+        let mut text = text::ascii(&serde_json::to_string_pretty(value)?);
+        text.push('\n');
+        Ok(Self::done(text))
+    }
+
+    /// The same with another exit code.
+    pub fn with_code(self, code: u8) -> Self {
+        Self { code, ..self }
+    }
+}
+
+/// The exit code of an error.
+pub fn code_of(error: &anyhow::Error) -> u8 {
+    if error.is::<NoPod>() { NO_POD } else { FAILED }
+}

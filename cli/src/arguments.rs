@@ -1,0 +1,149 @@
+//! The command line. Its texts are the help, the manual pages and the
+//! completions.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+/// Told by `--help` and in the manual pages.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done, and nothing that was looked at is wrong
+  1  could not be done; standard error says why
+  2  wrong usage
+  3  no such pod, or several of that name
+  4  something that was looked at is wrong: a check, or a configuration";
+
+/// Installs Husk on a node and looks into its pods
+#[derive(Debug, Parser)]
+#[command(name = "husk", version, after_help = EXIT_CODES, max_term_width = 100)]
+#[command(disable_help_subcommand = true)]
+pub struct Arguments {
+    /// Answer in JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List the pods on this node, with their machines
+    Ps,
+    /// Show everything about a pod's machine
+    Inspect {
+        /// Its id or the beginning of it, or NAMESPACE/NAME in Kubernetes
+        pod: String,
+    },
+    /// Show where the start of a pod spent its time
+    Timeline {
+        /// Its id or the beginning of it, or NAMESPACE/NAME in Kubernetes
+        pod: String,
+        /// Draw it as SVG
+        #[arg(long, conflicts_with = "json")]
+        svg: bool,
+    },
+    /// Let containerd, Docker and CRI-O know Husk
+    Install {
+        /// Let pods choose the size of their machine by annotations (io.husk.*)
+        #[arg(long)]
+        pod_annotations: bool,
+        /// Where.
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Take back what `husk install` did
+    Uninstall(Place),
+    /// Print the completions for a shell
+    Completions {
+        /// Which one
+        shell: Shell,
+    },
+    /// Write the manual pages into a directory
+    #[command(hide = true)]
+    Man {
+        /// It must be there
+        dir: PathBuf,
+    },
+    /// Tell whether this node can run pods, and what to do where it cannot
+    Check,
+    /// Show the configuration in effect, and where each value was said
+    Config(ConfigArguments),
+}
+
+/// Where to install what.
+#[derive(Debug, Args)]
+pub struct Place {
+    /// Only for this engine; without it, for each that is on the node
+    #[arg(long = "for", value_name = "ENGINE", value_enum)]
+    pub engines: Vec<Engine>,
+    /// Name for RuntimeClass and for `docker run --runtime`
+    #[arg(long, default_value = "husk")]
+    pub handler: String,
+    /// The node's file system, where it is not this one; nothing is restarted then
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub root: PathBuf,
+    /// Tell what would be written
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Restart engines without asking; else it is asked, or left when nobody can be
+    #[arg(long, short = 'y', conflicts_with = "no_restart")]
+    pub yes: bool,
+    /// Restart nothing
+    #[arg(long)]
+    pub no_restart: bool,
+}
+
+/// A container engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// containerd, for Kubernetes and nerdctl
+    Containerd,
+    /// Docker
+    Docker,
+    /// CRI-O
+    Crio,
+}
+
+impl Engine {
+    /// Its unit of systemd.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Self::Containerd => "containerd",
+            Self::Docker => "docker",
+            Self::Crio => "crio",
+        }
+    }
+}
+
+/// What to do with the configuration.
+#[derive(Debug, Args)]
+pub struct ConfigArguments {
+    /// Tell instead everything that is wrong in FILE
+    #[arg(long, value_name = "FILE", conflicts_with = "reference")]
+    pub check: Option<PathBuf>,
+    /// Print the reference of all keys, in Markdown
+    #[arg(long, conflicts_with = "json")]
+    pub reference: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn takes_json_anywhere() {
+        for line in [["husk", "--json", "ps"], ["husk", "ps", "--json"]] {
+            assert!(Arguments::try_parse_from(line).unwrap().json);
+        }
+    }
+}

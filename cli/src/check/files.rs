@@ -1,0 +1,124 @@
+//! Husk's own files.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use husk_node::config::{Config, ConfigError, Loaded};
+
+use super::{Finding, Node};
+
+/// The shim; containerd finds it by its name in its own PATH.
+const SHIM: &str = "containerd-shim-husk-v2";
+
+/// Where containerd looks mostly.
+const PATH: [&str; 4] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"];
+
+pub fn check(node: &Node, loaded: Result<Loaded, ConfigError>) -> Vec<Finding> {
+    let (config, first) = match loaded {
+        Ok(loaded) => {
+            let found = match loaded.files.len() {
+                0 => "defaults".to_owned(),
+                count => format!("files that are right: {count}"),
+            };
+            (loaded.config, Finding::ok("configuration", found))
+        }
+        Err(error) => {
+            let found = format!("{:#}", anyhow::Error::from(error));
+            let advice = "no pod starts until it is mended: husk config --check FILE";
+            let problem = Finding::problem("configuration", found, advice);
+            (Config::default(), problem)
+        }
+    };
+    let programs = [("VMM", &config.vmm), ("file server", &config.file_server)];
+    let programs = programs.map(|(about, path)| file(node, about, path, true, b"\x7fELF"));
+    let rest = [
+        // newc, as initramfs-buffer-format.rst of the kernel has it.
+        ("initramfs", &config.initramfs, b"070701".as_slice()),
+        ("guest kernel", &config.kernel, b"\x7fELF"),
+    ];
+    let rest = rest.map(|(about, path, magic)| file(node, about, path, false, magic));
+    let mut findings = vec![first, shim(node)];
+    findings.extend(programs);
+    findings.extend(rest);
+    findings
+}
+
+fn shim(node: &Node) -> Finding {
+    let mut dirs = PATH.iter();
+    let found = dirs.find(|dir| node.path(dir).join(SHIM).exists());
+    match found {
+        Some(dir) => {
+            let path = format!("{dir}/{SHIM}");
+            file(node, "shim", Path::new(&path), true, b"\x7fELF")
+        }
+        None => Finding::problem(
+            "shim",
+            format!("no {SHIM} in {}", PATH.join(", ")),
+            "install the package, or put the shim into /usr/bin",
+        ),
+    }
+}
+
+/// A file that begins with `magic`.
+fn file(node: &Node, about: &'static str, path: &Path, runs: bool, magic: &[u8]) -> Finding {
+    const ADVICE: &str = "install the package again, or mend the key of the configuration";
+    let shown = path.display().to_string();
+    let place = node.path(&shown);
+    let read = fs::File::open(&place).and_then(|mut file| {
+        let mut start = vec![0; magic.len()];
+        std::io::Read::read_exact(&mut file, &mut start)?;
+        Ok((start, file.metadata()?.permissions().mode()))
+    });
+    match read {
+        Err(error) => Finding::problem(about, format!("{shown}: {error}"), ADVICE),
+        Ok((start, _)) if start != magic => {
+            Finding::problem(about, format!("{shown} is something else"), ADVICE)
+        }
+        Ok((_, mode)) if runs && mode & 0o111 == 0 => Finding::problem(
+            about,
+            format!("{shown} is not executable"),
+            format!("chmod 755 {shown}"),
+        ),
+        // Who can replace it is root on this node.
+        Ok((_, mode)) if mode & 0o022 != 0 => Finding::warning(
+            about,
+            format!("{shown} may be written by others than its owner"),
+            format!("chmod go-w {shown}"),
+        ),
+        Ok(_) => Finding::ok(about, shown),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::Verdict::{self, Ok as Fine, Problem, Warning};
+    use std::fs::Permissions;
+
+    #[test]
+    fn knows_what_belongs_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = Node::at(dir.path());
+        let put = |path: &str, text: &str, mode: u32| {
+            let path = node.path(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        };
+        let verdicts = || -> Vec<Verdict> {
+            let findings = check(&node, Ok(Loaded::default()));
+            findings.iter().map(|finding| finding.verdict).collect()
+        };
+        assert_eq!(
+            verdicts(),
+            [Fine, Problem, Problem, Problem, Problem, Problem]
+        );
+        put("/usr/bin/containerd-shim-husk-v2", "\x7fELF…", 0o755);
+        put("/usr/libexec/husk/husk-vmm", "\x7fELF…", 0o644);
+        put("/usr/libexec/husk/husk-fs", "\x7fELF…", 0o777);
+        put("/usr/share/husk/vmlinux", "MZ a bzImage", 0o644);
+        put("/usr/share/husk/initramfs.cpio", "0707010000", 0o644);
+        assert_eq!(verdicts(), [Fine, Fine, Problem, Warning, Fine, Problem]);
+    }
+}

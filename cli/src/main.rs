@@ -1,0 +1,66 @@
+//! `husk`: what an operator of a node needs besides containerd.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+mod answer;
+mod arguments;
+mod check;
+mod config;
+mod inspect;
+mod install;
+mod manual;
+mod memory;
+mod pods;
+mod ps;
+mod text;
+mod timeline;
+
+use answer::Answer;
+use arguments::{Arguments, Command};
+use install::Task;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let answer = match run(arguments) {
+        Ok(answer) => answer,
+        Err(error) => {
+            eprintln!("husk: {}", text::plain(&format!("{error:#}")));
+            return ExitCode::from(answer::code_of(&error));
+        }
+    };
+    match io::stdout().write_all(answer.text.as_bytes()) {
+        // Whoever reads may have seen enough.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            eprintln!("husk: standard output: {error}");
+            ExitCode::from(answer::FAILED)
+        }
+        _ => ExitCode::from(answer.code),
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<Answer> {
+    let json = arguments.json;
+    match arguments.command {
+        Command::Install {
+            pod_annotations,
+            place,
+        } => {
+            let task = match pod_annotations {
+                true => Task::InstallWithAnnotations,
+                false => Task::Install,
+            };
+            install::run(&place, task, json)
+        }
+        Command::Uninstall(place) => install::run(&place, Task::Uninstall, json),
+        Command::Completions { shell } => manual::completions(shell),
+        Command::Man { dir } => manual::pages(&dir),
+        Command::Check => check::run(json),
+        Command::Config(asked) => config::run(&asked, json),
+        Command::Ps => ps::run(json),
+        Command::Inspect { pod } => inspect::run(&pod, json),
+        Command::Timeline { pod, svg } => timeline::run(&pod, svg, json),
+    }
+}

@@ -1,0 +1,129 @@
+//! The program as an operator calls it: what it prints where, and how it exits.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// A node's configuration and state directory of its own.
+struct Node(tempfile::TempDir);
+
+impl Node {
+    fn new() -> Self {
+        let node = Self(tempfile::tempdir().unwrap());
+        let state = node.path().join("state");
+        node.configure(&format!("state_dir = '{}'\n", state.display()));
+        node
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn configure(&self, text: &str) {
+        fs::write(self.path().join("config.toml"), text).unwrap();
+    }
+
+    fn husk(&self, words: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
+        command
+            .args(words)
+            .env("HUSK_CONFIG", self.path().join("config.toml"));
+        command.output().unwrap()
+    }
+
+    fn pod(&self, id: &str, state: &str) {
+        let dir = self.path().join("state/k8s.io").join(id);
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("state.json"), state).unwrap();
+    }
+}
+
+fn out(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+fn json(output: &Output) -> serde_json::Value {
+    serde_json::from_str(out(output)).unwrap()
+}
+
+#[track_caller]
+fn expect(output: &Output, code: i32, complaint: &str) {
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{error}");
+    assert!(error.contains(complaint), "{error:?} lacks {complaint:?}");
+    assert_eq!(error.is_empty(), complaint.is_empty(), "{error}");
+}
+
+#[test]
+fn exit_codes_are_as_documented() {
+    let node = Node::new();
+    expect(&node.husk(&["ps"]), 0, "");
+    expect(&node.husk(&["inspect", "none"]), 3, "husk ps");
+    expect(&node.husk(&["surprise"]), 2, "Usage");
+    expect(
+        &node.husk(&["timeline", "a", "--svg", "--json"]),
+        2,
+        "--svg",
+    );
+    let file = node.path().join("new.toml");
+    fs::write(&file, "kernle = '/k'").unwrap();
+    let checked = node.husk(&["config", "--check", file.to_str().unwrap()]);
+    expect(&checked, 4, "");
+    assert!(out(&checked).contains("line 1: unknown key `kernle`"));
+    node.configure("first_uid = 1");
+    expect(&node.husk(&["ps"]), 1, "first_uid");
+    let help = node.husk(&["--help"]);
+    assert!(out(&help).contains("Exit codes:") && out(&help).contains("3  no such pod"));
+}
+
+#[test]
+fn an_abandoned_pod_is_shown() {
+    let node = Node::new();
+    node.pod(
+        "0123abc",
+        r#"{"shim": {"pid": 1, "start_ticks": 1}, "machine": {"vcpus": 2, "memory_mib": 700},
+            "timeline": {"request_ns": 1000000, "vmm_exec_ns": 3000000}}"#,
+    );
+    // Written by nobody we know.
+    node.pod("9999", "not JSON");
+    let list = node.husk(&["ps"]);
+    expect(&list, 0, "");
+    assert_eq!(out(&list).lines().count(), 2, "{}", out(&list));
+    assert!(out(&list).contains("0123abc") && out(&list).contains("abandoned"));
+    assert_eq!(json(&node.husk(&["ps", "--json"]))[0]["memory_mib"], 700);
+    let shown = node.husk(&["inspect", "0123"]);
+    assert!(out(&shown).contains("k8s.io/0123abc"), "{}", out(&shown));
+    let stages = json(&node.husk(&["--json", "timeline", "0123abc"]));
+    assert_eq!(stages["stages"][0]["to_ns"], 2_000_000);
+    let drawn = node.husk(&["timeline", "0123abc", "--svg"]);
+    assert!(out(&drawn).starts_with("<svg "));
+}
+
+#[test]
+fn the_configuration_in_effect_is_shown() {
+    let node = Node::new();
+    node.configure("\nkernel_parameters = 'quiet'\n");
+    let shown = json(&node.husk(&["config", "--json"]));
+    let keys = shown["keys"].as_array().unwrap();
+    let key = |name| keys.iter().find(|key| key["key"] == name).unwrap();
+    assert_eq!(key("kernel_parameters")["from"]["line"], 2);
+    assert!(key("kernel")["from"].is_null());
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md");
+    let reference = node.husk(&["config", "--reference"]);
+    assert_eq!(out(&reference), fs::read_to_string(page).unwrap());
+}
+
+#[test]
+fn whoever_reads_may_stop() {
+    let node = Node::new();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
+    command
+        .args(["config"])
+        .env("HUSK_CONFIG", node.path().join("config.toml"));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = command.stdout(writer).output().unwrap();
+    assert!(output.stderr.is_empty() && output.status.success());
+}
