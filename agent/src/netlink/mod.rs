@@ -35,6 +35,7 @@ const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_NET_NS_FD: u16 = 28;
+const IFLA_PERM_ADDRESS: u16 = 54;
 const IFLA_PARENT_DEV_NAME: u16 = 56;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
@@ -148,6 +149,8 @@ struct Link {
     index: u32,
     name: String,
     address: Vec<u8>,
+    /// The one that the machine gave it; the pod may have given it another.
+    first_address: Option<Vec<u8>>,
     /// Made by software on top of others, whose address it may have.
     is_virtual: bool,
     /// By its name on its bus.
@@ -172,6 +175,8 @@ fn links(socket: &RouteSocket) -> io::Result<Vec<Link>> {
             address: message::find_attribute(attributes, IFLA_ADDRESS)
                 .unwrap_or_default()
                 .to_vec(),
+            first_address: message::find_attribute(attributes, IFLA_PERM_ADDRESS)
+                .map(<[u8]>::to_vec),
             is_virtual: message::find_attribute(attributes, IFLA_LINKINFO).is_some(),
             device: text(IFLA_PARENT_DEV_NAME),
         });
@@ -180,7 +185,11 @@ fn links(socket: &RouteSocket) -> io::Result<Vec<Link>> {
 }
 
 fn by_address<'a>(links: &'a [Link], address: &[u8]) -> Option<&'a Link> {
-    let same = || links.iter().filter(|link| link.address == address);
+    let is_its = |link: &&Link| match &link.first_address {
+        Some(first) => first == address,
+        None => link.address == address,
+    };
+    let same = || links.iter().filter(is_its);
     same()
         .find(|link| !link.is_virtual)
         .or_else(|| same().next())
