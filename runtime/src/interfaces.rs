@@ -264,7 +264,7 @@ mod tests {
         let routes = vec![route("", "eth0"), route("10.9.0.0/16", "eth1")];
         let second = network(vec![eth0, eth1.clone()], routes);
         let told = news(&first, &second);
-        assert_eq!(told.interfaces, [eth1.clone()]);
+        assert_eq!(told.interfaces, std::slice::from_ref(&eth1));
         assert_eq!(told.routes, [route("10.9.0.0/16", "eth1")]);
         assert!(told.rules.is_empty());
         // One that comes again as it was is new all the same.
