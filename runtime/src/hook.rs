@@ -4,14 +4,22 @@
 //! Those of the container's own program, `startContainer`, are the guest's to run.
 //! `createContainer` names programs of the node's for the container's namespaces,
 //! which are the guest's: nobody can run them.
+//!
+//! They run among the node's mounts, not the shim's: what they mount is for
+//! others.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::ffi::CString;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
 
+use nix::sched::{CloneFlags, setns};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -24,6 +32,9 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// How long what a hook has said is waited for when it has ended: a child of its
 /// may hold the pipe.
 const AFTER_END: Duration = Duration::from_millis(200);
+
+/// The node's mounts, of a shim that has its own.
+static NODE_MOUNTS: OnceLock<File> = OnceLock::new();
 
 /// A file of a bundle that is there as long as the container's poststop hooks have
 /// yet to run.
@@ -179,6 +190,34 @@ impl ContainerHooks {
     }
 }
 
+/// Has hooks run where the mounts are those of now: the caller is about to have
+/// its own.
+///
+/// # Errors
+/// No descriptor is free.
+pub fn keep_node_mounts() -> io::Result<()> {
+    let mounts = File::open("/proc/self/ns/mnt")?;
+    NODE_MOUNTS.get_or_init(|| mounts);
+    Ok(())
+}
+
+/// Has a program run among the node's mounts, in the same directory.
+fn among_node_mounts(command: &mut Command) -> io::Result<()> {
+    let Some(mounts) = NODE_MOUNTS.get() else {
+        return Ok(());
+    };
+    let directory = std::env::current_dir()?.into_os_string().into_vec();
+    let directory = CString::new(directory)?;
+    let enter = move || {
+        setns(mounts.as_fd(), CloneFlags::CLONE_NEWNS)?;
+        rustix::process::chdir(directory.as_c_str())?;
+        Ok(())
+    };
+    // SAFETY: two system calls on what was made before.
+    unsafe { command.pre_exec(enter) };
+    Ok(())
+}
+
 async fn run_all(turn: &'static str, hooks: Option<&[Hook]>, state: &[u8]) {
     for hook in hooks.unwrap_or_default() {
         if let Err(error) = hook.run(turn, state).await {
@@ -226,6 +265,7 @@ impl Hook {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
+        among_node_mounts(&mut command)?;
         let mut child = command.spawn()?;
         let (stdin, stderr) = (child.stdin.take(), child.stderr.take());
         let complaint = stderr.map(|stderr| tokio::spawn(take_in(stderr)));

@@ -18,6 +18,7 @@ use ttrpc::asynchronous::transport::Listener;
 use crate::config::{Config, ConfigError};
 use crate::event::Publisher;
 use crate::flags::Flags;
+use crate::hook;
 use crate::id::{Id, IdError};
 use crate::log;
 use crate::pod::{Pod, PodSettings};
@@ -153,6 +154,7 @@ fn hold_descriptor_3() -> io::Result<()> {
 /// Whatever this process mounts goes with it; what the node mounts still
 /// arrives.
 fn own_mounts() -> io::Result<()> {
+    hook::keep_node_mounts()?;
     // SAFETY: no shared descriptor table is given up.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS)? };
     let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;

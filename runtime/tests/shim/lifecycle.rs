@@ -446,7 +446,11 @@ fn hooks() {
     block_on(async {
         let node = Node::new().await;
         let log = node.path("hooks");
-        let writes = |turn: &str| hook(&format!("echo {turn} >> {}; cat >> {0}", log.display()));
+        let writes = |turn: &str| {
+            let mounts = "readlink /proc/self/ns/mnt; pwd";
+            let log = log.display();
+            hook(&format!("(echo {turn}; {mounts}; cat) >> {log}"))
+        };
         let bundle = node.bundle("h1", &["sleep"]).with(|spec| {
             spec["hooks"] = json!({
                 "prestart": writes("prestart"), "createRuntime": writes("createRuntime"),
@@ -470,6 +474,10 @@ fn hooks() {
         assert!(!logged().contains("poststop"), "{}", logged());
         shim.delete("h1", "").await.unwrap();
         assert!(logged().contains("poststop\n"), "{}", logged());
+        // All were among the node's mounts, in the bundle.
+        let mounts = std::fs::read_link("/proc/self/ns/mnt").unwrap();
+        let place = format!("{}\n{}\n", mounts.display(), bundle.dir.display());
+        assert_eq!(logged().matches(&place).count(), 4, "{}", logged());
         shim.shut_down("h1").await;
         shim.assert_gone().await;
         node.assert_clean();
