@@ -6,7 +6,9 @@
     reason = "a helper that fails is a test that fails"
 )]
 
+mod attack;
 mod devices;
+mod driver;
 mod harness;
 mod hostile;
 mod hotplug;
