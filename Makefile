@@ -1,7 +1,7 @@
 # Everything that is made stays under target/. See `make help`.
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest-image demo test bench check
+.PHONY: help setup build guest-image package demo test bench check
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ build: ## the binaries, static, in target/release
 guest-image: build ## guest kernel and initramfs, with sizes and hashes
 	@tests/setup/install kernel
 	@guest-image/build
+
+package: build guest-image ## a Debian package and a tarball in target/package
+	@package/build
 
 demo: build guest-image ## a container and a pod in VMs, shown from inside and outside
 	@tests/demo/run

@@ -42,6 +42,9 @@ pub enum Task {
     Uninstall,
 }
 
+/// Stands in a file for which its directory was made.
+const DIR_TOO: &str = "# Its directory was made for it.\n";
+
 /// A file as it should become.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
@@ -99,9 +102,10 @@ impl Files {
         let place = self.place(&change.path);
         let what = || format!("write {}", change.path);
         let Some(content) = &change.content else {
+            let was = fs::read_to_string(&place).unwrap_or_default();
             fs::remove_file(&place).with_context(what)?;
-            // Mostly made for this file; others' files keep it.
-            let dir = place.parent().filter(|dir| dir.ends_with("conf.d"));
+            // Files of others keep it.
+            let dir = place.parent().filter(|_| was.contains(DIR_TOO));
             let _ = dir.map(fs::remove_dir);
             return Ok(());
         };

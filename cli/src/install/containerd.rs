@@ -10,7 +10,7 @@ use anyhow::{Context, bail, ensure};
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
-use super::{Change, Files, Handler};
+use super::{Change, DIR_TOO, Files, Handler};
 
 const FILE: &str = "/etc/containerd/config.toml";
 const DROP_INS: &str = "/etc/containerd/conf.d";
@@ -57,7 +57,7 @@ pub fn install(files: &Files, handler: &Handler) -> anyhow::Result<Vec<Change>> 
     let main = match &clean {
         // containerd 2.2 and later reads drop-ins without a file of its own.
         None if written.is_none() && files.has(DROP_INS) => {
-            changes.push(drop_in(handler));
+            changes.push(drop_in(files, handler)?);
             None
         }
         None => Some(format!(
@@ -70,7 +70,7 @@ pub fn install(files: &Files, handler: &Handler) -> anyhow::Result<Vec<Change>> 
                 Some(2) => Some(with_block(files, text, &parsed, handler)?),
                 Some(3..) => {
                     refuse_twice(&parsed, 3, handler)?;
-                    changes.push(drop_in(handler));
+                    changes.push(drop_in(files, handler)?);
                     Some(with_import(text, &parsed)?)
                 }
                 _ => bail!(
@@ -111,14 +111,19 @@ pub fn uninstall(files: &Files) -> anyhow::Result<Vec<Change>> {
     changes_only(files, changes)
 }
 
-fn drop_in(handler: &Handler) -> Change {
-    Change {
+fn drop_in(files: &Files, handler: &Handler) -> anyhow::Result<Change> {
+    let earlier = files.read(DROP_IN)?.unwrap_or_default();
+    let dir_too = match !files.has(DROP_INS) || earlier.contains(DIR_TOO) {
+        true => DIR_TOO,
+        false => "",
+    };
+    Ok(Change {
         path: DROP_IN.to_owned(),
         content: Some(format!(
-            "{MADE}version = 3\n\n{}",
+            "{MADE}{dir_too}version = 3\n\n{}",
             handler_lines(3, handler)
         )),
-    }
+    })
 }
 
 /// Those that change something.

@@ -42,6 +42,7 @@ impl Node {
             for entry in fs::read_dir(dir).unwrap() {
                 let path = entry.unwrap().path();
                 if path.is_dir() {
+                    all.push((path.clone(), "a directory".to_owned()));
                     dirs.push(path);
                 } else {
                     let text = fs::read_to_string(&path).unwrap();
@@ -200,14 +201,15 @@ fn docker_keeps_what_others_wrote() {
         config,
         json!({"debug": true, "runtimes": {"crun": {"path": "/c"}}})
     );
-    assert_eq!(node.all().len(), 1);
+    assert!(!node.files().has("/etc/docker/daemon.json.before-husk"));
     let other = Node::with(&[(FILE, "{\"runtimes\": {\"husk\": {\"path\": \"/c\"}}}")]);
     assert!(other.run(Engine::Docker, Task::Install).is_err());
 }
 
 #[test]
 fn crio_gets_a_drop_in() {
-    Node::with(&[("/etc/crio/crio.conf", "[crio]\n")]).there_and_back(Engine::Crio);
+    let node = Node::with(&[("/etc/crio/crio.conf.d/10-crun.conf", "[crio]\n")]);
+    node.there_and_back(Engine::Crio);
 }
 
 #[test]
