@@ -14,7 +14,7 @@ use crate::clean::pids;
 const LOOK: Duration = Duration::from_secs(2);
 
 /// Lines of them that are told.
-const EXITS: usize = 60;
+const EXITS: usize = 24;
 
 /// Where the kernel's events are read. Not every node has it mounted.
 const TRACING: &str = "/sys/kernel/tracing";
