@@ -50,6 +50,9 @@ const ENVELOPE: u64 = 4096;
 /// Longest text taken from the agent, characters.
 const TEXT: usize = 2048;
 
+/// The largest code that a process can end with, by itself or by a signal.
+const EXIT_CODE_MOST: u32 = 255;
+
 /// The pod's agent.
 #[derive(Clone)]
 pub struct Agent {
@@ -204,7 +207,7 @@ impl Agent {
             .await
             .map_err(|error| AgentError::new("Wait", error))?;
         Ok(End {
-            exit: Exit::now(response.exit_code),
+            exit: Exit::now(response.exit_code.min(EXIT_CODE_MOST)),
             oom_killed: response.oom_killed,
             written: Some(Written {
                 stdout: response.stdout_bytes,

@@ -13,6 +13,7 @@ mod ends;
 mod errors;
 mod interfaces;
 mod joined;
+mod liar;
 mod lifecycle;
 mod program;
 mod sandbox;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         interfaces::CASES,
         devices::CASES,
         users::CASES,
+        liar::CASES,
     ]
     .concat();
     if !rustix::process::geteuid().is_root() {
