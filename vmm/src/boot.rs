@@ -111,6 +111,11 @@ pub fn boot(
         )?),
         None => None,
     };
+    let filled = layout::filled_at_boot(ram, initramfs.map(|initramfs| initramfs.start));
+    memory::populate(
+        &memory,
+        memory::large_page_of(filled.start)..memory::large_page_of(filled.end),
+    );
     boot_params::write(&memory, ram, &spec.boot.command_line, initramfs)?;
     let table = |what| move |source| BootError::Table { what, source };
     mptable::write(&memory, spec.vcpus.max).map_err(table("the MP table"))?;

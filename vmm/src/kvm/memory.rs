@@ -3,15 +3,23 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::ptr;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::{MapFlags, ProtFlags};
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
 };
 
 use crate::arch::x86_64::layout;
+
+/// A large page of the host's memory, and of its tables for the guest.
+const LARGE_PAGE: u64 = 2 << 20;
 
 /// Guest memory that could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +30,17 @@ pub enum MemoryError {
         /// The system call.
         step: &'static str,
         /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no address space for a part of it.
+    #[error("find {bytes} bytes of addresses for guest memory at {gpa:#x}")]
+    Addresses {
+        /// Where the guest sees it.
+        gpa: u64,
+        /// How long it is.
+        bytes: u64,
+        /// Why there are none.
         #[source]
         source: io::Error,
     },
@@ -60,13 +79,21 @@ pub fn create(mib: u32, pluggable_mib: u32) -> Result<GuestMemoryMmap, MemoryErr
             bytes: length,
             source,
         };
-        let mapping = MmapRegion::build(
-            Some(FileOffset::from_arc(Arc::clone(&file), offset)),
-            length as usize,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED | libc::MAP_NORESERVE,
-        )
-        .map_err(map_error)?;
+        let mapping = map(&file, offset, length).map_err(|source| MemoryError::Addresses {
+            gpa: range.start,
+            bytes: length,
+            source,
+        })?;
+        // SAFETY: these bytes were just mapped, and are never unmapped.
+        let mapping = unsafe {
+            MmapRegionBuilder::new(length as usize)
+                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .with_raw_mmap_pointer(mapping)
+                .build()
+        };
+        let mapping = mapping.map_err(map_error)?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
             .ok_or_else(|| map_error(vm_memory::mmap::MmapRegionError::InvalidOffsetLength))?;
         regions.push(region);
@@ -75,9 +102,88 @@ pub fn create(mib: u32, pluggable_mib: u32) -> Result<GuestMemoryMmap, MemoryErr
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)
 }
 
-/// Copies `bytes` of `file` from `offset` on to `gpa`. The copy goes from file to
-/// file inside the host's kernel: reading into the mapping would fault on each
-/// of its pages.
+/// Maps `bytes` of `file` from `offset` on at the beginning of a large page, for
+/// as long as this process lives: the kernel uses large pages where the addresses
+/// of file, process and guest agree in what is below them.
+fn map(file: &File, offset: u64, bytes: u64) -> io::Result<*mut u8> {
+    let (length, large) = (bytes as usize, LARGE_PAGE as usize);
+    let whole = length
+        .checked_add(large)
+        .ok_or(io::ErrorKind::OutOfMemory)?;
+    let none = (ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE);
+    // SAFETY: new addresses, which nobody else knows.
+    let reserved = unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), whole, none.0, none.1)? };
+    let before = reserved.align_offset(large);
+    let start = reserved.wrapping_byte_add(before);
+    // SAFETY: all of it lies in what was reserved, and nothing refers to it yet.
+    unsafe {
+        rustix::mm::mmap(
+            start,
+            length,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED,
+            file,
+            offset,
+        )?;
+        if before > 0 {
+            rustix::mm::munmap(reserved, before)?;
+        }
+        rustix::mm::munmap(start.wrapping_byte_add(length), large - before)?;
+    }
+    Ok(start.cast())
+}
+
+/// The beginning of a large page at `gpa` or next behind it.
+pub fn next_large_page(gpa: u64) -> u64 {
+    gpa.checked_next_multiple_of(LARGE_PAGE).unwrap_or(gpa)
+}
+
+/// The beginning of the large page that `gpa` lies in.
+pub fn large_page_of(gpa: u64) -> u64 {
+    gpa / LARGE_PAGE * LARGE_PAGE
+}
+
+/// Makes the memory at `range` exist at once, the whole large pages in it as
+/// such where the host has them: each small page that the guest is the first to
+/// touch costs an exit and two page faults. For what is filled or used soon in
+/// any case. A host that cannot do so gives the pages one by one, when touched.
+pub fn populate(memory: &GuestMemoryMmap, range: Range<u64>) {
+    let Some(region) = memory.find_region(GuestAddress(range.start)) else {
+        return;
+    };
+    let region_start = region.start_addr().0;
+    let range =
+        range.start - region_start..range.end.min(region_start + region.len()) - region_start;
+    if range.is_empty() {
+        return;
+    }
+    let large = next_large_page(range.start)..large_page_of(range.end);
+    for page in large.clone().step_by(LARGE_PAGE as usize) {
+        // The kernel takes a large page for one that has been touched.
+        let _ = memory.read_obj::<u8>(GuestAddress(region_start + page));
+    }
+    let advise = |range: Range<u64>, advice| {
+        // SAFETY: the range lies in the mapping, whose content stays as it is.
+        let address = unsafe { region.as_ptr().add(range.start as usize) };
+        // SAFETY: as above.
+        let result =
+            unsafe { libc::madvise(address.cast(), (range.end - range.start) as usize, advice) };
+        result == 0
+    };
+    // Linux 6.1. Whatever /sys/kernel/mm/transparent_hugepage/shmem_enabled says.
+    let is_large = !large.is_empty() && advise(large.clone(), libc::MADV_COLLAPSE);
+    let small = if is_large {
+        [range.start..large.start, large.end..range.end]
+    } else {
+        [range, 0..0]
+    };
+    for range in small.into_iter().filter(|range| !range.is_empty()) {
+        // Linux 5.14.
+        let _ = advise(range, libc::MADV_POPULATE_WRITE);
+    }
+}
+
+/// Reads `bytes` of `file` from `offset` on to `gpa`, which is best populated.
 ///
 /// # Errors
 /// The file is shorter, cannot be read, or there is no such memory.
@@ -88,28 +194,32 @@ pub fn copy_in(
     offset: u64,
     bytes: u64,
 ) -> io::Result<()> {
-    let region = memory.find_region(GuestAddress(gpa));
-    let found = region.and_then(|region| {
-        let at = gpa.checked_sub(region.start_addr().0)?;
-        let fits = at.checked_add(bytes)? <= region.len();
-        fits.then_some((region.file_offset()?, at))
-    });
-    let Some((memory_file, at)) = found else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    rustix::fs::seek(
-        memory_file.file(),
-        SeekFrom::Start(memory_file.start() + at),
-    )?;
-    let mut from = offset;
-    let mut left = bytes;
-    while left > 0 {
-        let most = usize::try_from(left).unwrap_or(usize::MAX);
-        match rustix::fs::sendfile(memory_file.file(), file, Some(&mut from), most) {
+    let length = usize::try_from(bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let slice = memory
+        .get_slice(GuestAddress(gpa), length)
+        .map_err(|_| io::ErrorKind::InvalidInput)?;
+    let to = slice.ptr_guard_mut();
+    let mut done = 0;
+    while done < length {
+        let from = i64::try_from(offset + done as u64).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: the slice has `length` bytes, of which `done` are behind us.
+        let read = unsafe {
+            libc::pread(
+                file.as_raw_fd(),
+                to.as_ptr().add(done).cast(),
+                length - done,
+                from,
+            )
+        };
+        match usize::try_from(read) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(copied) => left = left.saturating_sub(copied as u64),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+            Ok(read) => done += read,
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
         }
     }
     Ok(())
@@ -157,6 +267,59 @@ mod tests {
         let region = memory.find_region(GuestAddress(4 << 30)).unwrap();
         assert_eq!((memory.num_regions(), region.len()), (2, 128 << 20));
         assert_eq!(region.file_offset().unwrap().start(), 64 << 20);
+    }
+
+    /// Where the file has pages: their first byte, and the first behind them.
+    fn data(memory: &GuestMemoryMmap) -> Range<u64> {
+        let region = memory.find_region(GuestAddress(0)).unwrap();
+        let file = region.file_offset().unwrap().file();
+        let start = rustix::fs::seek(file, rustix::fs::SeekFrom::Data(0)).unwrap();
+        let end = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(start)).unwrap();
+        start..end
+    }
+
+    #[test]
+    fn memory_begins_at_a_large_page() {
+        let memory = create(3 * 1024 + 64, 128).unwrap();
+        for region in memory.iter() {
+            assert_eq!(region.as_ptr() as u64 % LARGE_PAGE, 0);
+        }
+    }
+
+    #[test]
+    fn populated_memory_exists_and_keeps_its_content() {
+        let memory = create(64, 0).unwrap();
+        memory.write_obj(7_u8, GuestAddress(5 << 20)).unwrap();
+        let range = (3 << 20)..(9 << 20) + 4096;
+        populate(&memory, range.clone());
+        assert_eq!(data(&memory), range);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(5 << 20)).unwrap(), 7);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(9 << 20)).unwrap(), 0);
+    }
+
+    #[test]
+    fn what_is_no_memory_is_not_populated() {
+        let memory = create(64, 0).unwrap();
+        populate(&memory, 1 << 40..1 << 41);
+        populate(&memory, 4096..4096);
+        populate(&memory, 63 << 20..80 << 20);
+        assert_eq!(data(&memory), 63 << 20..64 << 20);
+    }
+
+    #[test]
+    fn a_file_that_is_too_short_or_long_is_refused() {
+        let memory = create(64, 0).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        copy_in(&memory, 4096, &file, 4096, 4096).unwrap();
+        let kind = |gpa, bytes| {
+            copy_in(&memory, gpa, &file, 4096, bytes)
+                .unwrap_err()
+                .kind()
+        };
+        assert_eq!(kind(4096, 4097), io::ErrorKind::UnexpectedEof);
+        assert_eq!(kind((64 << 20) - 4095, 4096), io::ErrorKind::InvalidInput);
+        assert_eq!(kind(4096, u64::MAX), io::ErrorKind::InvalidInput);
     }
 
     #[test]

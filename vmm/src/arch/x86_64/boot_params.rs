@@ -80,6 +80,7 @@ pub fn load_initramfs(
     if start < kernel.end {
         return Err(no_room());
     }
+    memory::populate(memory, memory::large_page_of(start)..memory_end);
     memory::copy_in(memory, start, file, 0, bytes).map_err(LoadError::InitramfsRead)?;
     Ok(Initramfs { start, bytes })
 }

@@ -75,9 +75,17 @@ pub fn load(memory: &GuestMemoryMmap, file: &File) -> Result<Kernel, ElfError> {
     }
     let entry = fields.u64(24);
     let segments = segments(file, fields.u64(32), fields.u16(56))?;
-    let mut end = 0;
+    let (mut start, mut end) = (u64::MAX, 0);
     for segment in &segments {
-        end = end.max(copy(memory, file, segment)?);
+        start = start.min(segment.address);
+        end = end.max(end_of(memory, segment)?);
+    }
+    for range in layout::used_early(start..end) {
+        memory::populate(memory, range);
+    }
+    for segment in &segments {
+        let (offset, bytes) = (segment.file_offset, segment.file_bytes);
+        memory::copy_in(memory, segment.address, file, offset, bytes).map_err(ElfError::Read)?;
     }
     let starts = |s: &Segment| (s.address..s.address + s.file_bytes).contains(&entry);
     if !segments.iter().any(starts) {
@@ -107,8 +115,8 @@ fn segments(file: &File, offset: u64, count: u16) -> Result<Vec<Segment>, ElfErr
         .collect())
 }
 
-/// Answers where the segment ends.
-fn copy(memory: &GuestMemoryMmap, file: &File, segment: &Segment) -> Result<u64, ElfError> {
+/// Where the segment ends, if all of it is memory.
+fn end_of(memory: &GuestMemoryMmap, segment: &Segment) -> Result<u64, ElfError> {
     let nowhere = ElfError::Address {
         what: "a segment",
         address: segment.address,
@@ -122,14 +130,6 @@ fn copy(memory: &GuestMemoryMmap, file: &File, segment: &Segment) -> Result<u64,
     if segment.address < layout::HIGH_MEMORY || end > region.start_addr().0 + region.len() {
         return Err(nowhere);
     }
-    memory::copy_in(
-        memory,
-        segment.address,
-        file,
-        segment.file_offset,
-        segment.file_bytes,
-    )
-    .map_err(ElfError::Read)?;
     Ok(end)
 }
 
