@@ -1,6 +1,6 @@
 //! The function at 0:0.0. Kernels look for it to believe in the bus.
 
-use husk_virtio::pci::{Bar, ConfigSpace, Identity, PciFunction};
+use husk_virtio::pci::{Bar, ConfigSpace, FunctionState, Identity, PciFunction, StateError};
 
 /// Red Hat's generic host bridge: no kernel has a quirk for it.
 const IDENTITY: Identity = Identity {
@@ -45,4 +45,18 @@ impl PciFunction for HostBridge {
     fn read_bar(&mut self, _bar: u8, _offset: u64, _data: &mut [u8]) {}
 
     fn write_bar(&mut self, _bar: u8, _offset: u64, _data: &[u8]) {}
+
+    fn save(&self) -> Result<FunctionState, StateError> {
+        Ok(FunctionState {
+            config: self.0.save(),
+            virtio: None,
+        })
+    }
+
+    fn restore(&mut self, saved: &FunctionState) -> Result<(), StateError> {
+        if saved.virtio.is_some() {
+            return Err(StateError::Unlike("device"));
+        }
+        self.0.restore(&saved.config)
+    }
 }

@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use husk_virtio::pci::{Bar, BarKind, ConfigSpace, Identity, PciFunction};
+use husk_virtio::pci::{
+    Bar, BarKind, ConfigSpace, FunctionState, Identity, PciFunction, StateError,
+};
 use husk_vmm_spec::ExitReason;
 
 use crate::exit::ExitLatch;
@@ -68,5 +70,19 @@ impl PciFunction for PvPanic {
         } else if event & SHUTDOWN != 0 {
             self.exit.set(ExitReason::Shutdown);
         }
+    }
+
+    fn save(&self) -> Result<FunctionState, StateError> {
+        Ok(FunctionState {
+            config: self.config.save(),
+            virtio: None,
+        })
+    }
+
+    fn restore(&mut self, saved: &FunctionState) -> Result<(), StateError> {
+        if saved.virtio.is_some() {
+            return Err(StateError::Unlike("device"));
+        }
+        self.config.restore(&saved.config)
     }
 }

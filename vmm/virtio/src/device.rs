@@ -71,6 +71,10 @@ pub trait VirtioDevice: Send {
     /// is active this goes to [`Worker::control`]. The default ignores it.
     fn control(&mut self, _message: Box<dyn Any + Send>) {}
 
+    /// The driver was saved when it was ready, and goes on with this device, which
+    /// [`VirtioDevice::activate`] follows.
+    fn restored(&mut self) {}
+
     /// The driver is ready: hands out the working half.
     ///
     /// # Errors

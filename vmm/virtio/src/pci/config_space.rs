@@ -1,6 +1,6 @@
 //! A type 0 configuration space (PCI 3.0, 6.1).
 
-use super::{Bar, BarKind};
+use super::{Bar, BarKind, StateError};
 
 /// Bytes of a configuration space without the extension of PCI Express.
 pub const CONFIG_SPACE_BYTES: usize = 256;
@@ -155,6 +155,31 @@ impl ConfigSpace {
         self.decoded() != before
     }
 
+    /// All of its bytes.
+    pub fn save(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Takes what the guest had written from `saved`.
+    ///
+    /// # Errors
+    /// The rest is not what it is here: another function was saved.
+    pub fn restore(&mut self, saved: &[u8]) -> Result<(), StateError> {
+        let unlike = StateError::Unlike("configuration space");
+        let Ok(saved) = <[u8; CONFIG_SPACE_BYTES]>::try_from(saved) else {
+            return Err(unlike);
+        };
+        let fixed = |bytes: &[u8; CONFIG_SPACE_BYTES]| -> Vec<u8> {
+            let each = bytes.iter().zip(&self.writable);
+            each.map(|(byte, writable)| byte & !writable).collect()
+        };
+        if fixed(&saved) != fixed(&self.bytes) {
+            return Err(unlike);
+        }
+        self.bytes = saved;
+        Ok(())
+    }
+
     /// The BARs as the guest has set them.
     pub fn bars(&self) -> impl Iterator<Item = Bar> {
         let memory = self.bytes[COMMAND] & COMMAND_MEMORY != 0;
@@ -279,6 +304,23 @@ mod tests {
         assert_eq!(read_u32(&space, 0x40), 0x4c11);
         assert_eq!(read_u32(&space, 0x4c), 0x0201_0009);
         assert_eq!(read_u32(&space, 4) >> 16, 0x10);
+    }
+
+    #[test]
+    fn goes_on_as_it_was_saved() {
+        let mut before = space();
+        let _ = before.write(0x10, &0xe000_0000_u32.to_le_bytes());
+        let _ = before.write(4, &[2, 0]);
+        let mut after = space();
+        after.restore(&before.save()).unwrap();
+        assert_eq!(after.decoded(), before.decoded());
+        assert_eq!(after.save(), before.save());
+
+        let mut other = before.save();
+        other[2] ^= 1;
+        assert!(after.restore(&other).is_err(), "another device");
+        assert!(after.restore(&other[..255]).is_err());
+        assert!(after.restore(&[]).is_err());
     }
 
     proptest! {

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::{FunctionState, StateError};
+
 /// A PCI function: a configuration space, and base address registers (BARs)
 /// with memory behind them.
 ///
@@ -29,6 +31,21 @@ pub trait PciFunction: Send {
 
     /// Takes a write to what is behind `bar`, at `offset`.
     fn write_bar(&mut self, bar: u8, offset: u64, data: &[u8]);
+
+    /// Its registers, while the machine is paused.
+    ///
+    /// # Errors
+    /// It has lost its working half.
+    fn save(&self) -> Result<FunctionState, StateError>;
+
+    /// Takes the registers that [`PciFunction::save`] gave for a function that
+    /// was made alike, and goes on from there. It has just been made; the bus
+    /// places its BARs afterwards.
+    ///
+    /// # Errors
+    /// They are not those of such a function, or the host refuses something. The
+    /// function is of no use then.
+    fn restore(&mut self, saved: &FunctionState) -> Result<(), StateError>;
 
     /// Places behind its BARs where a write of any width and value is nothing
     /// but a notification, so that KVM may write the event descriptor itself

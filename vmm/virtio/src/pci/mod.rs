@@ -7,9 +7,11 @@ mod msi;
 mod msix;
 mod registers;
 mod signals;
+mod state;
 mod transport;
 
 pub use config_space::{ConfigSpace, Identity};
 pub use function::{Bar, BarKind, Notification, PciFunction};
 pub use msi::{MsiMessage, MsiVectors};
+pub use state::{FunctionState, StateError, VirtioState};
 pub use transport::{Reporter, TransportError, VirtioPci};

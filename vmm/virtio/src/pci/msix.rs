@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustix::event::{PollFd, PollFlags, Timespec, poll as poll_now};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{MsiMessage, MsiVectors};
+use super::{MsiMessage, MsiVectors, StateError};
 use crate::fd::borrow;
 
 /// Capability id.
@@ -82,6 +82,28 @@ impl Msix {
         }
         self.control = control;
         (0..self.entries.len()).try_for_each(|vector| self.update(vector))
+    }
+
+    /// The table, and the vectors that are pending.
+    pub(super) fn save(&self) -> (Vec<[u8; ENTRY_BYTES]>, Vec<u16>) {
+        let table = self.entries.iter().map(|entry| entry.bytes).collect();
+        let pending = (0..self.entries.len()).filter(|vector| self.is_pending(*vector));
+        // VECTORS_MAX fits.
+        (table, pending.map(|vector| vector as u16).collect())
+    }
+
+    /// Takes a table and the capability's message control.
+    pub(super) fn restore(
+        &mut self,
+        table: &[[u8; ENTRY_BYTES]],
+        control: u16,
+    ) -> Result<(), StateError> {
+        if table.len() != self.entries.len() {
+            return Err(StateError::Unlike("interrupt table"));
+        }
+        self.write_table(0, table.as_flattened())
+            .and_then(|()| self.set_control(control))
+            .map_err(StateError::Vector)
     }
 
     /// Fills `data` from the table.

@@ -9,7 +9,9 @@ use virtio_bindings::bindings::virtio_config::{
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+use super::StateError;
 use super::signals::Signals;
+use super::state::{QueueState, RegistersState};
 
 /// Bytes of the structure.
 pub(super) const COMMON_BYTES: usize = 0x38;
@@ -65,6 +67,29 @@ impl QueueSetup {
         }
     }
 
+    fn save(&self) -> QueueState {
+        QueueState {
+            size: self.size,
+            enabled: self.enabled,
+            descriptors: self.descriptors,
+            available: self.available,
+            used: self.used,
+        }
+    }
+
+    /// Where the rings lie is checked when the device starts to work.
+    fn restore(&mut self, saved: &QueueState) -> Result<(), StateError> {
+        if !saved.size.is_power_of_two() || saved.size > self.max_size {
+            return Err(StateError::Unlike("queue"));
+        }
+        self.size = saved.size;
+        self.enabled = saved.enabled;
+        self.descriptors = saved.descriptors;
+        self.available = saved.available;
+        self.used = saved.used;
+        Ok(())
+    }
+
     /// The ring, if it is aligned and in guest memory.
     fn ring(&self, memory: &GuestMemoryMmap, event_idx: bool) -> Option<Queue> {
         let mut queue = Queue::new(self.max_size).ok()?;
@@ -98,6 +123,41 @@ impl Registers {
     pub(super) fn reset(&mut self) {
         let sizes: Vec<_> = self.queues.iter().map(|queue| queue.max_size).collect();
         *self = Self::new(self.offered, &sizes);
+    }
+
+    pub(super) fn save(&self) -> RegistersState {
+        RegistersState {
+            offered: self.offered,
+            device_feature_select: self.device_feature_select,
+            driver_feature_select: self.driver_feature_select,
+            driver_features: self.driver_features,
+            status: self.status,
+            queue_select: self.queue_select,
+            queues: self.queues.iter().map(QueueSetup::save).collect(),
+        }
+    }
+
+    /// Takes what was saved of a device with the same features and queues. True
+    /// when its driver had said DRIVER_OK.
+    pub(super) fn restore(&mut self, saved: &RegistersState) -> Result<bool, StateError> {
+        const KNOWN: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
+        if saved.offered != self.offered || saved.queues.len() != self.queues.len() {
+            return Err(StateError::Unlike("device"));
+        }
+        self.device_feature_select = saved.device_feature_select;
+        self.driver_feature_select = saved.driver_feature_select;
+        self.driver_features = saved.driver_features;
+        self.queue_select = saved.queue_select;
+        self.status = saved.status;
+        let agreed = saved.status & FEATURES_OK != 0;
+        let ready = saved.status & DRIVER_OK != 0;
+        if saved.status & !KNOWN != 0 || ready && !agreed || agreed && !self.features_sound() {
+            return Err(StateError::Unlike("device status"));
+        }
+        for (queue, saved) in self.queues.iter_mut().zip(&saved.queues) {
+            queue.restore(saved)?;
+        }
+        Ok(ready)
     }
 
     pub(super) fn negotiated_features(&self) -> u64 {

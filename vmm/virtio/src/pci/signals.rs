@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::Reporter;
+use super::state::SignalsState;
+use super::{Reporter, StateError};
 use crate::Interrupt;
 use crate::fd::borrow;
 
@@ -86,6 +87,37 @@ impl Signals {
         for vector in &self.queue_vectors {
             vector.store(NO_VECTOR, Ordering::Release);
         }
+    }
+
+    pub(super) fn save(&self) -> SignalsState {
+        let queues = 0..self.queue_vectors.len() as u16;
+        SignalsState {
+            config_vector: self.config_vector(),
+            queue_vectors: queues.map(|queue| self.queue_vector(queue)).collect(),
+            isr: self.isr.load(Ordering::Acquire),
+            generation: self.generation(),
+            needs_reset: self.needs_reset(),
+        }
+    }
+
+    pub(super) fn restore(&self, saved: &SignalsState, ready: bool) -> Result<(), StateError> {
+        if saved.queue_vectors.len() != self.queue_vectors.len() {
+            return Err(StateError::Unlike("device"));
+        }
+        self.set_config_vector(saved.config_vector);
+        for (queue, vector) in (0..).zip(&saved.queue_vectors) {
+            self.set_queue_vector(queue, *vector);
+        }
+        self.isr.store(saved.isr, Ordering::Release);
+        self.generation.store(saved.generation, Ordering::Release);
+        self.needs_reset.store(saved.needs_reset, Ordering::Release);
+        self.driver_ok.store(ready, Ordering::Release);
+        Ok(())
+    }
+
+    /// Counts an interrupt that was pending.
+    pub(super) fn restore_pending(&self, vector: u16) -> io::Result<()> {
+        self.raise(vector)
     }
 
     /// Reading acknowledges (virtio 1.2, 4.1.4.5).

@@ -8,15 +8,20 @@ use std::any::Any;
 use std::error::Error;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::msix::{self, Msix};
 use super::registers::{Action, COMMON_BYTES, Registers};
 use super::signals::Signals;
-use super::{Bar, BarKind, ConfigSpace, Identity, MsiVectors, Notification, PciFunction};
+use super::{
+    Bar, BarKind, ConfigSpace, FunctionState, Identity, MsiVectors, Notification, PciFunction,
+    StateError, VirtioState,
+};
 use crate::event_loop::{LoopGone, LoopHandle, WorkerId};
 use crate::{
     ActivateError, Activation, ActiveQueue, DeviceType, GuestMemory, Interrupt, VirtioDevice,
@@ -88,6 +93,15 @@ pub struct VirtioPci {
     event_loop: LoopHandle,
     device: Box<dyn VirtioDevice>,
     working: Working,
+}
+
+/// How a device's queues begin.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Begin {
+    /// The driver has just set them up.
+    New,
+    /// Their driver was saved and goes on.
+    Again,
 }
 
 /// Where the device's working half is.
@@ -196,7 +210,7 @@ impl VirtioPci {
         match action {
             Action::Reset => self.reset(),
             Action::Activate => {
-                if let Err(error) = self.activate() {
+                if let Err(error) = self.activate(Begin::New) {
                     self.signals.fail(&error);
                 }
             }
@@ -204,11 +218,18 @@ impl VirtioPci {
         }
     }
 
-    fn activate(&mut self) -> Result<(), TransportError> {
+    fn activate(&mut self, begin: Begin) -> Result<(), TransportError> {
         self.signals.set_driver_ok();
         let features = self.registers.negotiated_features();
         let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        let rings = self.registers.rings(&self.memory.memory(), event_idx);
+        let mut rings = self.registers.rings(&self.memory.memory(), event_idx);
+        if begin == Begin::Again {
+            for (queue, ring) in (0..).zip(&mut rings) {
+                if let Some(ring) = ring {
+                    self.go_on(ring).ok_or(TransportError::Queue(queue))?;
+                }
+            }
+        }
         let notifies: Vec<_> = (0..)
             .zip(&self.notifies)
             .zip(&rings)
@@ -238,6 +259,26 @@ impl VirtioPci {
         let on_failure = Box::new(move |error: &crate::DeviceError| signals.fail(error));
         self.working = Working::Lost;
         self.working = Working::Active(self.event_loop.add(worker, notifies, on_failure)?);
+        Ok(())
+    }
+
+    /// Has the device go on where the used ring ends.
+    fn go_on(&self, ring: &mut Queue) -> Option<()> {
+        let used = ring
+            .used_idx(&*self.memory.memory(), Ordering::Acquire)
+            .ok()?;
+        ring.set_next_used(used.0);
+        ring.set_next_avail(used.0);
+        Some(())
+    }
+
+    /// Notifications and interrupts may have been on their way when the machine
+    /// was saved. Both sides look once more: neither minds one too many.
+    fn wake_both_sides(&self) -> io::Result<()> {
+        for (queue, notify) in (0..).zip(&self.notifies) {
+            notify.write(1)?;
+            self.signals.signal_queue(queue)?;
+        }
         Ok(())
     }
 
@@ -358,6 +399,47 @@ impl PciFunction for VirtioPci {
             }
             _ => {}
         }
+    }
+
+    fn save(&self) -> Result<FunctionState, StateError> {
+        if let Working::Lost | Working::Retired = self.working {
+            return Err(LoopGone.into());
+        }
+        let (table, pending) = self.msix.save();
+        Ok(FunctionState {
+            config: self.config.save(),
+            virtio: Some(VirtioState {
+                registers: self.registers.save(),
+                signals: self.signals.save(),
+                table,
+                pending,
+            }),
+        })
+    }
+
+    fn restore(&mut self, saved: &FunctionState) -> Result<(), StateError> {
+        let Some(virtio) = &saved.virtio else {
+            return Err(StateError::Unlike("device"));
+        };
+        self.config.restore(&saved.config)?;
+        let ready = self.registers.restore(&virtio.registers)?;
+        self.signals.restore(&virtio.signals, ready)?;
+        let mut control = [0; 2];
+        self.config.read(self.msix_capability + 2, &mut control);
+        self.msix
+            .restore(&virtio.table, u16::from_le_bytes(control))?;
+        for vector in &virtio.pending {
+            self.signals
+                .restore_pending(*vector)
+                .map_err(StateError::Vector)?;
+        }
+        // One that has failed waits for its reset.
+        if ready && !virtio.signals.needs_reset {
+            self.device.restored();
+            self.activate(Begin::Again)?;
+            self.wake_both_sides().map_err(StateError::Vector)?;
+        }
+        Ok(())
     }
 
     fn notifications(&self) -> Vec<Notification> {

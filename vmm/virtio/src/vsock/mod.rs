@@ -12,6 +12,7 @@ mod worker;
 
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::mem;
 use std::os::fd::OwnedFd;
 
 use crate::{ActivateError, Activation, DeviceType, VirtioDevice, Worker, queue};
@@ -25,6 +26,7 @@ const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
 
 const RX: u16 = 0;
 const TX: u16 = 1;
+const EVENT: u16 = 2;
 
 /// A message for [`VirtioDevice::control`] and [`Worker::control`]: the guest may
 /// dial these ports, each one time. The socket takes the place of one that still
@@ -57,6 +59,8 @@ type HostPorts = BTreeMap<u32, OwnedFd>;
 pub struct Vsock {
     cid: u64,
     host_ports: HostPorts,
+    /// The driver knows connections of a device that is gone.
+    restored: bool,
 }
 
 impl Vsock {
@@ -66,6 +70,7 @@ impl Vsock {
         Self {
             cid: cid.into(),
             host_ports: host_ports.into_iter().collect(),
+            restored: false,
         }
     }
 }
@@ -88,8 +93,13 @@ impl VirtioDevice for Vsock {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
-        let worker = VsockWorker::new(self.cid, activation, &mut self.host_ports)?;
+        let restored = mem::take(&mut self.restored);
+        let worker = VsockWorker::new(self.cid, activation, &mut self.host_ports, restored)?;
         Ok(Box::new(worker))
+    }
+
+    fn restored(&mut self) {
+        self.restored = true;
     }
 
     fn reset(&mut self, worker: Box<dyn Worker>) {

@@ -16,13 +16,16 @@ use std::mem;
 
 use super::connection::{Connection, Outgoing, PAYLOAD_BYTES, Ports, Received};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, Op, TYPE_STREAM};
-use super::{HostPorts, RX, TX, change_host_ports};
+use super::{EVENT, HostPorts, RX, TX, change_host_ports};
 use crate::queue::{Chain, DeviceQueue};
 use crate::{ActivateError, Activation, DeviceError, Event, Source, Worker};
 
 /// Most connections at a time, those included of which only the rest of the
 /// guest's bytes is still to be written.
 const CONNECTIONS: usize = 1024;
+
+/// `struct virtio_vsock_event` with `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`.
+const TRANSPORT_RESET: [u8; 4] = [0; 4];
 
 /// RSTs to strangers that wait for a receive buffer; more are dropped.
 const RESETS: usize = 256;
@@ -32,6 +35,9 @@ pub(super) struct VsockWorker {
     cid: u64,
     rx: DeviceQueue,
     tx: DeviceQueue,
+    /// Where the driver waits to be told that its connections are gone, until it
+    /// is told.
+    untold: Option<DeviceQueue>,
     host_ports: HostPorts,
 
     /// By a number of their own, which is also the token of their socket. Numbers
@@ -62,11 +68,16 @@ impl VsockWorker {
         cid: u64,
         mut activation: Activation,
         host_ports: &mut HostPorts,
+        restored: bool,
     ) -> Result<Self, ActivateError> {
         Ok(Self {
             cid,
             rx: activation.take_queue(RX)?,
             tx: activation.take_queue(TX)?,
+            // A driver without this queue finds out from each connection.
+            untold: restored
+                .then(|| activation.take_queue(EVENT).ok())
+                .flatten(),
             host_ports: mem::take(host_ports),
             connections: BTreeMap::new(),
             next_number: 0,
@@ -80,6 +91,25 @@ impl VsockWorker {
 
     pub(super) fn into_host_ports(self) -> HostPorts {
         self.host_ports
+    }
+
+    /// Tells the driver to end its connections and to read its context id anew
+    /// (virtio 1.2, 5.10.6.7).
+    fn tell_reset(&mut self) -> Result<(), DeviceError> {
+        let Some(events) = &mut self.untold else {
+            return Ok(());
+        };
+        events.begin();
+        let Some(buffer) = events.pop()? else {
+            return Ok(());
+        };
+        if !buffer.write(0, &TRANSPORT_RESET) {
+            return Err(events.chain_error("a buffer has no room for an event"));
+        }
+        events.add_used(buffer.head(), TRANSPORT_RESET.len() as u32)?;
+        events.signal()?;
+        self.untold = None;
+        Ok(())
     }
 
     // From the guest.
@@ -271,6 +301,7 @@ impl Worker for VsockWorker {
     }
 
     fn process(&mut self, event: Event) -> Result<(), DeviceError> {
+        self.tell_reset()?;
         self.rx.begin();
         match event {
             Event::Queue(TX) => {

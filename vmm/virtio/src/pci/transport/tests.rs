@@ -513,3 +513,113 @@ fn a_retired_device_does_not_start_again() {
     assert!(driver.function.control(Box::new(1_u32)).is_err());
     assert!(told.lock().unwrap().is_empty());
 }
+
+/// Saves a paused device and has another one go on with its driver.
+fn move_to_another(before: Driver) -> Driver {
+    before.event_loop.handle().pause().unwrap();
+    let saved = before.function.save().unwrap();
+    let mut after = Driver::with_memory(Echo::default(), before.memory.clone());
+    drop(before);
+    after.function.restore(&saved).unwrap();
+    assert_eq!(after.function.save().unwrap().config, saved.config);
+    after
+}
+
+#[test]
+fn goes_on_with_the_driver_of_another() {
+    for features in [u64::MAX, 0] {
+        let mut driver = Driver::new(Echo::default());
+        let mut queues = driver.start(features);
+        for round in 0..8_u8 {
+            echo(&mut driver, &mut queues[0], &[round; 9]);
+            // On its way when the machine is saved: nobody has been notified.
+            let request = driver.allocate_with(&[round; 5]);
+            let answer = driver.allocate(5);
+            let head = queues[1].add(&[request, Buffer::writable(answer, 5)]);
+            driver.forget_buffers();
+            driver = move_to_another(driver);
+            assert_eq!(
+                driver.status(),
+                ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+            );
+            assert!(
+                driver
+                    .vectors
+                    .connected
+                    .lock()
+                    .unwrap()
+                    .iter()
+                    .all(Option::is_some)
+            );
+            let used = loop {
+                // One interrupt may have been on its way, too.
+                driver.wait_queue(1);
+                if let Some(used) = queues[1].pop_used() {
+                    break used;
+                }
+            };
+            assert_eq!(used, (head.into(), 5));
+            assert_eq!(driver.read(answer, 5), [round; 5]);
+            while driver.interrupted(1, SHORT) || driver.interrupted(0, SHORT) {}
+        }
+    }
+}
+
+#[test]
+fn a_device_at_rest_and_one_that_failed_stay_so() {
+    let mut driver = move_to_another(Driver::new(Echo::default()));
+    assert_eq!(driver.status(), 0);
+    let mut queues = driver.start(u64::MAX);
+    echo(&mut driver, &mut queues[0], b"first");
+
+    queues[0].add(&[]);
+    queues[0].add(&[Buffer::writable(0x10_0000, 8)]);
+    driver.notify(0);
+    driver.wait_needs_reset();
+    let mut driver = move_to_another(driver);
+    assert_eq!(driver.status() & NEEDS_RESET, NEEDS_RESET);
+    driver.set_status(0);
+    let mut queues = driver.start(u64::MAX);
+    echo(&mut driver, &mut queues[0], b"again");
+}
+
+#[test]
+fn takes_no_state_of_another_device() {
+    let mut driver = Driver::new(Echo::default());
+    let _queues = driver.start(u64::MAX);
+    driver.event_loop.handle().pause().unwrap();
+    let good = driver.function.save().unwrap();
+    let refused = |change: &dyn Fn(&mut FunctionState, &mut VirtioState)| {
+        let mut state = good.clone();
+        let mut virtio = state.virtio.take().unwrap();
+        change(&mut state, &mut virtio);
+        state.virtio = Some(virtio);
+        let mut other = Driver::with_memory(Echo::default(), driver.memory.clone());
+        let error = other.function.restore(&state).unwrap_err();
+        error.to_string()
+    };
+    let not_alike = |said: String| assert!(said.contains("is not that of such"), "{said}");
+    not_alike(refused(&|_, virtio| virtio.registers.offered ^= 1));
+    not_alike(refused(&|_, virtio| virtio.registers.driver_features = 0));
+    not_alike(refused(&|_, virtio| virtio.registers.status = DRIVER_OK));
+    not_alike(refused(&|_, virtio| virtio.registers.status |= 0x20));
+    not_alike(refused(&|_, virtio| virtio.registers.queues[0].size = 128));
+    not_alike(refused(&|_, virtio| virtio.registers.queues[0].size = 3));
+    not_alike(refused(&|_, virtio| virtio.registers.queues.truncate(1)));
+    not_alike(refused(&|_, virtio| {
+        virtio.signals.queue_vectors.truncate(1)
+    }));
+    not_alike(refused(&|_, virtio| virtio.table.truncate(1)));
+    not_alike(refused(&|state, _| state.config.truncate(255)));
+    not_alike(refused(&|state, _| state.config[2] ^= 1));
+    let said = refused(&|_, virtio| virtio.registers.queues[0].used = HOLE);
+    assert!(said.contains("activation"), "{said}");
+    // Vectors that do not exist are none, as for a driver.
+    let mut far = good.clone();
+    if let Some(virtio) = &mut far.virtio {
+        virtio.signals.queue_vectors[0] = 77;
+        virtio.pending = vec![77, 0xffff];
+    }
+    let mut other = Driver::with_memory(Echo::default(), driver.memory.clone());
+    other.function.restore(&far).unwrap();
+}

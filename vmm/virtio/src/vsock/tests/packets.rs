@@ -481,3 +481,44 @@ fn short_buffers_and_packets_are_an_error() {
         Err(DeviceError::Chain { queue: TX, .. })
     ));
 }
+
+#[test]
+fn a_restored_device_has_the_driver_end_its_connections() {
+    const EVENTS: u64 = 0x7000;
+    let prepare = |guest: &mut Guest| {
+        let memory = guest.driver.memory.memory();
+        memory
+            .write_slice(&[0xff; 8], GuestAddress(EVENTS))
+            .unwrap();
+        guest.event.add(&[(EVENTS, 8, true)]);
+        guest.event.kick(1);
+    };
+    let mut new = Vsock::new(CID as u32, Vec::new());
+    let mut guest = Guest::new(&mut new, FEATURES);
+    prepare(&mut guest);
+    guest.run();
+    assert_eq!(guest.event.used_chain(), None, "nothing has gone");
+
+    let (_stream, socket) = pair();
+    let mut device = Vsock::new(CID as u32, vec![(1024, socket)]);
+    device.restored();
+    let mut guest = Guest::new(&mut device, FEATURES);
+    // Before the driver has room for the event, and after.
+    guest.run();
+    prepare(&mut guest);
+    guest.run();
+    let (_, length) = guest.event.used_chain().unwrap();
+    assert_eq!(length, 4);
+    let mut event = [0; 8];
+    let memory = guest.driver.memory.memory();
+    memory.read_slice(&mut event, GuestAddress(EVENTS)).unwrap();
+    assert_eq!(event, [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+
+    // Once. A connection from before is not known, and new ones are made.
+    prepare(&mut guest);
+    guest.send(data(7, 1024, b"old"), b"old");
+    assert_eq!(guest.ops(), [Op::Reset]);
+    guest.send(header(Op::Request, 8, 1024), &[]);
+    assert_eq!(guest.ops(), [Op::Response]);
+    assert_eq!(guest.event.used_chain(), None);
+}
