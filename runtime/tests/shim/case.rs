@@ -100,20 +100,27 @@ impl Node {
 
     /// Starts a shim for a bundle.
     pub async fn start(&self, bundle: &Bundle) -> Shim {
+        let started = self.try_start(bundle).await;
+        started.unwrap_or_else(|errors| panic!("{errors}"))
+    }
+
+    /// Starts a shim for a bundle, unless it says why not.
+    pub async fn try_start(&self, bundle: &Bundle) -> Result<Shim, String> {
         let output = self.shim(&["-id", &bundle.id, "start"], &bundle.dir, b"");
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{errors}");
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+        }
         let address = String::from_utf8(output.stdout).unwrap();
         assert_eq!(
             fs::read_to_string(bundle.dir.join("address")).unwrap(),
             address
         );
         let pid = fs::read_to_string(bundle.dir.join("shim.pid")).unwrap_or_default();
-        Shim {
+        Ok(Shim {
             task: connect(&address).await,
             pid: pid.parse().unwrap_or(0),
             address,
-        }
+        })
     }
 
     /// Nothing of any shim is left.

@@ -11,6 +11,7 @@ mod containerd;
 mod devices;
 mod ends;
 mod errors;
+mod hostile;
 mod interfaces;
 mod joined;
 mod liar;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         devices::CASES,
         users::CASES,
         liar::CASES,
+        hostile::CASES,
     ]
     .concat();
     if !rustix::process::geteuid().is_root() {
