@@ -6,8 +6,8 @@ use std::os::fd::OwnedFd;
 use husk_protocol::{path, port};
 use husk_vmm_spec::{
     BlockSpec, BootSpec, ConsoleSpec, Descriptor, DeviceId, FsSpec, HostPort, MEMORY_MAX_MIB,
-    MacAddress, MemorySpec, NetSpec, PLUGGABLE_UNIT_MIB, SpecError, VCPU_MAX, ValidVmSpec,
-    VcpuSpec, VmSpec, VsockSpec,
+    MacAddress, MemorySpec, NetSpec, PLUGGABLE_UNIT_MIB, SpecError, StartSpec, VCPU_MAX,
+    ValidVmSpec, VcpuSpec, VmSpec, VsockSpec,
 };
 use ttrpc::Code;
 
@@ -248,11 +248,11 @@ pub fn plan(
             boot_mib: size.memory_mib,
             pluggable_mib: room.pluggable_mib,
         },
-        boot: BootSpec {
+        start: StartSpec::Boot(BootSpec {
             kernel: descriptors.push(parts.kernel),
             initramfs: Some(descriptors.push(parts.initramfs)),
             command_line,
-        },
+        }),
         console: Some(ConsoleSpec {
             output: descriptors.push(parts.console),
         }),
@@ -472,8 +472,9 @@ mod tests {
         assert_eq!(spec.memory.boot_mib, 128);
         assert_eq!(spec.memory.pluggable_mib, 256);
         assert_eq!(spec.vcpus, VcpuSpec { boot: 2, max: 4 });
-        assert!(spec.boot.command_line.contains(" maxcpus=2 "));
-        assert!(spec.boot.command_line.ends_with(" a=b"));
+        let boot = spec.start.boot().unwrap();
+        assert!(boot.command_line.contains(" maxcpus=2 "));
+        assert!(boot.command_line.ends_with(" a=b"));
         assert_eq!(spec.filesystems[0].tag, "husk");
         assert_eq!(spec.vsock.as_ref().unwrap().host_ports[0].port, 1024);
     }

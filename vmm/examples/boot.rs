@@ -24,7 +24,7 @@ use husk_vmm::packet::ControlSocket;
 use husk_vmm::seccomp::Confinement;
 use husk_vmm_spec::{
     BlockSpec, BootSpec, CONTROL_FD, ConsoleSpec, Descriptor, MemorySpec, Message, PACKET_BYTES,
-    Request, VcpuSpec, VmSpec,
+    Request, StartSpec, VcpuSpec, VmSpec,
 };
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -107,11 +107,11 @@ fn plan() -> Result<(Plan, File)> {
                 boot_mib: 256,
                 pluggable_mib: 0,
             },
-            boot: BootSpec {
+            start: StartSpec::Boot(BootSpec {
                 kernel: Descriptor(1),
                 initramfs: None,
                 command_line: "console=ttyS0 earlyprintk=ttyS0 panic=-1".into(),
-            },
+            }),
             console: Some(ConsoleSpec {
                 output: Descriptor(2),
             }),
@@ -127,13 +127,16 @@ fn plan() -> Result<(Plan, File)> {
     while let Some(option) = arguments.next() {
         let value = arguments.next().ok_or(format!("{option} wants a value"))?;
         let spec = &mut plan.spec;
+        let StartSpec::Boot(boot) = &mut spec.start else {
+            return Err("nothing boots".into());
+        };
         let next = Descriptor(plan.descriptors.len() as u32);
         match option.as_str() {
             "--initramfs" => {
                 plan.descriptors.push(File::open(value)?.into());
-                spec.boot.initramfs = Some(next);
+                boot.initramfs = Some(next);
             }
-            "--line" => spec.boot.command_line = value,
+            "--line" => boot.command_line = value,
             "--memory" => spec.memory.boot_mib = value.parse()?,
             "--cpus" => {
                 spec.vcpus.boot = value.parse()?;

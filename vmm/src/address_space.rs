@@ -21,6 +21,16 @@ impl AddressSpace {
         Self { pci, legacy }
     }
 
+    /// The bus.
+    pub fn pci(&self) -> &PciBus {
+        &self.pci
+    }
+
+    /// What is beside the bus.
+    pub fn legacy(&self) -> &Legacy {
+        &self.legacy
+    }
+
     /// A guest reads `data.len()` bytes from a port.
     pub fn read_port(&self, port: u16, data: &mut [u8]) {
         match port {

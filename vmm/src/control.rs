@@ -1,10 +1,14 @@
 //! The life of a VMM process: the spec comes in, the machine runs, requests are
 //! answered in order, the reason of the end goes out.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 
-use husk_vmm_spec::{ExitReason, Failure, Message, Reply, Request, Timeline, ValidVmSpec, VmSpec};
+use husk_vmm_spec::{
+    ExitReason, Failure, Message, Reply, Request, SavedSpec, SpecError, Timeline, ValidVmSpec,
+    VmSpec,
+};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::boot::{self, BootError};
@@ -12,7 +16,8 @@ use crate::clock::monotonic_ns;
 use crate::devices::{PlugError, When};
 use crate::exit::describe;
 use crate::machine::Machine;
-use crate::packet::{ControlSocket, Packet, PacketError};
+use crate::packet::{ControlSocket, Descriptors, Packet, PacketError};
+use crate::saved::SavedError;
 use crate::seccomp::{Confinement, Role};
 
 /// Serves one machine on `socket` and returns when it is over. `exec_ns` is when
@@ -44,7 +49,7 @@ fn start(
     let spec =
         ValidVmSpec::new(spec, packet.descriptors.count()).map_err(|error| describe(&error))?;
     let spec_ns = monotonic_ns();
-    let machine = boot::boot(&spec, &mut packet.descriptors, confinement)
+    let mut machine = boot::start(&spec, &mut packet.descriptors, confinement)
         .map_err(|error| describe(&error))?;
     drop(packet);
     confinement.enter(Role::Main).map_err(|source| {
@@ -114,6 +119,7 @@ fn answer(packet: Packet, machine: &mut Machine) -> Answer {
         Request::Kill => return Answer::Kill,
         Request::Pause => done(machine.pause()),
         Request::Resume => done(machine.resume()),
+        Request::Save(saved) => done(save(&saved, machine, &mut descriptors)),
         Request::Stats => Ok(Reply::Stats(machine.stats())),
         Request::AddHostPorts(ports) => {
             done(machine.devices().add_host_ports(&ports, &mut descriptors))
@@ -132,6 +138,28 @@ fn answer(packet: Packet, machine: &mut Machine) -> Answer {
         ),
         Request::RemoveDevice(id) => done(machine.devices().remove(&id)),
     })
+}
+
+fn save(
+    saved: &SavedSpec,
+    machine: &Machine,
+    descriptors: &mut Descriptors,
+) -> Result<(), SaveError> {
+    saved.check(descriptors.count())?;
+    let state = File::from(descriptors.take(saved.state)?);
+    let memory = File::from(descriptors.take(saved.memory)?);
+    Ok(machine.save(&saved.origin, state, &memory)?)
+}
+
+/// A request to save that failed.
+#[derive(Debug, thiserror::Error)]
+enum SaveError {
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error("descriptor")]
+    Descriptor(#[from] io::Error),
+    #[error(transparent)]
+    Saved(#[from] SavedError),
 }
 
 fn done<E: std::error::Error>(result: Result<(), E>) -> Result<Reply, Failure> {

@@ -17,10 +17,12 @@ use husk_virtio::rng::Rng;
 use husk_virtio::vsock::{AddHostPorts, RemoveHostPorts, Vsock};
 use husk_virtio::{GuestMemory, VirtioDevice};
 use husk_vmm_spec::{DeviceId, DeviceSpec, HostPort, SpecError, VsockSpec};
+use vm_memory::GuestAddressSpace;
 
 use crate::console::ConsoleOutput;
 use crate::exit::describe;
 use crate::kvm::irq::Routes;
+use crate::kvm::memory::is_shared;
 use crate::packet::Descriptors;
 use crate::pci::{BusError, PciBus};
 
@@ -30,6 +32,9 @@ pub enum PlugError {
     /// The specification is wrong.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// A file server cannot reach what this guest writes.
+    #[error("file system {0:?}: the memory of a restored guest cannot be shared with its server")]
+    MemoryNotShared(DeviceId),
     /// The name is taken.
     #[error("device {0:?} exists already")]
     Exists(DeviceId),
@@ -160,10 +165,10 @@ impl Devices {
     ///
     /// # Errors
     /// The host refuses something.
-    pub fn add_memory(&mut self, range: Range<u64>) -> Result<(), PlugError> {
+    pub fn add_memory(&mut self, range: Range<u64>, when: When) -> Result<(), PlugError> {
         if !range.is_empty() {
             let device = Box::new(Mem::new(range));
-            let (function, _slot) = self.put_on_bus("memory", device, When::AtBoot)?;
+            let (function, _slot) = self.put_on_bus("memory", device, when)?;
             self.pluggable_memory = Some(function);
         }
         Ok(())
@@ -210,6 +215,9 @@ impl Devices {
         if self.plugged.iter().any(|plugged| plugged.id == id) {
             return Err(PlugError::Exists(id.to_owned()));
         }
+        if matches!(spec, DeviceSpec::Fs(_)) && !is_shared(&self.memory.memory()) {
+            return Err(PlugError::MemoryNotShared(id.to_owned()));
+        }
         let device = make(spec, descriptors, when, &self.rings)?;
         let (function, slot) = self.put_on_bus(id, device, when)?;
         self.plugged.push(Plugged {
@@ -237,6 +245,13 @@ impl Devices {
             .unwrap_or_else(PoisonError::into_inner);
         function.retire();
         Ok(())
+    }
+
+    /// What keeps the machine from being saved: a device whose other half is not
+    /// in this process, or has more state than its registers.
+    pub fn not_to_be_saved(&self) -> Option<&str> {
+        let memory = self.pluggable_memory.as_ref().map(|_| "memory");
+        memory.or_else(|| self.plugged.first().map(|plugged| plugged.id.as_str()))
     }
 
     /// Lets the guest dial more ports.

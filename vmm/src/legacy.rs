@@ -5,8 +5,9 @@ use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use husk_vmm_spec::ExitReason;
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::NoEvents;
-use vm_superio::{Serial, Trigger};
+use vm_superio::{Serial, SerialState, Trigger};
 
 use crate::console::{ConsoleOutput, SharedOutput};
 use crate::exit::ExitLatch;
@@ -38,6 +39,34 @@ impl Legacy {
             serial: Mutex::new(Serial::new(NoInterrupt, SharedOutput(console))),
             exit,
         }
+    }
+
+    /// A machine that was saved goes on: the serial port was set up as `saved`
+    /// says.
+    pub fn restored(
+        console: Arc<ConsoleOutput>,
+        exit: Arc<ExitLatch>,
+        saved: &SavedSerial,
+    ) -> Self {
+        let state = SerialState::from(saved);
+        // Fails for more input than fits, and there is none.
+        let serial = Serial::from_state(
+            &state,
+            NoInterrupt,
+            NoEvents,
+            SharedOutput(Arc::clone(&console)),
+        )
+        .unwrap_or_else(|_| Serial::new(NoInterrupt, SharedOutput(console)));
+        Self {
+            serial: Mutex::new(serial),
+            exit,
+        }
+    }
+
+    /// How the guest has set the serial port up.
+    pub fn save(&self) -> SavedSerial {
+        let serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
+        SavedSerial::from(&serial.state())
     }
 
     /// Fills `data` from `port`: all ones where nothing is.
@@ -72,6 +101,55 @@ impl Legacy {
                 self.exit.set(ExitReason::Reset);
             }
             _ => {}
+        }
+    }
+}
+
+/// The serial port's registers, in the order of [`SerialState`]. Nothing is ever
+/// received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedSerial([u8; 9]);
+
+impl From<&SerialState> for SavedSerial {
+    fn from(state: &SerialState) -> Self {
+        Self([
+            state.baud_divisor_low,
+            state.baud_divisor_high,
+            state.interrupt_enable,
+            state.interrupt_identification,
+            state.line_control,
+            state.line_status,
+            state.modem_control,
+            state.modem_status,
+            state.scratch,
+        ])
+    }
+}
+
+impl From<&SavedSerial> for SerialState {
+    fn from(saved: &SavedSerial) -> Self {
+        let [
+            divisor_low,
+            divisor_high,
+            enable,
+            identification,
+            line,
+            status,
+            modem,
+            modem_status,
+            scratch,
+        ] = saved.0;
+        Self {
+            baud_divisor_low: divisor_low,
+            baud_divisor_high: divisor_high,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control: line,
+            line_status: status,
+            modem_control: modem,
+            modem_status,
+            scratch,
+            in_buffer: Vec::new(),
         }
     }
 }

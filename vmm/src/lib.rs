@@ -16,4 +16,5 @@ pub mod legacy;
 pub mod machine;
 pub mod packet;
 pub mod pci;
+pub mod saved;
 pub mod seccomp;

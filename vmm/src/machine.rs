@@ -1,28 +1,32 @@
 //! A machine as the control socket sees it.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use husk_virtio::GuestMemory;
 use husk_virtio::event_loop::{EventLoop, LoopGone};
 use husk_vmm_spec::VmStats;
 
+use crate::address_space::AddressSpace;
 use crate::console::ConsoleOutput;
 use crate::devices::Devices;
 use crate::exit::ExitLatch;
 use crate::kvm::vcpu::VcpuThreads;
 use crate::kvm::vm::Vm;
+use crate::saved::{self, SavedError};
 
 /// A machine that has been booted. Fields are dropped from the first down:
 /// nothing runs any more when memory goes.
 pub struct Machine {
     pub(crate) vcpus: VcpuThreads,
+    /// Nothing changes guest memory.
+    pub(crate) paused: bool,
+    pub(crate) space: Arc<AddressSpace>,
     pub(crate) device_loop: EventLoop,
     pub(crate) devices: Devices,
     pub(crate) exit: Arc<ExitLatch>,
     pub(crate) console: Arc<ConsoleOutput>,
-    #[allow(dead_code, reason = "lives as long as the threads that use it")]
     pub(crate) memory: GuestMemory,
-    #[allow(dead_code, reason = "lives as long as the threads that use it")]
     pub(crate) vm: Vm,
 }
 
@@ -42,16 +46,32 @@ impl Machine {
     ///
     /// # Errors
     /// The device thread has ended.
-    pub fn pause(&self) -> Result<(), LoopGone> {
+    pub fn pause(&mut self) -> Result<(), LoopGone> {
         self.vcpus.pause();
-        self.device_loop.handle().pause()
+        self.device_loop.handle().pause()?;
+        self.paused = true;
+        Ok(())
+    }
+
+    /// Writes the machine, which must be paused, into two files, from which others
+    /// like it can begin.
+    ///
+    /// # Errors
+    /// It is not paused, has something that cannot be saved, or a file does not
+    /// take it. The machine is as it was.
+    pub fn save(&self, origin: &str, state: File, memory: &File) -> Result<(), SavedError> {
+        if !self.paused {
+            return Err(SavedError::Running);
+        }
+        saved::save(self, origin, state, memory)
     }
 
     /// Lets devices and processors go on.
     ///
     /// # Errors
     /// The device thread has ended.
-    pub fn resume(&self) -> Result<(), LoopGone> {
+    pub fn resume(&mut self) -> Result<(), LoopGone> {
+        self.paused = false;
         self.device_loop.handle().resume()?;
         self.vcpus.resume();
         Ok(())

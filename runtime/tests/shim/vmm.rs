@@ -39,7 +39,8 @@ pub fn run() {
         spec_ns: 2,
         entered_ns: 3,
     }));
-    if spec.boot.command_line.contains(PANIC) {
+    let line = spec.start.boot().unwrap().command_line.clone();
+    if line.contains(PANIC) {
         eprintln!("Kernel panic - not syncing: pretended");
         tell(&Message::Exited(ExitReason::Panic));
         return;
@@ -60,7 +61,7 @@ pub fn run() {
         tell(&Message::Exited(ExitReason::Shutdown));
         std::process::exit(0);
     });
-    while spec.boot.command_line.contains(DEAF) {
+    while line.contains(DEAF) {
         std::thread::park();
     }
     let mut devices: HashSet<String> = spec.blocks.iter().map(|disk| disk.id.clone()).collect();
@@ -68,7 +69,7 @@ pub fn run() {
         match serde_json::from_slice(&text).unwrap() {
             Request::AddHostPorts(host_ports) => {
                 keep(&ports, host_ports, descriptors);
-                if spec.boot.command_line.contains(CHATTY) {
+                if line.contains(CHATTY) {
                     tell(&Message::Reply(Ok(Reply::Done)));
                 }
             }

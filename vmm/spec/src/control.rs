@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DeviceId, DeviceSpec, HostPort};
+use crate::{DeviceId, DeviceSpec, HostPort, SavedSpec};
 
 /// What the shim asks of a running VMM. Requests are answered in order, one
 /// [`Reply`] each.
@@ -24,6 +24,11 @@ pub enum Request {
     Pause,
     /// Lets every vCPU run again.
     Resume,
+    /// Writes the state of a paused machine into two files, from which others like
+    /// it can be started. The machine must have no device that was named, and no
+    /// pluggable memory; connections of its vsock device are not saved. It can be
+    /// resumed, or killed, afterwards.
+    Save(SavedSpec),
     /// Reads the counters.
     Stats,
     /// Ends the machine at once; answered by [`Message::Exited`] alone.

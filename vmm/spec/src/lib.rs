@@ -18,10 +18,12 @@ pub use device::{
     TAG_BYTES, VsockSpec,
 };
 pub use valid::{
-    CID_MIN, COMMAND_LINE_BYTES, MEMORY_MAX_MIB, MEMORY_MIN_MIB, PLUGGABLE_UNIT_MIB, SpecError,
-    VCPU_MAX, ValidVmSpec,
+    CID_MIN, COMMAND_LINE_BYTES, MEMORY_MAX_MIB, MEMORY_MIN_MIB, ORIGIN_BYTES, PLUGGABLE_UNIT_MIB,
+    SpecError, VCPU_MAX, ValidVmSpec,
 };
-pub use vm::{BootSpec, ConsoleSpec, Descriptor, JailSpec, MemorySpec, VcpuSpec, VmSpec};
+pub use vm::{
+    BootSpec, ConsoleSpec, Descriptor, JailSpec, MemorySpec, SavedSpec, StartSpec, VcpuSpec, VmSpec,
+};
 
 /// Descriptor number of the control socket in the VMM process.
 pub const CONTROL_FD: i32 = 3;

@@ -2,7 +2,10 @@
 
 use std::collections::HashSet;
 
-use crate::{Descriptor, DeviceSpec, PACKET_DESCRIPTORS, SERIAL_BYTES, TAG_BYTES, VmSpec};
+use crate::{
+    BootSpec, Descriptor, DeviceSpec, PACKET_DESCRIPTORS, SERIAL_BYTES, SavedSpec, StartSpec,
+    TAG_BYTES, VmSpec,
+};
 
 /// Least guest memory, MiB: below it the kernel does not reach its init.
 pub const MEMORY_MIN_MIB: u32 = 32;
@@ -20,6 +23,9 @@ pub const VCPU_MAX: u8 = 240;
 /// Longest kernel command line, bytes, its final NUL included
 /// (`COMMAND_LINE_SIZE` of arch/x86/include/asm/setup.h).
 pub const COMMAND_LINE_BYTES: usize = 2048;
+
+/// Longest text that says what a saved guest was made from, bytes.
+pub const ORIGIN_BYTES: usize = 1024;
 
 /// Longest device id, bytes.
 pub const DEVICE_ID_BYTES: usize = 64;
@@ -56,6 +62,9 @@ pub enum SpecError {
         "boot.command_line has {0} bytes; it must be shorter than {COMMAND_LINE_BYTES} and without NUL"
     )]
     CommandLine(usize),
+    /// Origin of a saved guest empty or too long.
+    #[error("origin has {0} bytes; it must have 1 to {ORIGIN_BYTES}")]
+    Origin(usize),
     /// Reserved context id.
     #[error("vsock.cid is {0}; it must be from {CID_MIN} to 4294967294")]
     Cid(u32),
@@ -154,16 +163,11 @@ impl ValidVmSpec {
         if boot == 0 || boot > max || max > VCPU_MAX {
             return Err(SpecError::Vcpus { boot, max });
         }
-        let line = &spec.boot.command_line;
-        if line.len() >= COMMAND_LINE_BYTES || line.bytes().any(|b| b == 0) {
-            return Err(SpecError::CommandLine(line.len()));
-        }
-
         let mut used = UsedDescriptors::new(descriptors);
         used.take("kvm", spec.kvm)?;
-        used.take("boot.kernel", spec.boot.kernel)?;
-        if let Some(initramfs) = spec.boot.initramfs {
-            used.take("boot.initramfs", initramfs)?;
+        match &spec.start {
+            StartSpec::Boot(boot) => boot.check(&mut used)?,
+            StartSpec::Restore(saved) => saved.check_into(&mut used)?,
         }
         if let Some(console) = spec.console {
             used.take("console.output", console.output)?;
@@ -202,6 +206,38 @@ impl ValidVmSpec {
     /// The checked specification.
     pub fn spec(&self) -> &VmSpec {
         &self.0
+    }
+}
+
+impl BootSpec {
+    fn check(&self, used: &mut UsedDescriptors) -> Result<(), SpecError> {
+        let line = &self.command_line;
+        if line.len() >= COMMAND_LINE_BYTES || line.bytes().any(|b| b == 0) {
+            return Err(SpecError::CommandLine(line.len()));
+        }
+        used.take("boot.kernel", self.kernel)?;
+        match self.initramfs {
+            Some(initramfs) => used.take("boot.initramfs", initramfs),
+            None => Ok(()),
+        }
+    }
+}
+
+impl SavedSpec {
+    /// Checks files that came with `descriptors` descriptors beside them.
+    ///
+    /// # Errors
+    /// The first value that cannot be, with what would be right.
+    pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
+        self.check_into(&mut UsedDescriptors::new(descriptors))
+    }
+
+    fn check_into(&self, used: &mut UsedDescriptors) -> Result<(), SpecError> {
+        if !(1..=ORIGIN_BYTES).contains(&self.origin.len()) {
+            return Err(SpecError::Origin(self.origin.len()));
+        }
+        used.take("saved.state", self.state)?;
+        used.take("saved.memory", self.memory)
     }
 }
 
@@ -302,6 +338,22 @@ mod tests {
         BlockSpec, BootSpec, FsSpec, HostPort, MacAddress, MemorySpec, NetSpec, VcpuSpec, VsockSpec,
     };
 
+    fn boot() -> BootSpec {
+        BootSpec {
+            kernel: Descriptor(1),
+            initramfs: None,
+            command_line: "quiet".into(),
+        }
+    }
+
+    fn saved() -> SavedSpec {
+        SavedSpec {
+            state: Descriptor(1),
+            memory: Descriptor(6),
+            origin: "a build".into(),
+        }
+    }
+
     fn spec() -> VmSpec {
         VmSpec {
             kvm: Descriptor(0),
@@ -310,11 +362,7 @@ mod tests {
                 boot_mib: 128,
                 pluggable_mib: 0,
             },
-            boot: BootSpec {
-                kernel: Descriptor(1),
-                initramfs: None,
-                command_line: "quiet".into(),
-            },
+            start: StartSpec::Boot(boot()),
             console: None,
             vsock: Some(VsockSpec {
                 cid: 3,
@@ -361,6 +409,42 @@ mod tests {
         assert!(serde_json::from_value::<VmSpec>(value).is_err());
     }
 
+    #[test]
+    fn a_saved_guest_needs_its_files_and_its_origin() {
+        let restore = |saved| {
+            ValidVmSpec::new(
+                VmSpec {
+                    start: StartSpec::Restore(saved),
+                    ..spec()
+                },
+                7,
+            )
+        };
+        assert!(restore(saved()).is_ok());
+        assert!(saved().check(7).is_ok());
+        let error = saved().check(6).unwrap_err().to_string();
+        assert!(error.contains("saved.memory is descriptor 6"), "{error}");
+        for length in [0, ORIGIN_BYTES + 1] {
+            let mut saved = saved();
+            saved.origin = "x".repeat(length);
+            assert_eq!(restore(saved).unwrap_err(), SpecError::Origin(length));
+        }
+        let mut twice = saved();
+        twice.memory = twice.state;
+        let error = restore(twice).unwrap_err().to_string();
+        assert!(
+            error.contains("saved.memory is descriptor 1, which another"),
+            "{error}"
+        );
+    }
+
+    fn change_boot(spec: &mut VmSpec, change: impl FnOnce(&mut BootSpec)) {
+        let StartSpec::Boot(boot) = &mut spec.start else {
+            panic!("{spec:?}");
+        };
+        change(boot);
+    }
+
     type Change = fn(&mut VmSpec);
 
     #[test]
@@ -378,10 +462,16 @@ mod tests {
             ),
             (|s| s.vcpus.boot = 0, "boot 0"),
             (|s| s.vcpus.boot = 3, "boot 3, max 2"),
-            (|s| s.boot.command_line = "a\0b".into(), "without NUL"),
-            (|s| s.boot.command_line = "a".repeat(2048), "2048 bytes"),
             (
-                |s| s.boot.kernel = Descriptor(9),
+                |s| change_boot(s, |boot| boot.command_line = "a\0b".into()),
+                "without NUL",
+            ),
+            (
+                |s| change_boot(s, |boot| boot.command_line = "a".repeat(2048)),
+                "2048 bytes",
+            ),
+            (
+                |s| change_boot(s, |boot| boot.kernel = Descriptor(9)),
                 "boot.kernel is descriptor 9, but 6",
             ),
             (

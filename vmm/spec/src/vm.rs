@@ -19,19 +19,19 @@ pub struct VmSpec {
     pub vcpus: VcpuSpec,
     /// Guest memory.
     pub memory: MemorySpec,
-    /// What the guest boots.
-    pub boot: BootSpec,
+    /// How the machine begins.
+    pub start: StartSpec,
     /// Where the guest's log goes; absent: it is dropped.
     pub console: Option<ConsoleSpec>,
     /// The guest's vsock device; absent: none.
     pub vsock: Option<VsockSpec>,
-    /// Disks present at boot.
+    /// Disks present at boot; a restored guest finds them when it looks again.
     #[serde(default)]
     pub blocks: Vec<BlockSpec>,
-    /// Network interfaces present at boot.
+    /// Network interfaces, likewise.
     #[serde(default)]
     pub nets: Vec<NetSpec>,
-    /// Shared file systems present at boot.
+    /// Shared file systems, likewise.
     #[serde(default)]
     pub filesystems: Vec<FsSpec>,
 }
@@ -66,6 +66,43 @@ pub struct MemorySpec {
     /// How much may be plugged later, MiB.
     #[serde(default)]
     pub pluggable_mib: u32,
+}
+
+/// How a machine begins.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum StartSpec {
+    /// A kernel boots.
+    Boot(BootSpec),
+    /// A guest that was saved goes on.
+    Restore(SavedSpec),
+}
+
+impl StartSpec {
+    /// What boots, if anything does.
+    pub fn boot(&self) -> Option<&BootSpec> {
+        match self {
+            Self::Boot(boot) => Some(boot),
+            Self::Restore(_) => None,
+        }
+    }
+}
+
+/// A saved guest: where it is written to, and read from. Both files are memory
+/// files (`memfd_create`) that the shim makes. To save, it gives them empty:
+/// `state` with no bytes, `memory` with the size of `boot_mib`. Once it has the
+/// reply it seals both against every change; only then they can be restored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedSpec {
+    /// Processors and devices.
+    pub state: Descriptor,
+    /// Guest memory. Restored guests share the pages that they don't write.
+    pub memory: Descriptor,
+    /// What the guest was made from: the builds of VMM, kernel and initramfs, the
+    /// command line, and whatever else the shim tells apart. A guest is restored
+    /// for exactly the text it was saved with. At most [`crate::ORIGIN_BYTES`].
+    pub origin: String,
 }
 
 /// What the guest boots.

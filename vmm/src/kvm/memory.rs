@@ -1,5 +1,6 @@
 //! Guest memory: one sealed memory file, mapped shared so that the file
-//! server of a virtio-fs device can map it as well.
+//! server of a virtio-fs device can map it as well. That of a saved guest is in
+//! [`super::saved_memory`].
 
 use std::fs::File;
 use std::io;
@@ -55,6 +56,9 @@ pub enum MemoryError {
         #[source]
         source: vm_memory::mmap::MmapRegionError,
     },
+    /// A saved guest's memory that may change, or is that of another size.
+    #[error("saved memory: {0}")]
+    Saved(&'static str),
     /// The parts do not fit beside one another.
     #[error("lay out guest memory")]
     Layout(#[source] vm_memory::GuestRegionCollectionError),
@@ -68,28 +72,68 @@ pub enum MemoryError {
 pub fn create(mib: u32, pluggable_mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
     let (bytes, pluggable) = (u64::from(mib) << 20, u64::from(pluggable_mib) << 20);
     let file = Arc::new(sealed_file(bytes + pluggable)?);
+    let pluggable = Some(layout::pluggable_range(bytes, pluggable));
+    let ranges = layout::memory_ranges(bytes).chain(pluggable);
+    let regions = regions(ranges, &file, Sharing::Shared)?;
+    GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)
+}
+
+/// Who sees what the guest writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sharing {
+    /// Whoever maps the file.
+    Shared,
+    /// The guest alone: the file stays as it is.
+    Private,
+}
+
+impl Sharing {
+    fn flags(self) -> MapFlags {
+        MapFlags::NORESERVE
+            | match self {
+                Self::Shared => MapFlags::SHARED,
+                Self::Private => MapFlags::PRIVATE,
+            }
+    }
+}
+
+/// Whether others can map what the guest writes.
+pub fn is_shared(memory: &GuestMemoryMmap) -> bool {
+    memory.iter().all(is_region_shared)
+}
+
+pub(super) fn is_region_shared(region: &GuestRegionMmap) -> bool {
+    region.flags() & libc::MAP_SHARED != 0
+}
+
+/// Maps parts of `file`, one after the other, at `ranges`; empty ones are left
+/// out.
+pub(super) fn regions(
+    ranges: impl IntoIterator<Item = Range<u64>>,
+    file: &Arc<File>,
+    sharing: Sharing,
+) -> Result<Vec<GuestRegionMmap>, MemoryError> {
     let mut offset = 0;
     let mut regions = Vec::new();
-    let pluggable = Some(layout::pluggable_range(bytes, pluggable));
-    let pluggable = pluggable.filter(|range| !range.is_empty());
-    for range in layout::memory_ranges(bytes).chain(pluggable) {
+    for range in ranges.into_iter().filter(|range| !range.is_empty()) {
         let length = range.end - range.start;
         let map_error = |source| MemoryError::Map {
             gpa: range.start,
             bytes: length,
             source,
         };
-        let mapping = map(&file, offset, length).map_err(|source| MemoryError::Addresses {
-            gpa: range.start,
-            bytes: length,
-            source,
-        })?;
+        let mapping =
+            map(file, offset, length, sharing).map_err(|source| MemoryError::Addresses {
+                gpa: range.start,
+                bytes: length,
+                source,
+            })?;
         // SAFETY: these bytes were just mapped, and are never unmapped.
         let mapping = unsafe {
             MmapRegionBuilder::new(length as usize)
-                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
+                .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .with_mmap_flags(sharing.flags().bits().cast_signed())
                 .with_raw_mmap_pointer(mapping)
                 .build()
         };
@@ -99,13 +143,13 @@ pub fn create(mib: u32, pluggable_mib: u32) -> Result<GuestMemoryMmap, MemoryErr
         regions.push(region);
         offset += length;
     }
-    GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)
+    Ok(regions)
 }
 
 /// Maps `bytes` of `file` from `offset` on at the beginning of a large page, for
 /// as long as this process lives: the kernel uses large pages where the addresses
 /// of file, process and guest agree in what is below them.
-fn map(file: &File, offset: u64, bytes: u64) -> io::Result<*mut u8> {
+fn map(file: &File, offset: u64, bytes: u64, sharing: Sharing) -> io::Result<*mut u8> {
     let (length, large) = (bytes as usize, LARGE_PAGE as usize);
     let whole = length
         .checked_add(large)
@@ -121,7 +165,7 @@ fn map(file: &File, offset: u64, bytes: u64) -> io::Result<*mut u8> {
             start,
             length,
             ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED,
+            sharing.flags() | MapFlags::FIXED,
             file,
             offset,
         )?;
@@ -227,7 +271,7 @@ pub fn copy_in(
 
 /// Whoever else gets the file can neither shrink it under our feet (SIGBUS) nor
 /// grow it past what the pod is accounted for.
-fn sealed_file(bytes: u64) -> Result<File, MemoryError> {
+pub(super) fn sealed_file(bytes: u64) -> Result<File, MemoryError> {
     let fail = |step| {
         move |source: rustix::io::Errno| MemoryError::File {
             step,

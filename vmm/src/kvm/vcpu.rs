@@ -15,15 +15,18 @@
 use std::cell::Cell;
 use std::io;
 use std::ptr;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
 use husk_vmm_spec::{ExitReason, Failure};
-use kvm_bindings::kvm_run;
+use kvm_bindings::{Msrs, kvm_cpuid_entry2, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use super::gate::{Gate, Phase};
+use super::vcpu_state::{self, VcpuState};
 use super::vm::{KvmError, Vm, failed};
 use crate::address_space::AddressSpace;
 use crate::arch::x86_64::cpuid::{self, Supported, Topology};
@@ -38,6 +41,9 @@ pub enum VcpuError {
     /// An ioctl failed.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// A guest was saved where something is not as it is here.
+    #[error("the guest was saved with another {0}")]
+    Unlike(&'static str),
     /// More CPUID leaves or registers than KVM takes.
     #[error("too many CPUID leaves or registers")]
     TooMany,
@@ -56,17 +62,41 @@ pub enum VcpuError {
 }
 
 /// A processor that has its registers, not yet its thread.
-pub struct Vcpu {
+struct Vcpu {
     index: u8,
     fd: VcpuFd,
 }
 
-/// Makes all processors. The first one starts at `entry`, the others wait for
-/// its start-up message.
+/// All processors of a machine, without their threads.
+pub struct Vcpus {
+    all: Vec<Vcpu>,
+    leaves: Vec<kvm_cpuid_entry2>,
+}
+
+/// How processors begin.
+#[derive(Clone, Copy)]
+pub enum Begin<'a> {
+    /// The first one starts here, the others wait for its start-up message.
+    Entry(u64),
+    /// They go on as those that were saved.
+    Saved(&'a ProcessorsState),
+}
+
+/// What of all processors is saved.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ProcessorsState {
+    /// What the first one tells of itself: those of the machine that goes on must
+    /// tell the same.
+    leaves: Vec<kvm_cpuid_entry2>,
+    /// In order.
+    vcpus: Vec<VcpuState>,
+}
+
+/// Makes all processors.
 ///
 /// # Errors
-/// KVM refuses.
-pub fn create_all(vm: &Vm, count: u8, entry: u64) -> Result<Vec<Vcpu>, VcpuError> {
+/// KVM refuses, or those that were saved are not like this host's.
+pub fn create_all(vm: &Vm, count: u8, begin: Begin<'_>) -> Result<Vcpus, VcpuError> {
     let cpuid = vm.supported_cpuid()?;
     let supported = Supported {
         cpuid: &cpuid,
@@ -74,16 +104,38 @@ pub fn create_all(vm: &Vm, count: u8, entry: u64) -> Result<Vec<Vcpu>, VcpuError
     };
     let topology = Topology { cores: count };
     let msrs = msr::boot_msrs().map_err(|_| VcpuError::TooMany)?;
-    let mut vcpus = Vec::with_capacity(usize::from(count));
+    let first = cpuid::for_vcpu(supported, topology, 0).map_err(|_| VcpuError::TooMany)?;
+    if let Begin::Saved(saved) = begin {
+        saved.check(count, first.as_slice())?;
+    }
+    let mut all = Vec::with_capacity(usize::from(count));
     for index in 0..count {
         let fd = vm.create_vcpu(index)?;
         let leaves = cpuid::for_vcpu(supported, topology, index).map_err(|_| VcpuError::TooMany)?;
         fd.set_cpuid2(&leaves).map_err(failed("KVM_SET_CPUID2"))?;
-        let set = fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
-        if set != msrs.as_slice().len() {
-            return Err(failed("KVM_SET_MSRS")(kvm_ioctls::Error::new(libc::EINVAL)).into());
+        all.push(Vcpu { index, fd });
+    }
+    for vcpu in &all {
+        match begin {
+            Begin::Entry(entry) => vcpu.begin(&msrs, entry)?,
+            Begin::Saved(saved) => vcpu.go_on(saved)?,
         }
-        if index == 0 {
+    }
+    Ok(Vcpus {
+        all,
+        leaves: first.as_slice().to_vec(),
+    })
+}
+
+impl Vcpu {
+    /// As firmware would leave it.
+    fn begin(&self, msrs: &Msrs, entry: u64) -> Result<(), KvmError> {
+        let fd = &self.fd;
+        let set = fd.set_msrs(msrs).map_err(failed("KVM_SET_MSRS"))?;
+        if set != msrs.as_slice().len() {
+            return Err(failed("KVM_SET_MSRS")(kvm_ioctls::Error::new(libc::EINVAL)));
+        }
+        if self.index == 0 {
             let sregs = fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
             fd.set_sregs(&regs::special(sregs))
                 .map_err(failed("KVM_SET_SREGS"))?;
@@ -91,76 +143,29 @@ pub fn create_all(vm: &Vm, count: u8, entry: u64) -> Result<Vec<Vcpu>, VcpuError
             fd.set_regs(&regs::general(entry))
                 .map_err(failed("KVM_SET_REGS"))?;
         }
-        vcpus.push(Vcpu { index, fd });
+        Ok(())
     }
-    Ok(vcpus)
+
+    /// As it was saved.
+    fn go_on(&self, saved: &ProcessorsState) -> Result<(), VcpuError> {
+        let state = saved.vcpus.get(usize::from(self.index));
+        let state = state.ok_or(VcpuError::Unlike("number of processors"))?;
+        if self.fd.get_tsc_khz().unwrap_or(0) != state.tsc_khz {
+            return Err(VcpuError::Unlike("speed of the time stamp counter"));
+        }
+        Ok(vcpu_state::restore(&self.fd, state)?)
+    }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-enum Phase {
-    Paused = 0,
-    Running = 1,
-    Stopped = 2,
-}
-
-/// Where processor threads learn what to do and say what they do.
-struct Gate {
-    /// A [`Phase`]; changed under the lock of `parked`, read without it.
-    phase: AtomicU8,
-    /// Threads that are not, and won't be, in the guest until the phase changes.
-    parked: Mutex<usize>,
-    changed: Condvar,
-}
-
-impl Gate {
-    fn phase(&self) -> Phase {
-        match self.phase.load(Ordering::SeqCst) {
-            0 => Phase::Paused,
-            1 => Phase::Running,
-            _ => Phase::Stopped,
+impl ProcessorsState {
+    fn check(&self, count: u8, leaves: &[kvm_cpuid_entry2]) -> Result<(), VcpuError> {
+        if self.vcpus.len() != usize::from(count) {
+            return Err(VcpuError::Unlike("number of processors"));
         }
-    }
-
-    fn set_phase(&self, phase: Phase) {
-        let _parked = self.lock();
-        self.phase.store(phase as u8, Ordering::SeqCst);
-        self.changed.notify_all();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, usize> {
-        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Called by a thread: waits until the phase is no longer paused.
-    fn park(&self) {
-        let mut parked = self.lock();
-        *parked += 1;
-        self.changed.notify_all();
-        while self.phase() == Phase::Paused {
-            parked = self
-                .changed
-                .wait(parked)
-                .unwrap_or_else(PoisonError::into_inner);
+        if self.leaves != leaves {
+            return Err(VcpuError::Unlike("processor (CPUID)"));
         }
-        *parked -= 1;
-    }
-
-    /// Called by a thread that ends: it counts as parked for ever.
-    fn leave(&self) {
-        *self.lock() += 1;
-        self.changed.notify_all();
-    }
-
-    /// Waits until `count` threads are parked.
-    fn wait_parked(&self, count: usize) {
-        let mut parked = self.lock();
-        while *parked < count {
-            parked = self
-                .changed
-                .wait(parked)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
+        Ok(())
     }
 }
 
@@ -169,6 +174,7 @@ pub struct VcpuThreads {
     threads: Vec<JoinHandle<()>>,
     gate: Arc<Gate>,
     exits: Arc<AtomicU64>,
+    leaves: Vec<kvm_cpuid_entry2>,
 }
 
 impl VcpuThreads {
@@ -177,7 +183,7 @@ impl VcpuThreads {
     /// # Errors
     /// The host refuses a thread.
     pub fn start(
-        vcpus: Vec<Vcpu>,
+        vcpus: Vcpus,
         space: &Arc<AddressSpace>,
         exit: &Arc<ExitLatch>,
         console: &Arc<ConsoleOutput>,
@@ -185,17 +191,15 @@ impl VcpuThreads {
     ) -> Result<Self, VcpuError> {
         register_signal_handler(SIGRTMIN(), leave_guest).map_err(VcpuError::Signal)?;
         let mut this = Self {
-            threads: Vec::with_capacity(vcpus.len()),
-            gate: Arc::new(Gate {
-                phase: AtomicU8::new(Phase::Paused as u8),
-                parked: Mutex::new(0),
-                changed: Condvar::new(),
-            }),
+            threads: Vec::with_capacity(vcpus.all.len()),
+            gate: Arc::new(Gate::new()),
             exits: Arc::new(AtomicU64::new(0)),
+            leaves: vcpus.leaves,
         };
-        for vcpu in vcpus {
+        for vcpu in vcpus.all {
             let index = vcpu.index;
             let runner = Runner {
+                index,
                 fd: vcpu.fd,
                 space: Arc::clone(space),
                 exit: Arc::clone(exit),
@@ -225,6 +229,19 @@ impl VcpuThreads {
         self.gate.set_phase(Phase::Paused);
         self.kick();
         self.wait_paused();
+    }
+
+    /// The state of all processors, which are paused: none has ended. `msrs` are
+    /// the model-specific registers that KVM lists.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn save(&self, msrs: &[u32]) -> Result<ProcessorsState, KvmError> {
+        let msrs = vcpu_state::msrs_to_save(msrs);
+        Ok(ProcessorsState {
+            leaves: self.leaves.clone(),
+            vcpus: self.gate.save(self.threads.len(), &msrs)?,
+        })
     }
 
     /// Lets the processors enter the guest.
@@ -301,8 +318,19 @@ impl Drop for RunPage {
     }
 }
 
+/// How an entry into the guest went.
+enum Entered {
+    /// The guest wanted something, and has it.
+    Handled,
+    /// A signal came, or the processor waits for its start-up message.
+    Interrupted,
+    /// The machine ends.
+    Ended(ExitReason),
+}
+
 /// What a processor thread owns.
 struct Runner {
+    index: u8,
     fd: VcpuFd,
     space: Arc<AddressSpace>,
     exit: Arc<ExitLatch>,
@@ -317,7 +345,8 @@ impl Runner {
         let mut was_paused = false;
         loop {
             RunPage::clear_immediate_exit();
-            match self.gate.phase() {
+            let phase = self.gate.phase();
+            let entered = match phase {
                 Phase::Running => {
                     if was_paused {
                         // So that the guest's watchdogs forgive the pause; fails
@@ -325,20 +354,36 @@ impl Runner {
                         let _ = self.fd.kvmclock_ctrl();
                         was_paused = false;
                     }
+                    self.enter()
                 }
-                Phase::Paused => {
-                    self.gate.park();
-                    was_paused = true;
-                    continue;
-                }
+                Phase::Paused => self.settle(),
                 Phase::Stopped => break,
-            }
-            if let Some(reason) = self.enter() {
+            };
+            if let Entered::Ended(reason) = entered {
                 self.exit.set(reason);
                 break;
             }
+            if phase == Phase::Paused {
+                let fd = &self.fd;
+                self.gate
+                    .park(self.index, |msrs| vcpu_state::capture(fd, msrs));
+                was_paused = true;
+            }
         }
         self.gate.leave();
+    }
+
+    /// Has KVM finish the access that the last exit was for: until then, its
+    /// result is not in the processor's registers.
+    fn settle(&mut self) -> Entered {
+        loop {
+            self.fd.set_kvm_immediate_exit(1);
+            match self.enter() {
+                // The access had several parts.
+                Entered::Handled => {}
+                entered => return entered,
+            }
+        }
     }
 
     fn fail(self, failure: Failure) {
@@ -346,45 +391,46 @@ impl Runner {
         self.gate.leave();
     }
 
-    /// Runs the guest until its next exit and handles that. Returns why the
-    /// machine ends, if it does.
-    fn enter(&mut self) -> Option<ExitReason> {
+    /// Runs the guest until its next exit and handles that.
+    fn enter(&mut self) -> Entered {
         let result = self.fd.run();
         self.exits.fetch_add(1, Ordering::Relaxed);
         match result {
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.space.read_port(port, data);
-                None
+                Entered::Handled
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 self.space.write_port(port, data);
-                None
+                Entered::Handled
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
                 self.space.read(address, data);
-                None
+                Entered::Handled
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 self.space.write(address, data);
-                None
+                Entered::Handled
             }
             // No pins, so no level to end; KVM exits for routed ones all the same.
-            Ok(VcpuExit::Intr | VcpuExit::IoapicEoi(_)) => None,
+            Ok(VcpuExit::Intr | VcpuExit::IoapicEoi(_)) => Entered::Handled,
             // A triple fault: how a guest resets when all else failed.
             Ok(VcpuExit::Shutdown) => {
                 self.tell_where("triple fault");
-                Some(ExitReason::Reset)
+                Entered::Ended(ExitReason::Reset)
             }
-            Ok(VcpuExit::FailEntry(reason, _)) => Some(failure(format!(
+            Ok(VcpuExit::FailEntry(reason, _)) => Entered::Ended(failure(format!(
                 "the processor refused to enter the guest: {reason:#x}"
             ))),
-            Ok(VcpuExit::InternalError) => Some(self.internal_error()),
-            Ok(other) => Some(failure(format!(
+            Ok(VcpuExit::InternalError) => Entered::Ended(self.internal_error()),
+            Ok(other) => Entered::Ended(failure(format!(
                 "unexpected exit from the guest: {other:?}"
             ))),
             // Signals, and processors that wait for their start-up message.
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
-            Err(error) => Some(failure(format!("KVM_RUN: {}", io::Error::from(error)))),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                Entered::Interrupted
+            }
+            Err(error) => Entered::Ended(failure(format!("KVM_RUN: {}", io::Error::from(error)))),
         }
     }
 

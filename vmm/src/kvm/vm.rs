@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES,
-    KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_PMU_CAP_DISABLE, kvm_clock_data, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{
     Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd,
@@ -59,6 +59,12 @@ pub enum KvmError {
         /// As KVM says.
         most: usize,
     },
+    /// More registers than KVM takes.
+    #[error("more model-specific registers than KVM takes")]
+    Registers,
+    /// A register does not take the value it had.
+    #[error("model-specific register {0:#x} does not take the value that was saved")]
+    Register(u32),
     /// A call failed.
     #[error("{call}")]
     Ioctl {
@@ -131,6 +137,37 @@ impl Vm {
         self.fd
             .create_vcpu(u64::from(apic_id))
             .map_err(failed("KVM_CREATE_VCPU"))
+    }
+
+    /// The model-specific registers that KVM would have saved.
+    ///
+    /// # Errors
+    /// The ioctl failed.
+    pub fn msr_indices(&self) -> Result<Vec<u32>, KvmError> {
+        let list = self.kvm.get_msr_index_list();
+        let list = list.map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// The guest's clock (kvm-clock), in nanoseconds.
+    ///
+    /// # Errors
+    /// The ioctl failed.
+    pub fn clock(&self) -> Result<u64, KvmError> {
+        let clock = self.fd.get_clock().map_err(failed("KVM_GET_CLOCK"))?;
+        Ok(clock.clock)
+    }
+
+    /// Has the guest's clock go on from so many nanoseconds.
+    ///
+    /// # Errors
+    /// The ioctl failed.
+    pub fn set_clock(&self, clock: u64) -> Result<(), KvmError> {
+        let clock = kvm_clock_data {
+            clock,
+            ..Default::default()
+        };
+        self.fd.set_clock(&clock).map_err(failed("KVM_SET_CLOCK"))
     }
 
     /// Local APICs alone: there is no PIC, no I/O APIC and no timer but theirs.

@@ -9,8 +9,9 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use husk_virtio::pci::{Bar, Notification, PciFunction};
+use husk_virtio::pci::{Bar, FunctionState, Notification, PciFunction, StateError};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use serde::{Deserialize, Serialize};
 
 use crate::arch::x86_64::layout;
 
@@ -41,6 +42,32 @@ pub enum BusError {
         /// What did not fit.
         size: u64,
     },
+}
+
+/// What of a bus is saved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BusState {
+    /// The address register.
+    address: u32,
+    /// Each slot that is taken.
+    functions: Vec<(u8, FunctionState)>,
+}
+
+/// A function that cannot be saved or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum SlotError {
+    /// The function itself says so.
+    #[error("PCI slot {slot}")]
+    Function {
+        /// Which.
+        slot: usize,
+        /// What it says.
+        #[source]
+        source: StateError,
+    },
+    /// There are others.
+    #[error("other PCI slots are taken than when the machine was saved")]
+    Slots,
 }
 
 /// The bus.
@@ -145,6 +172,56 @@ impl PciBus {
         let mut removed = config.slots.get_mut(slot)?.take()?;
         self.drop_ioeventfds(&mut removed);
         Some(removed.function)
+    }
+
+    /// What the guest has written to the registers of all functions.
+    ///
+    /// # Errors
+    /// A device has failed with its thread.
+    pub fn save(&self) -> Result<BusState, SlotError> {
+        let config = self.config();
+        let mut functions = Vec::new();
+        for (slot, taken) in config.slots.iter().enumerate() {
+            if let Some(taken) = taken {
+                let state = lock(&taken.function).save();
+                let state = state.map_err(|source| SlotError::Function { slot, source })?;
+                // SLOTS fit.
+                functions.push((slot as u8, state));
+            }
+        }
+        Ok(BusState {
+            address: config.address,
+            functions,
+        })
+    }
+
+    /// Has functions that were just made go on as those that were saved. The
+    /// processors must have been restored: what was pending may interrupt them.
+    ///
+    /// # Errors
+    /// They are not alike, or the host refuses something.
+    pub fn restore(&self, saved: &BusState) -> Result<(), SlotError> {
+        let mut config = self.config();
+        let taken = config.slots.iter().enumerate();
+        let taken = taken.filter(|(_, taken)| taken.is_some());
+        if !taken
+            .map(|(slot, _)| slot)
+            .eq(saved.functions.iter().map(|(slot, _)| usize::from(*slot)))
+        {
+            return Err(SlotError::Slots);
+        }
+        config.address = saved.address;
+        let slots = config.slots.iter_mut().enumerate();
+        let slots = slots.filter_map(|(number, slot)| Some((number, slot.as_mut()?)));
+        for ((number, slot), (_, state)) in slots.zip(&saved.functions) {
+            let restored = lock(&slot.function).restore(state);
+            restored.map_err(|source| SlotError::Function {
+                slot: number,
+                source,
+            })?;
+            self.remap(number, slot);
+        }
+        Ok(())
     }
 
     /// Takes a guest's read from `port`, which is one of the eight.

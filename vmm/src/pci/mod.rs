@@ -4,6 +4,6 @@ mod bus;
 mod host_bridge;
 mod pvpanic;
 
-pub use bus::{BusError, PciBus, SharedFunction};
+pub use bus::{BusError, BusState, PciBus, SharedFunction, SlotError};
 pub use host_bridge::HostBridge;
 pub use pvpanic::PvPanic;

@@ -5,6 +5,8 @@ use super::{Allowed, any, only};
 // linux/kvm.h.
 const KVM_IRQFD: u64 = 0x4020_ae76;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
+const KVM_GET_MSR_INDEX_LIST: u64 = 0xc004_ae02;
+const KVM_GET_CLOCK: u64 = 0x8030_ae7c;
 
 // linux/fs.h.
 const BLKSSZGET: u64 = 0x1268;
@@ -32,6 +34,8 @@ pub(super) const ALLOWED: &[Allowed] = &[
     only(libc::SYS_fcntl, 1, &[libc::F_GETFL as u64]),
     any(libc::SYS_statx),
     any(libc::SYS_lseek),
+    // A machine that is saved: what KVM would have saved, and the guest's clock.
+    only(libc::SYS_ioctl, 1, &[KVM_GET_MSR_INDEX_LIST, KVM_GET_CLOCK]),
     // A plugged interface: its tap's header and offloads.
     only(libc::SYS_ioctl, 1, &[TUNSETOFFLOAD, TUNSETVNETHDRSZ]),
     only(libc::SYS_fcntl, 1, &[libc::F_SETFL as u64]),

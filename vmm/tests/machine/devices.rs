@@ -7,7 +7,7 @@ use crate::harness::{TestMachine, skip};
 /// Looks for the function with this id; its slot's configuration address goes
 /// to r12d, the address of BAR 0 to r13. Jumps to `bad` without one.
 /// Then turns memory decoding and bus mastering on.
-const FIND: &str = r#"
+pub const FIND: &str = r#"
     .macro find id
         mov r12d, 0x80000000
     8:  mov dx, 0xcf8
@@ -161,13 +161,14 @@ fn the_entropy_device_interrupts_by_message() {
     if skip() {
         return;
     }
-    let mut machine = run(RNG);
+    let mut machine = run(&format!("{RNG_SETUP}\n{RNG}"));
     assert_eq!(machine.exit_reason(), ExitReason::Reset);
     assert_eq!(machine.said(), "i+");
 }
 
-/// Drives the virtio-rng device with one request, and takes its interrupt.
-const RNG: &str = r#"
+/// Has a virtio-rng device ready, whose queue's interrupt goes to `handler`: 8
+/// entries at 300000, 301000, 302000; r13: its registers, rbx: the local APIC.
+pub const RNG_SETUP: &str = r#"
         find 0x10441af4
         # r13: common configuration; its other pages follow.
         # Local APIC on, through its MSR's page at fee00000.
@@ -220,6 +221,37 @@ const RNG: &str = r#"
         mov word ptr [r13 + 28], 1
         mov byte ptr [r13 + 20], 15
 
+        mov ebx, 0xfee00000
+        jmp ready
+
+    # Leaves the MSI-X capability addressed; its first dword in eax.
+    find_msix:
+        mov eax, 0x34
+        call read_config
+        movzx esi, al
+    2:  mov eax, esi
+        call read_config
+        cmp al, 0x11
+        je 3f
+        movzx esi, ah
+        test esi, esi
+        jnz 2b
+        jmp bad
+    3:  ret
+
+        .bss
+        .balign 16
+    idt: .skip 4096
+        .data
+    idt_pointer:
+        .word 4095
+        .quad 0
+        .text
+    ready:
+"#;
+
+/// One request, and its interrupt.
+const RNG: &str = r#"
         # One writable buffer of 8 bytes at 303000.
         mov edi, 0x300000
         mov qword ptr [rdi], 0x303000
@@ -248,28 +280,4 @@ const RNG: &str = r#"
         je bad
         say '+'
         reset
-
-    # Leaves the MSI-X capability addressed; its first dword in eax.
-    find_msix:
-        mov eax, 0x34
-        call read_config
-        movzx esi, al
-    2:  mov eax, esi
-        call read_config
-        cmp al, 0x11
-        je 3f
-        movzx esi, ah
-        test esi, esi
-        jnz 2b
-        jmp bad
-    3:  ret
-
-        .bss
-        .balign 16
-    idt: .skip 4096
-        .data
-    idt_pointer:
-        .word 4095
-        .quad 0
-        .text
 "#;

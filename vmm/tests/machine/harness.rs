@@ -12,7 +12,7 @@ use husk_vmm::packet::ControlSocket;
 use husk_vmm::seccomp::Confinement;
 use husk_vmm_spec::{
     BootSpec, ConsoleSpec, Descriptor, ExitReason, MemorySpec, Message, PACKET_BYTES, Request,
-    VcpuSpec, VmSpec,
+    StartSpec, VcpuSpec, VmSpec,
 };
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -58,11 +58,11 @@ impl Request0 {
                 boot_mib: 64,
                 pluggable_mib: 0,
             },
-            boot: BootSpec {
+            start: StartSpec::Boot(BootSpec {
                 kernel: Descriptor(1),
                 initramfs: None,
                 command_line: "test".into(),
-            },
+            }),
             console: Some(ConsoleSpec {
                 output: Descriptor(2),
             }),
@@ -79,6 +79,15 @@ impl Request0 {
     pub fn give(&mut self, descriptor: OwnedFd) -> Descriptor {
         self.descriptors.push(descriptor);
         Descriptor(self.descriptors.len() as u32 - 1)
+    }
+
+    /// Has the kernel find this.
+    pub fn give_initramfs(&mut self, file: File) {
+        let file = self.give(file.into());
+        match &mut self.spec.start {
+            StartSpec::Boot(boot) => boot.initramfs = Some(file),
+            StartSpec::Restore(_) => panic!("nothing boots"),
+        }
     }
 }
 

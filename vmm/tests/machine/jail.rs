@@ -12,6 +12,7 @@ use husk_vmm_spec::{
 
 use crate::harness::{Request0, receive, send, skip, socket_pair};
 use crate::payload;
+use crate::saved::Saved;
 
 const UID: u32 = 64_123;
 const GID: u32 = 64_124;
@@ -232,6 +233,52 @@ fn a_jailed_vmm_reports_how_its_guest_ends() {
     assert!(matches!(vmm.start(&request), Message::Started(_)));
     assert_eq!(receive(&vmm.shim), Some(Message::Exited(ExitReason::Reset)));
     assert!(vmm.child.wait().unwrap().success());
+}
+
+#[test]
+fn a_jailed_vmm_saves_its_guest_and_another_goes_on() {
+    if skip_unless_root() {
+        return;
+    }
+    let done = Message::Reply(Ok(Reply::Done));
+    let vmm = Jailed::spawn();
+    let payload = "xor ebx, ebx\n 1: inc bl\n mov dx, COM1\n mov al, bl\n out dx, al\n jmp 1b";
+    let (mut request, mut console) = Request0::new(payload::build(payload));
+    request.spec.vcpus.max = 2;
+    assert!(matches!(vmm.start(&request), Message::Started(_)));
+    let mut first = [0; 2];
+    console.read_exact(&mut first).unwrap();
+    assert_eq!(first, [1, 2]);
+    drop(request);
+    assert_eq!(vmm.request(&Request::Pause), done);
+    let saved = Saved::empty();
+    let descriptors = saved.descriptors();
+    assert_eq!(vmm.request_with(&Saved::request(), &descriptors), done);
+    drop(descriptors);
+    saved.seal();
+    drop(vmm);
+    let mut said = Vec::new();
+    console.read_to_end(&mut said).unwrap();
+
+    for _ in 0..2 {
+        let vmm = Jailed::spawn();
+        let (mut request, mut console) = saved.restore();
+        request.spec.vcpus.max = 2;
+        assert!(matches!(vmm.start(&request), Message::Started(_)));
+        drop(request);
+        // What the pipe had no room for was dropped, so only where it goes on is
+        // not known.
+        let mut next = [0; 3];
+        console.read_exact(&mut next).unwrap();
+        assert_eq!(next[1], next[0].wrapping_add(1));
+        assert_eq!(next[2], next[0].wrapping_add(2));
+        assert_eq!(vmm.request(&Request::Pause), done);
+        assert_eq!(vmm.request(&Request::Resume), done);
+        assert_eq!(
+            vmm.request(&Request::Kill),
+            Message::Exited(ExitReason::Killed)
+        );
+    }
 }
 
 #[test]

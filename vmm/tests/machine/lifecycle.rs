@@ -53,7 +53,7 @@ fn the_initramfs_is_where_boot_params_say() {
     ));
     let file = tempfile::tempfile().unwrap();
     rustix::io::write(&file, b"the agent").unwrap();
-    request.spec.boot.initramfs = Some(request.give(file.into()));
+    request.give_initramfs(file);
     let mut machine = TestMachine::start(request, console);
     assert!(matches!(machine.receive(), Message::Started(_)));
     assert_eq!(machine.exit_reason(), ExitReason::Reset);
@@ -257,6 +257,6 @@ fn what_cannot_be_started_is_said_in_one_sentence() {
 
     let huge = tempfile::tempfile().unwrap();
     huge.set_len(80 << 20).unwrap();
-    let said = failure(|request| request.spec.boot.initramfs = Some(request.give(huge.into())));
+    let said = failure(|request| request.give_initramfs(huge));
     assert!(said.contains("does not fit into guest memory"), "{said}");
 }

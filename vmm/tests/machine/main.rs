@@ -15,3 +15,4 @@ mod hotplug;
 mod jail;
 mod lifecycle;
 mod payload;
+mod saved;
