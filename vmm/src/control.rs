@@ -52,6 +52,12 @@ fn start(
     let mut machine = boot::start(&spec, &mut packet.descriptors, confinement)
         .map_err(|error| describe(&error))?;
     drop(packet);
+    confinement.check_descriptors().map_err(|source| {
+        describe(&BootError::Host {
+            what: "descriptors of the jailed process",
+            source,
+        })
+    })?;
     confinement.enter(Role::Main).map_err(|source| {
         describe(&BootError::Host {
             what: "seccomp filter of the main thread",

@@ -12,7 +12,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, Gid, Uid, UnshareFlags};
 
 /// Most descriptors: each vsock stream, queue and interrupt vector has one.
-const DESCRIPTORS: u64 = 8192;
+pub const DESCRIPTORS: u64 = 8192;
 
 /// Highest capability that a kernel may know of; there are 41 in 2026.
 const CAPABILITIES: u32 = 63;

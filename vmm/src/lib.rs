@@ -8,6 +8,7 @@ pub mod boot;
 pub mod clock;
 pub mod console;
 pub mod control;
+pub mod descriptors;
 pub mod devices;
 pub mod exit;
 pub mod jail;

@@ -10,6 +10,8 @@ use std::io;
 
 use seccompiler::BpfProgram;
 
+use crate::{descriptors, jail};
+
 /// Whether threads are confined. Tests of the library in a process of their own
 /// share its threads with the test harness, so they are not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +61,18 @@ const DATA_PAGES: &[u64] = &[
 ];
 
 impl Confinement {
+    /// Refuses to go on with a descriptor that a jailed process may not hold.
+    ///
+    /// # Errors
+    /// There is one.
+    pub fn check_descriptors(self) -> io::Result<()> {
+        match self {
+            // The tests' process has others.
+            Self::None => Ok(()),
+            Self::Filters => descriptors::check(jail::DESCRIPTORS),
+        }
+    }
+
     /// Confines the calling thread to `role` for the rest of its life.
     ///
     /// # Errors
