@@ -3,7 +3,7 @@
 //! a container, and adds and takes others while that runs; CNI's meta-plugins do
 //! so, too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,7 +116,8 @@ impl Interfaces {
             // A route that the guest cannot take is no reason to do without the rest.
             Err(error) => tracing::warn!(%error, "network"),
         }
-        known.told = found.guest;
+        let told = std::mem::replace(&mut known.told, found.guest);
+        keep_down(&mut known.told, told, &found.all);
         Ok(())
     }
 
@@ -209,6 +210,17 @@ fn news(told: &Network, found: &Network) -> Network {
     }
 }
 
+/// An interface that is down for a while is not among those `found`; the guest has
+/// it as it was `told`.
+fn keep_down(found: &mut Network, told: Network, all: &BTreeSet<LinkId>) {
+    let is_up = |name: &str| found.interfaces.iter().any(|other| other.name == name);
+    let is_there = |name: &str| all.iter().any(|link| link.name == name);
+    let is_down = |name: &str| is_there(name) && !is_up(name);
+    let down = told.interfaces.into_iter();
+    let down: Vec<_> = down.filter(|interface| is_down(&interface.name)).collect();
+    found.interfaces.extend(down);
+}
+
 /// The guest's kernel drops with an interface what leads through it.
 fn forget(told: &mut Network, name: &str) {
     let through = |route: &Route| {
@@ -272,5 +284,27 @@ mod tests {
         forget(&mut told, "eth1");
         assert_eq!(told, first);
         assert_eq!(news(&told, &second).interfaces, [eth1]);
+    }
+
+    #[test]
+    fn one_that_was_down_is_not_new() {
+        let (eth0, eth1) = (
+            interface("eth0", "10.1.0.2/24"),
+            interface("eth1", "10.2.0.2/24"),
+        );
+        let told = network(vec![eth0.clone(), eth1], Vec::new());
+        let all = [(2, "eth0"), (3, "eth1")];
+        let all = all.map(|(index, name)| LinkId {
+            index,
+            name: name.to_owned(),
+        });
+        let mut found = network(vec![eth0], Vec::new());
+        let gone = found.clone();
+        keep_down(&mut found, told.clone(), &all.clone().into());
+        assert_eq!(found, told);
+        let mut found = gone.clone();
+        let [first, _] = all;
+        keep_down(&mut found, told, &[first].into());
+        assert_eq!(found, gone);
     }
 }

@@ -112,6 +112,7 @@ fn come_and_go() {
         expect(&shim, &bundle, &wanted).await;
         // One that is down for a while is still there.
         netns.ip("link set eth1 down");
+        tokio::time::sleep(Duration::from_millis(300)).await;
         netns.ip("link set eth1 up");
         netns.ip("link delete eth2");
         wanted.push("gone:03");
