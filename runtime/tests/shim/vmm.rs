@@ -49,7 +49,7 @@ pub fn run() {
     keep(&ports, spec.vsock.unwrap().host_ports, descriptors);
     let connection = ports.lock().unwrap().remove(&1024).unwrap();
     let agents = Arc::clone(&ports);
-    let mut words = spec.boot.command_line.split(' ');
+    let mut words = line.split(' ');
     let how = words.find_map(|word| word.strip_prefix(liar::PARAMETER));
     let how = how.map(str::to_owned);
     std::thread::spawn(move || {
