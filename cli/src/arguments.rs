@@ -46,6 +46,23 @@ pub enum Command {
         #[arg(long, conflicts_with = "json")]
         svg: bool,
     },
+    /// Show what the shim, the guest's kernel and the agent of a pod logged, also of one that is gone
+    Logs(LogArguments),
+    /// Print metrics of the pods in the text format of Prometheus
+    Metrics {
+        /// Replace FILE instead, for node-exporter's textfile collector
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Write an archive for a bug report; what looks like a secret is left out
+    SupportBundle {
+        /// Where to; without it, husk-support-TIME.tar in the working directory
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// Leave the logs out as well
+        #[arg(long)]
+        no_logs: bool,
+    },
     /// Let containerd, Docker and CRI-O know Husk
     Install {
         /// Let pods choose the size of their machine by annotations (io.husk.*)
@@ -72,6 +89,22 @@ pub enum Command {
     Check,
     /// Show the configuration in effect, and where each value was said
     Config(ConfigArguments),
+}
+
+/// Which logs.
+#[derive(Debug, Args)]
+pub struct LogArguments {
+    /// Its id or the beginning of it, or NAMESPACE/NAME in Kubernetes while it is there
+    pub pod: String,
+    /// Read containerd's log here instead of in the journal
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Only what is not older, as journalctl understands it
+    #[arg(long, value_name = "TIME", conflicts_with = "file")]
+    pub since: Option<String>,
+    /// At most so many of the last lines
+    #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 1000)]
+    pub lines: usize,
 }
 
 /// Where to install what.

@@ -111,7 +111,7 @@ pub fn run(json: bool) -> anyhow::Result<Answer> {
     let mut findings = kvm::check(&node);
     findings.extend(kernel::check(&node));
     findings.extend(files::check(&node, loaded));
-    findings.extend(containerd::check(&containerd::Installed::ask()));
+    findings.extend(containerd::check(&node, &containerd::Installed::ask()));
     findings.extend(limits::check(&node, &config));
     answer(&findings, json)
 }

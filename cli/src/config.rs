@@ -46,7 +46,11 @@ fn check(file: &Path, json: bool) -> anyhow::Result<Answer> {
     Ok(answer.with_code(code))
 }
 
-fn show(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
+/// What is in effect.
+///
+/// # Errors
+/// It cannot be written as JSON.
+pub fn show(loaded: &Loaded, json: bool) -> anyhow::Result<Answer> {
     if json {
         let keys: Vec<Value> = KEYS
             .iter()

@@ -28,7 +28,8 @@ pub fn run(pod: &str, json: bool) -> anyhow::Result<Answer> {
     Ok(Answer::done(show(&pod, memory)))
 }
 
-fn value(pod: &Pod, memory: Option<Memory>) -> Value {
+/// A pod in JSON.
+pub fn value(pod: &Pod, memory: Option<Memory>) -> Value {
     let state = &pod.state;
     let process = |process: Option<Process>| {
         let is_alive = process.is_some_and(Process::is_alive);

@@ -11,10 +11,13 @@ mod check;
 mod config;
 mod inspect;
 mod install;
+mod logs;
 mod manual;
 mod memory;
+mod metrics;
 mod pods;
 mod ps;
+mod support;
 mod text;
 mod timeline;
 
@@ -57,6 +60,9 @@ fn run(arguments: Arguments) -> anyhow::Result<Answer> {
         Command::Uninstall(place) => install::run(&place, Task::Uninstall, json),
         Command::Completions { shell } => manual::completions(shell),
         Command::Man { dir } => manual::pages(&dir),
+        Command::Logs(asked) => logs::run(&asked, json),
+        Command::Metrics { output } => metrics::run(output.as_deref()),
+        Command::SupportBundle { output, no_logs } => support::run(output, !no_logs),
         Command::Check => check::run(json),
         Command::Config(asked) => config::run(&asked, json),
         Command::Ps => ps::run(json),

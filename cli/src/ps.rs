@@ -30,7 +30,8 @@ pub fn run(json: bool) -> anyhow::Result<Answer> {
     Ok(Answer::done(list(&pods)))
 }
 
-fn value(pod: &Pod, memory: Option<Memory>) -> Value {
+/// A pod in JSON.
+pub fn value(pod: &Pod, memory: Option<Memory>) -> Value {
     json!({
         "namespace": pod.namespace,
         "id": pod.id,

@@ -15,11 +15,15 @@ const COLUMNS: u64 = 40;
 
 /// A part of a start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stage {
-    what: &'static str,
+pub struct Stage {
+    /// Its name for programs.
+    pub key: &'static str,
+    /// Its name for people.
+    pub what: &'static str,
     /// Since containerd's request.
-    from_ns: u64,
-    to_ns: u64,
+    pub from_ns: u64,
+    /// The same, of its end.
+    pub to_ns: u64,
 }
 
 /// Shows the start of a pod.
@@ -40,19 +44,43 @@ pub fn run(pod: &str, svg: bool, json: bool) -> anyhow::Result<Answer> {
 }
 
 /// Those that are over, in their order.
-fn stages(timeline: &Timeline) -> Vec<Stage> {
+pub fn stages(timeline: &Timeline) -> Vec<Stage> {
     let moments = [
-        ("node: mounts, network, VMM's program", timeline.vmm_exec_ns),
-        ("VMM: confinement, specification", timeline.vmm_spec_ns),
-        ("VMM: the machine is built", timeline.guest_entered_ns),
-        ("guest: kernel and agent", timeline.agent_ready_ns),
-        ("first container: created", timeline.container_created_ns),
-        ("first container: executed", timeline.container_started_ns),
-        ("first container: first output", timeline.first_output_ns),
+        (
+            "node",
+            "node: mounts, network, VMM's program",
+            timeline.vmm_exec_ns,
+        ),
+        (
+            "vmm-spec",
+            "VMM: confinement, specification",
+            timeline.vmm_spec_ns,
+        ),
+        (
+            "vmm-build",
+            "VMM: the machine is built",
+            timeline.guest_entered_ns,
+        ),
+        ("guest", "guest: kernel and agent", timeline.agent_ready_ns),
+        (
+            "create",
+            "first container: created",
+            timeline.container_created_ns,
+        ),
+        (
+            "start",
+            "first container: executed",
+            timeline.container_started_ns,
+        ),
+        (
+            "output",
+            "first container: first output",
+            timeline.first_output_ns,
+        ),
     ];
     let mut stages = Vec::new();
     let mut from_ns = 0;
-    for (what, moment) in moments {
+    for (key, what, moment) in moments {
         // Not yet, or of another clock.
         let since = moment.checked_sub(timeline.request_ns);
         let Some(to_ns) = since.filter(|_| moment > 0) else {
@@ -61,6 +89,7 @@ fn stages(timeline: &Timeline) -> Vec<Stage> {
         // Two may overlap: containers are made while the machine boots.
         let to_ns = to_ns.max(from_ns);
         let stage = Stage {
+            key,
             what,
             from_ns,
             to_ns,
@@ -71,10 +100,10 @@ fn stages(timeline: &Timeline) -> Vec<Stage> {
     stages
 }
 
-fn value(pod: &str, stages: &[Stage]) -> Value {
+pub fn value(pod: &str, stages: &[Stage]) -> Value {
     let stages: Vec<Value> = stages
         .iter()
-        .map(|stage| json!({ "stage": stage.what, "from_ns": stage.from_ns, "to_ns": stage.to_ns }))
+        .map(|stage| json!({ "stage": stage.key, "what": stage.what, "from_ns": stage.from_ns, "to_ns": stage.to_ns }))
         .collect();
     json!({ "pod": pod, "stages": stages })
 }

@@ -127,3 +127,55 @@ fn whoever_reads_may_stop() {
     let output = command.stdout(writer).output().unwrap();
     assert!(output.stderr.is_empty() && output.status.success());
 }
+
+#[test]
+fn logs_of_one_pod_are_found() {
+    let node = Node::new();
+    let log = node.path().join("containerd.log");
+    let line = |id: &str| {
+        let mark = husk_node::pod_log::mark("k8s.io", id);
+        format!("time=\"1\" level=info msg=\"guest\"{mark} console=\"of {id}\"\n")
+    };
+    fs::write(&log, [line("aa1"), line("bb2")].concat()).unwrap();
+    let shown = node.husk(&["logs", "aa", "--file", log.to_str().unwrap()]);
+    expect(&shown, 0, "");
+    assert!(out(&shown).contains("of aa1") && !out(&shown).contains("bb2"));
+    let none = node.husk(&["logs", "cc", "--file", log.to_str().unwrap()]);
+    expect(&none, 3, "nothing of a pod");
+}
+
+#[test]
+fn metrics_and_a_bundle_are_written() {
+    let node = Node::new();
+    node.pod("0123abc", r#"{"machine": {"memory_mib": 700}}"#);
+    let file = node.path().join("husk.prom");
+    let written = node.husk(&["metrics", "--output", file.to_str().unwrap()]);
+    expect(&written, 0, "");
+    let page = fs::read_to_string(&file).unwrap();
+    assert!(page.contains("husk_pods{status=\"abandoned\"} 1"), "{page}");
+
+    let file = node.path().join("bundle.tar");
+    let words = ["support-bundle", "--output", file.to_str().unwrap()];
+    expect(&node.husk(&words), 0, "");
+    let mut archive = tar::Archive::new(fs::File::open(&file).unwrap());
+    let names: Vec<_> = archive
+        .entries()
+        .unwrap()
+        .map(|entry| entry.unwrap().path().unwrap().into_owned())
+        .collect();
+    for name in [
+        "version",
+        "check.json",
+        "config.json",
+        "pods/k8s.io-0123abc/inspect.json",
+        "pods/k8s.io-0123abc/timeline.json",
+        "node/proc/version",
+        "containerd/version",
+        "husk.log",
+    ] {
+        let name = Path::new("husk-support").join(name);
+        assert!(names.contains(&name), "{names:?} lack {name:?}");
+    }
+    // What is there is not overwritten.
+    expect(&node.husk(&words), 1, "bundle.tar");
+}

@@ -15,7 +15,10 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
+use husk_node::pod_log;
+
 use crate::clock;
+use crate::flags::Flags;
 
 /// Name of the fifo in the bundle.
 const FIFO: &str = "log";
@@ -23,9 +26,10 @@ const FIFO: &str = "log";
 /// Longest line, bytes: more is not written at once (`PIPE_BUF` of pipe(7)).
 const LINE: usize = 4096;
 
-/// Starts logging to the fifo in `bundle`; without one to nowhere.
-pub fn start(bundle: &Path, debug: bool) {
-    let level = if debug {
+/// Starts logging to the fifo in `bundle`; without one to nowhere. Each line
+/// names the pod: containerd's log has those of all.
+pub fn start(bundle: &Path, flags: &Flags) {
+    let level = if flags.debug {
         LevelFilter::DEBUG
     } else {
         LevelFilter::INFO
@@ -34,7 +38,9 @@ pub fn start(bundle: &Path, debug: bool) {
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_ansi(false)
-        .event_format(Logrus)
+        .event_format(Logrus {
+            pod: pod_log::mark(&flags.namespace, &flags.id),
+        })
         .with_writer(move || writer.clone())
         .finish();
     // It fails only when there is one already; then that one serves.
@@ -69,7 +75,10 @@ impl Write for Log {
     }
 }
 
-struct Logrus;
+struct Logrus {
+    /// What names the pod in each line.
+    pod: String,
+}
 
 impl<S, N> FormatEvent<S, N> for Logrus
 where
@@ -93,9 +102,10 @@ where
         event.record(&mut line);
         writeln!(
             writer,
-            "time={:?} level={level} msg={:?} runtime=io.containerd.husk.v2{}",
+            "time={:?} level={level} msg={:?}{}{}",
             clock::rfc3339_now(),
             line.message,
+            self.pod,
             line.fields
         )
     }

@@ -70,7 +70,7 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> ServeError {
 /// # Errors
 /// Something that every pod needs could not be had.
 pub fn serve(flags: &Flags) -> Result<(), ServeError> {
-    log::start(Path::new("."), flags.debug);
+    log::start(Path::new("."), flags);
     let served = try_serve(flags);
     if let Err(error) = &served {
         tracing::error!("{}", crate::error::chain(error));
@@ -105,7 +105,7 @@ fn try_serve(flags: &Flags) -> Result<(), ServeError> {
 async fn run(listener: UnixListener, settings: PodSettings) -> Result<(), ServeError> {
     let address = env::var(TTRPC_ADDRESS).unwrap_or_default();
     let (events, publisher) = Publisher::start(&address, settings.namespace.as_str());
-    tracing::info!(pod = %settings.id, pid = std::process::id(), "shim serves");
+    tracing::info!(pid = std::process::id(), "shim serves");
     let (pod, over) = Pod::start(settings, events);
     let path = listener.local_addr().map_err(io_error("socket"))?;
     let listener = Listener::try_from(listener).map_err(io_error("socket"))?;

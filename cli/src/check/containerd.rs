@@ -4,7 +4,7 @@ use std::process::Command;
 
 use toml::{Table, Value};
 
-use super::Finding;
+use super::{Finding, Node};
 
 /// The oldest whose shims may be ours.
 const OLDEST: (u32, u32) = (1, 7);
@@ -43,8 +43,12 @@ impl Installed {
     }
 }
 
-pub fn check(installed: &Installed) -> Vec<Finding> {
+pub fn check(node: &Node, installed: &Installed) -> Vec<Finding> {
     let Some(version) = &installed.version else {
+        if node.path("/usr/bin/crio").exists() {
+            let advice = "Husk's handler for it is written by husk install, and not tried yet";
+            return vec![Finding::warning("engine", "CRI-O, no containerd", advice)];
+        }
         let advice = "install containerd 1.7 or newer; with Docker, its own containerd will do";
         return vec![Finding::problem(
             "containerd",
@@ -152,12 +156,16 @@ mod tests {
     use super::*;
     use crate::check::Verdict::{self, Ok as Fine, Problem, Warning};
 
+    fn nowhere() -> Node {
+        Node::at(std::path::Path::new("/nowhere"))
+    }
+
     fn verdicts(version: &str, config: &str) -> Vec<Verdict> {
         let installed = Installed {
             version: Some(version.to_owned()),
             config: Some(config.to_owned()),
         };
-        check(&installed)
+        check(&nowhere(), &installed)
             .iter()
             .map(|finding| finding.verdict)
             .collect()
@@ -188,6 +196,7 @@ mod tests {
         assert_eq!(verdicts(version, "version = "), [Fine, Problem]);
         assert_eq!(verdicts("containerd x v1.6.20 y", old)[0], Problem);
         assert_eq!(verdicts("containerd of ours", old)[0], Warning);
-        assert_eq!(check(&Installed::default()).len(), 1);
+        let none = check(&nowhere(), &Installed::default());
+        assert_eq!((none.len(), none[0].verdict), (1, Problem));
     }
 }

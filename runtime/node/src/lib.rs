@@ -3,5 +3,6 @@
 //! command reads it.
 
 pub mod config;
+pub mod pod_log;
 pub mod process;
 pub mod state;

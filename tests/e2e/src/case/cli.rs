@@ -19,6 +19,8 @@ pub const CASES: &[Case] = &[
     husk_case("cli/config", 20, config),
     husk_case("cli/check", 20, check),
     husk_case("cli/install", 30, install),
+    husk_case("cli/logs", 30, logs),
+    husk_case("cli/metrics-and-bundle", 40, metrics_and_bundle),
 ];
 
 const PROGRAM: &str = "/usr/bin/husk";
@@ -251,4 +253,73 @@ fn there_and_back(bench: &Bench, beside: &[&str]) -> Result<()> {
         "containerd sees something else than before"
     );
     Ok(())
+}
+
+/// Where the lab's containerd logs; elsewhere there is a journal.
+const LOG: &str = "/var/log/containerd.log";
+
+fn logs(bench: &Bench) -> Result<()> {
+    let id = bench.id();
+    bench.ctr.run_detached(&[], &id, &["sleep", "1000"])?.ok()?;
+    bench.ctr.remove(&id)?;
+    let mut words = vec!["logs", &id];
+    if fs::exists(LOG)? {
+        words.extend(["--file", LOG]);
+    }
+    // It is gone, and what it logged is not.
+    let told = husk(bench, &words)?.ok()?;
+    for part in [
+        "msg=\"shim serves\"",
+        "msg=\"machine is ready\"",
+        "console=",
+    ] {
+        ensure!(told.out().contains(part), "no {part} in: {}", told.tail());
+    }
+    let mark = format!("pod=\"{id}\"");
+    ensure!(
+        told.out().lines().all(|line| line.contains(&mark)),
+        "{}",
+        told.tail()
+    );
+    words[1] = "no-such-pod";
+    husk(bench, &words)?.expect_code(3)?;
+    Ok(())
+}
+
+fn metrics_and_bundle(bench: &Bench) -> Result<()> {
+    let id = bench.id();
+    bench.ctr.run_detached(&[], &id, &["sleep", "1000"])?.ok()?;
+    let page = husk(bench, &["metrics"])?.ok()?.out();
+    let of_pod: Vec<_> = page.lines().filter(|line| line.contains(&id)).collect();
+    for part in [
+        "used_bytes{",
+        "size_bytes{",
+        "part=\"guest\"",
+        "stage=\"guest\"",
+    ] {
+        ensure!(
+            of_pod.iter().any(|line| line.contains(part)),
+            "no {part}: {page}"
+        );
+    }
+    let value = |line: &&str| {
+        line.rsplit(' ')
+            .next()
+            .is_some_and(|n| n.parse::<f64>().is_ok())
+    };
+    ensure!(of_pod.iter().all(value), "{page}");
+    let file = bench.folder().join("bundle.tar");
+    let words = ["support-bundle", "--output", &file.display().to_string()];
+    husk(bench, &words)?.ok()?;
+    let mut archive = tar::Archive::new(fs::File::open(&file)?);
+    let mut names = Vec::new();
+    for entry in archive.entries()? {
+        names.push(entry?.path()?.display().to_string());
+    }
+    let wanted = format!("{id}/inspect.json");
+    ensure!(
+        names.iter().any(|name| name.ends_with(&wanted)),
+        "{names:?}"
+    );
+    bench.ctr.remove(&id)
 }
