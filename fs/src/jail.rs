@@ -5,9 +5,12 @@
 //! that the shim adds below the tree still appear. The shim starts it in a PID
 //! namespace of its own, so it can name no other process either.
 
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Dir, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
@@ -158,6 +161,49 @@ fn exactly(most: u64) -> Rlimit {
     Rlimit {
         current: Some(most),
         maximum: Some(most),
+    }
+}
+
+/// Descriptors that are open and not on the list.
+#[derive(Debug, thiserror::Error)]
+#[error("descriptors {found:?} are open, not {listed:?}")]
+pub struct DescriptorError {
+    found: BTreeSet<RawFd>,
+    listed: BTreeSet<RawFd>,
+}
+
+/// Refuses to go on with a descriptor besides the standard streams, the front
+/// end's `socket` and `resources`.
+pub fn check_descriptors(
+    socket: BorrowedFd<'_>,
+    resources: &Resources,
+) -> Result<(), Box<dyn Error>> {
+    let Resources {
+        top,
+        proc_self_fd,
+        mountinfo,
+        reference_budget: _,
+    } = resources;
+    let mut listed = BTreeSet::from([0, 1, 2, socket.as_raw_fd()]);
+    listed.extend([top.as_raw_fd(), proc_self_fd.as_raw_fd()]);
+    listed.extend(mountinfo.as_ref().map(AsRawFd::as_raw_fd));
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::openat(proc_self_fd, c".", flags, Mode::empty())?;
+    let own = directory.as_raw_fd();
+    let mut directory = Dir::new(directory)?;
+    let mut found = BTreeSet::new();
+    while let Some(entry) = directory.read().transpose()? {
+        // Not `.` and `..`.
+        let number = entry
+            .file_name()
+            .to_str()
+            .unwrap_or_default()
+            .parse::<RawFd>();
+        found.extend(number.ok().filter(|number| *number != own));
+    }
+    match found.is_subset(&listed) {
+        true => Ok(()),
+        false => Err(DescriptorError { found, listed }.into()),
     }
 }
 

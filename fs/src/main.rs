@@ -5,7 +5,7 @@
 use std::error::Error;
 use std::ffi::OsString;
 use std::io::Write;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -50,6 +50,7 @@ fn main() -> ExitCode {
 fn run() -> Result<(), Box<dyn Error>> {
     let Arguments { socket, source } = parse(std::env::args_os().skip(1))?;
     let resources = jail::enter(&source)?;
+    jail::check_descriptors(socket.as_fd(), &resources)?;
     jail::lock()?;
     let mut server = Server::new(resources)?;
     seccomp::install()?;
