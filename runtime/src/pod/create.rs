@@ -1,8 +1,6 @@
 //! Creating containers; the first brings the machine up.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -30,6 +28,7 @@ use crate::state_dir::State;
 use crate::stdio::{OnFirstOutput, StdioPaths};
 
 mod prepare;
+mod processes;
 
 use prepare::{Files, Prepared, Streams, boot_sandbox, boot_single, create_member};
 
@@ -152,28 +151,6 @@ impl Pod {
             }
         };
         self.plan_files(request, bundle).map(|plan| plan(tree))
-    }
-
-    /// Finds whose processes the container joins: another's of the pod, or those
-    /// that all containers of a sandbox share, which are named by the VMM.
-    fn join_processes(&self, bundle: &mut Bundle) -> Result<(), Error> {
-        let Some(path) = bundle.joined_pids().map(Path::to_owned) else {
-            return Ok(());
-        };
-        let pid = bundle.joined_pid();
-        let first = self.containers.get(self.settings.id.as_str());
-        let is_single = |first: &Container| matches!(first.kind, Kind::Guest(_));
-        if let Some(target) = pid.and_then(|pid| self.with_pid(pid)) {
-            bundle.join_processes_of(target);
-        } else if pid == Some(self.pid()) && first.is_some_and(is_single) {
-            bundle.join_processes_of(self.settings.id.as_str());
-        } else {
-            let of_pod = PathBuf::from(format!("/proc/{}/ns/pid", self.pid()));
-            if !self.shares_pids || !is_same_file(&path, &of_pod) {
-                return Err(BundleError::OtherProcesses(path).into());
-            }
-        }
-        Ok(())
     }
 
     /// The container with which the pod begins.
@@ -494,10 +471,4 @@ struct Created {
     id: String,
     rootfs: Vec<Mount>,
     reply: Reply<u32>,
-}
-
-/// Namespaces that are the same are one file.
-fn is_same_file(one: &Path, other: &Path) -> bool {
-    let number = |path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
-    matches!((number(one), number(other)), (Ok(one), Ok(other)) if one == other)
 }
