@@ -1,7 +1,7 @@
 # Everything that is made stays under target/. See `make help`.
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest-image package demo test bench check
+.PHONY: help setup build guest-image package demo test fuzz bench check
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ demo: build guest-image ## a container and a pod in VMs, shown from inside and o
 
 test: ## every layer of tests, one summary at the end
 	@tests/run
+
+SECONDS_EACH ?= 3600
+fuzz: ## the fuzz targets one after another, SECONDS_EACH=3600 for each
+	@fuzz/run --seconds $(SECONDS_EACH)
 
 bench: build guest-image ## tables and plots in target/bench
 	@bench/run

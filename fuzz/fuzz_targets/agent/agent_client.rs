@@ -1,0 +1,1 @@
+../../../runtime/src/agent_client.rs
