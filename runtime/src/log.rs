@@ -132,3 +132,33 @@ impl Visit for Line {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[test]
+    fn each_line_names_its_pod() {
+        let pod = pod_log::mark("k8s.io", "abc");
+        let file = Arc::new(Mutex::new(tempfile::tempfile().unwrap()));
+        let writer = Arc::clone(&file);
+        let subscriber = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .event_format(Logrus { pod })
+            .with_writer(move || writer.lock().unwrap().try_clone().unwrap())
+            .finish();
+        let forged = pod_log::mark("k8s.io", "other");
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(console = forged, "guest");
+            tracing::warn!("{forged}");
+        });
+        let mut text = String::new();
+        let mut file = file.lock().unwrap();
+        io::Seek::rewind(&mut *file).unwrap();
+        io::Read::read_to_string(&mut *file, &mut text).unwrap();
+        let pods: Vec<_> = text.lines().map(pod_log::pod_of).collect();
+        assert_eq!(pods, [Some("abc"); 2], "{text}");
+        assert!(text.contains("level=info msg=\"guest\" runtime=io.containerd.husk.v2 "));
+    }
+}
