@@ -3,6 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -11,26 +12,54 @@ use ttrpc::asynchronous::transport::Listener;
 
 use crate::socket::Socket;
 
-/// A listener that has accepted this connection and will accept no other, and
-/// what is rung at the connection's end.
-pub fn listener(socket: Socket) -> (Listener, Arc<Notify>) {
-    let ended = Arc::new(Notify::new());
+/// How a connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The shim has hung up.
+    Closed,
+    /// The shim did not: what joined us is gone. So it is for a guest that was
+    /// saved and is restored.
+    Broken,
+}
+
+/// The end of a connection.
+#[derive(Default)]
+pub struct End {
+    rung: Notify,
+    broken: AtomicBool,
+}
+
+impl End {
+    /// Waits for it.
+    pub async fn wait(&self) -> Ending {
+        self.rung.notified().await;
+        match self.broken.load(Ordering::Relaxed) {
+            true => Ending::Broken,
+            false => Ending::Closed,
+        }
+    }
+}
+
+/// A listener that has accepted this connection and will accept no other, and the
+/// connection's end.
+pub fn listener(socket: Socket) -> (Listener, Arc<End>) {
+    let end = Arc::new(End::default());
     let connection = Connection {
         socket,
-        ended: Arc::clone(&ended),
+        end: Arc::clone(&end),
     };
     let stream = futures::stream::once(std::future::ready(Ok(connection)));
-    (Listener::new(stream), ended)
+    (Listener::new(stream), end)
 }
 
 struct Connection {
     socket: Socket,
-    ended: Arc<Notify>,
+    end: Arc<End>,
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.ended.notify_one();
+        self.end.rung.notify_one();
     }
 }
 
@@ -44,8 +73,11 @@ impl AsyncRead for Connection {
         let polled = Pin::new(&mut self.socket).poll_read(cx, buf);
         // ttrpc keeps a dead connection until its last request is answered.
         match &polled {
-            Poll::Ready(Ok(())) if buf.filled().len() == before => self.ended.notify_one(),
-            Poll::Ready(Err(_)) => self.ended.notify_one(),
+            Poll::Ready(Ok(())) if buf.filled().len() == before => self.end.rung.notify_one(),
+            Poll::Ready(Err(_)) => {
+                self.end.broken.store(true, Ordering::Relaxed);
+                self.end.rung.notify_one();
+            }
             _ => {}
         }
         polled

@@ -1,6 +1,7 @@
 //! PID 1 of a Husk guest: the whole of its user space. It dials the shim once,
 //! serves its requests over that connection, and powers the guest off when the
-//! connection ends.
+//! connection ends; only a guest that is restored before its first request dials
+//! again.
 //!
 //! The same program is the helper that becomes a container's process
 //! (`husk-agent init FD`) and the holder of a shared PID namespace
@@ -12,6 +13,7 @@ mod connection;
 mod container;
 mod device;
 mod early_init;
+mod entropy;
 mod error;
 mod events;
 mod forward;
@@ -44,11 +46,13 @@ use husk_protocol::agent::create_agent;
 use husk_protocol::port;
 use tokio::sync::Notify;
 
+use crate::connection::Ending;
 use crate::error::{Doing, Error, chain};
 use crate::reaper::Reaper;
 use crate::sandbox::Sandbox;
 use crate::service::Service;
 use crate::settings::Settings;
+use crate::socket::Dialler;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -120,19 +124,38 @@ fn run(mut settings: Settings) -> ExitCode {
     power::off(&settings)
 }
 
-/// From the connection's beginning to its end.
+/// Until the shim is gone, or asks for the end.
 async fn serve(settings: Settings, started_ns: u64) -> Result<(), Error> {
     let reaper = Reaper::start().doing("collect", "children")?;
-    let socket = settings.dialler.dial(port::AGENT).await;
-    let socket = socket.doing("dial host port", port::AGENT)?;
+    let dialler = settings.dialler.clone();
     let sandbox = Arc::new(Sandbox::new(settings, reaper));
+    // Where the guest was saved while it waited for its first request, each copy
+    // finds its connection broken, and a shim of its own.
+    while serve_one(&dialler, &sandbox, started_ns).await? == Some(Ending::Broken)
+        && sandbox.is_untouched()
+    {
+        log::info!("the connection is broken: dials again");
+    }
+    sandbox.end().await;
+    Ok(())
+}
+
+/// From a connection's beginning to its end; none when the shim has asked for the
+/// end of the guest.
+async fn serve_one(
+    dialler: &Dialler,
+    sandbox: &Arc<Sandbox>,
+    started_ns: u64,
+) -> Result<Option<Ending>, Error> {
+    let socket = dialler.dial(port::AGENT).await;
+    let socket = socket.doing("dial host port", port::AGENT)?;
     let shutdown = Arc::new(Notify::new());
     let service = Service {
-        sandbox: Arc::clone(&sandbox),
+        sandbox: Arc::clone(sandbox),
         started_ns,
         shutdown: Arc::clone(&shutdown),
     };
-    let (listener, ended) = connection::listener(socket);
+    let (listener, end) = connection::listener(socket);
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(listener)
         .register_service(create_agent(Arc::new(service)));
@@ -143,9 +166,13 @@ async fn serve(settings: Settings, started_ns: u64) -> Result<(), Error> {
         .doing("serve", "the shim")?;
     log::info!("ready");
     tokio::select! {
-        () = ended.notified() => log::info!("the shim is gone"),
-        () = shutdown.notified() => log::info!("asked to end"),
+        ending = end.wait() => {
+            log::info!("the shim is gone");
+            Ok(Some(ending))
+        }
+        () = shutdown.notified() => {
+            log::info!("asked to end");
+            Ok(None)
+        }
     }
-    sandbox.end().await;
-    Ok(())
 }

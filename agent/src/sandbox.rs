@@ -16,6 +16,7 @@ use crate::clock;
 use crate::container::attempt::{Attempt, Underway, attempt};
 use crate::container::cgroup::machine_grows_to;
 use crate::container::{Container, DeviceNumbers, Order, PidSource, Surroundings};
+use crate::entropy;
 use crate::error::{Doing, Error, OsError};
 use crate::events::{Event, EventQueue, Events};
 use crate::hold::PidNamespace;
@@ -101,6 +102,11 @@ impl Sandbox {
         &self.mirrors
     }
 
+    /// Nobody has asked for anything yet that would have to be undone.
+    pub fn is_untouched(&self) -> bool {
+        matches!(*lock(&self.pod), Pod::Absent) && lock(&self.containers).is_empty()
+    }
+
     /// Sets up what containers share.
     pub async fn create(&self, request: CreateSandboxRequest) -> Result<(), Error> {
         {
@@ -133,6 +139,10 @@ impl Sandbox {
             self.power_off.get_or_init(|| Duration::from_secs(seconds));
         }
         if self.settings.guest {
+            // Before anything that uses a random number.
+            if !request.entropy.is_empty() {
+                entropy::renew(&request.entropy)?;
+            }
             clock::correct(request.wall_clock_ns)?;
         }
         if !request.uid_mappings.is_empty() || !request.gid_mappings.is_empty() {

@@ -77,6 +77,11 @@ impl Agent {
 
     /// Without a sandbox; `prepare` is run by a shell in the agent's namespaces.
     pub async fn start_with(prepare: &str) -> Self {
+        Self::start_after(prepare, async |_| {}).await
+    }
+
+    /// The same, after `before` has done something to whoever dials first.
+    pub async fn start_after(prepare: &str, before: impl AsyncFnOnce(&UnixListener)) -> Self {
         let directory = tempfile::Builder::new()
             .prefix("husk-agent-")
             .tempdir()
@@ -106,6 +111,7 @@ impl Agent {
             .stderr(std::fs::File::create(directory.path().join("errors")).unwrap())
             .spawn()
             .unwrap();
+        before(&listener).await;
         let (stream, _) = within("agent to dial", listener.accept()).await.unwrap();
         make_rootfs(&directory.path().join("rootfs"));
         Self {

@@ -11,6 +11,7 @@ mod lifecycle;
 mod limits;
 mod names;
 mod network;
+mod restored;
 mod storage;
 mod streams;
 mod users;
