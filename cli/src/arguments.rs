@@ -122,7 +122,7 @@ pub struct Place {
     /// Tell what would be written
     #[arg(long)]
     pub dry_run: bool,
-    /// Restart engines without asking; else it is asked, or left when nobody can be
+    /// Restart engines (Docker: reload) without asking; else it is asked, or left when nobody can be
     #[arg(long, short = 'y', conflicts_with = "no_restart")]
     pub yes: bool,
     /// Restart nothing
@@ -148,6 +148,15 @@ impl Engine {
             Self::Containerd => "containerd",
             Self::Docker => "docker",
             Self::Crio => "crio",
+        }
+    }
+
+    /// How it reads its configuration again while its containers go on: those of
+    /// Docker end with it, but it reads runtimes when it is asked to.
+    pub fn verb(self) -> &'static str {
+        match self {
+            Self::Docker => "reload",
+            Self::Containerd | Self::Crio => "restart",
         }
     }
 }

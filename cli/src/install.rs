@@ -199,8 +199,8 @@ enum Restart {
     Left,
 }
 
-/// Restarts an engine when whoever is there agrees. Containers go on running:
-/// their shims do.
+/// Has an engine read its configuration again, when whoever is there agrees.
+/// Containers go on running: their shims do.
 fn restart(engine: Engine, asked: &Place) -> Restart {
     let unit = engine.unit();
     let systemctl = |words: &[&str]| {
@@ -214,23 +214,24 @@ fn restart(engine: Engine, asked: &Place) -> Restart {
     if asked.root != Path::new("/") || asked.no_restart {
         return Restart::Left;
     }
-    if !systemctl(&["is-active", "--quiet", unit]) || !agreed(unit, asked.yes) {
+    if !systemctl(&["is-active", "--quiet", unit]) || !agreed(engine, asked.yes) {
         return Restart::Left;
     }
-    match systemctl(&["restart", unit]) {
+    match systemctl(&[engine.verb(), unit]) {
         true => Restart::Done,
         false => Restart::Left,
     }
 }
 
-fn agreed(unit: &str, yes: bool) -> bool {
+fn agreed(engine: Engine, yes: bool) -> bool {
     if yes {
         return true;
     }
     if !io::stdin().is_terminal() {
         return false;
     }
-    eprint!("Restart {unit}? Its containers go on running. [y/N] ");
+    let (verb, unit) = (engine.verb(), engine.unit());
+    eprint!("systemctl {verb} {unit}? Its containers go on running. [y/N] ");
     let mut line = String::new();
     let read = io::stdin().lock().read_line(&mut line);
     read.is_ok() && matches!(line.trim(), "y" | "Y" | "yes")
@@ -260,7 +261,7 @@ fn report(
     }
     let mut report = String::new();
     for (engine, changes, restart) in done {
-        let unit = engine.unit();
+        let (unit, verb) = (engine.unit(), engine.verb());
         if changes.is_empty() {
             report.push_str(&format!("{unit}: nothing to do\n"));
         }
@@ -275,10 +276,10 @@ fn report(
             report.push_str(&format!("{unit}: {verb} {path}\n"));
         }
         match restart {
-            Restart::Done => report.push_str(&format!("{unit}: restarted\n")),
+            Restart::Done => report.push_str(&format!("{unit}: {verb} done\n")),
             Restart::Left => {
                 report.push_str(&format!(
-                    "{unit}: takes effect with: systemctl restart {unit}\n"
+                    "{unit}: takes effect with: systemctl {verb} {unit}\n"
                 ));
             }
             Restart::NotNeeded => {}
