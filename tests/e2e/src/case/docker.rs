@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     case("docker/ports", 60, ports),
     case("docker/names", 90, names),
     case("docker/network-of-another", 60, network_of_another),
+    case("docker/networks-come-and-go", 60, networks_come_and_go),
     case("docker/exec", 60, exec),
     case("docker/life-cycle", 90, life_cycle),
     case("docker/restart-policies", 90, restart_policies),
@@ -71,12 +72,12 @@ fn terminal(bench: &Bench) -> Result<()> {
     let docker = docker(bench)?;
     let wait = docker.deadline();
     let script = "echo ready; while read -r line; do [ \"$line\" = end ] && exit 3; \
-                  echo \"$line is $(stty size)\"; done";
+                  echo \"$line is $(stty size)!\"; done";
     let name = bench.id();
     let mut on_terminal = docker.run_on_terminal(&["--name", &name], &["sh", "-c", script])?;
     on_terminal.read_until("ready", wait)?;
     on_terminal.write("first\n")?;
-    on_terminal.read_until("first is 30 100", wait)?;
+    on_terminal.read_until("first is 30 100!", wait)?;
     on_terminal.resize(40, 120)?;
     eventually("the other size", wait, || {
         on_terminal.write("again\n")?;
@@ -218,7 +219,7 @@ fn names(bench: &Bench) -> Result<()> {
     let address = docker.address(&server)?;
     let by_name = format!("{server}:7000");
     let script = format!(
-        "nslookup {server} | tail -n 3; probe fetch www:7000 by-alias; \
+        "nslookup {server}; probe fetch www:7000 by-alias; \
          probe fetch {by_name} by-name; nslookup nobody || echo nobody"
     );
     let done = docker.run(&["--network", &network], &["sh", "-c", &script])?;
@@ -257,6 +258,44 @@ fn network_of_another(bench: &Bench) -> Result<()> {
     let status = docker.inspect(&server, "/State/Status")?;
     ensure!(status == "running", "{status}");
     docker.remove(&server)
+}
+
+/// `network connect` and `disconnect` of a container that runs.
+fn networks_come_and_go(bench: &Bench) -> Result<()> {
+    let docker = docker(bench)?;
+    let (network, name) = (bench.id(), bench.id());
+    docker.ask(&["network", "create", &network])?;
+    docker.run_detached(&name, &[], &["sleep", "1000"])?;
+    docker.ask(&["network", "connect", &network, &name])?;
+    let at = |key: &str| -> Result<String> {
+        let said = docker.inspect(&name, &format!("/NetworkSettings/Networks/{network}/{key}"))?;
+        let text = said.as_str().filter(|text| !text.is_empty());
+        text.map(str::to_owned)
+            .with_context(|| format!("no {key}: {said}"))
+    };
+    let (address, gateway) = (at("IPAddress")?, at("Gateway")?);
+    let is_there = |is_wanted: bool| {
+        let what = format!("it is {is_wanted} that {address} is there");
+        eventually(&what, bench.seconds(15), || {
+            let seen = docker.exec(&[], &name, &["ip", "-o", "address"])?.ok()?;
+            let is_there = seen.out().contains(&format!(" {address}/"));
+            Ok((is_there == is_wanted).then_some(()))
+        })
+    };
+    is_there(true)?;
+    let ping = ["ping", "-c", "1", "-W", "5", gateway.as_str()];
+    docker.exec(&[], &name, &ping)?.ok()?;
+    docker.ask(&["network", "disconnect", &network, &name])?;
+    is_there(false)?;
+    // The first is as it was.
+    let script = "ping -c 1 -W 5 $(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p')";
+    docker.exec(&[], &name, &["sh", "-c", script])?.ok()?;
+    // And once more, on a network that the container had.
+    docker.ask(&["network", "connect", &network, &name])?;
+    is_there(true)?;
+    docker.remove(&name)?;
+    docker.ask(&["network", "rm", &network])?;
+    Ok(())
 }
 
 fn exec(bench: &Bench) -> Result<()> {
