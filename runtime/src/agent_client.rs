@@ -4,6 +4,7 @@
 //! something to happen has a deadline, texts are cut and cleaned, and nothing
 //! names a path or a process of the host.
 
+use std::net::Ipv4Addr;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -374,6 +375,22 @@ impl Agent {
         };
         let ask = |context| self.client.dial(context, &request);
         self.answer("Dial", QUICK, ask).await?;
+        Ok(())
+    }
+
+    /// Listens for DNS on an address of the guest's localhost and carries what it
+    /// is asked over `host_port`.
+    ///
+    /// # Errors
+    /// As the agent says.
+    pub async fn serve_names(&self, address: Ipv4Addr, host_port: u32) -> Result<(), AgentError> {
+        let request = agent::ServeNamesRequest {
+            address: address.to_string(),
+            host_port,
+            ..agent::ServeNamesRequest::default()
+        };
+        let ask = |context| self.client.serve_names(context, &request);
+        self.answer("ServeNames", QUICK, ask).await?;
         Ok(())
     }
 

@@ -15,6 +15,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::agent_client::Agent;
 use crate::error::Error;
+use crate::names::Names;
 use crate::network::{LinkId, NetnsId, NetworkWatch, Nic, PodNetwork};
 use crate::process::Process;
 use crate::vm_plan::nic_id;
@@ -34,6 +35,7 @@ pub struct Interfaces {
     netns: PathBuf,
     /// Whoever holds it is changing the machine's.
     known: Arc<Mutex<Known>>,
+    names: Names,
 }
 
 /// What the machine has of a namespace.
@@ -66,6 +68,7 @@ impl Interfaces {
         Self {
             netns: netns.map_or_else(own, Path::to_owned),
             known: Arc::new(Mutex::new(known)),
+            names: Names::default(),
         }
     }
 
@@ -77,6 +80,7 @@ impl Interfaces {
         if self.is_of_node() {
             return Ok(());
         }
+        self.names.catch_up(&self.netns, vm, agent).await;
         let mut known = self.known.lock().await;
         let (netns, links) = (self.netns.clone(), known.nics.keys().cloned().collect());
         let found = tokio::task::spawn_blocking(move || PodNetwork::attach_new(&netns, &links));

@@ -39,6 +39,7 @@ mod mapped_overlay;
 mod mirror;
 mod mount_copy;
 mod mounts_below;
+mod names;
 mod network;
 mod pod;
 mod pod_config;

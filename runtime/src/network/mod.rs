@@ -12,6 +12,7 @@ mod inspect;
 mod netns;
 mod port_forward;
 mod redirect;
+pub mod resolver;
 mod tap;
 mod watch;
 
@@ -119,6 +120,9 @@ pub enum NetworkError {
     /// The kernel does not tell of changes.
     #[error("watching the pod's network namespace")]
     Watch(#[source] io::Error),
+    /// Docker's server of names could not be reached.
+    #[error("server of names in the pod's network namespace")]
+    Resolver(#[source] io::Error),
     /// A thread or the runtime for it could not be started.
     #[error("thread for the pod's network namespace")]
     Thread(#[source] io::Error),

@@ -15,6 +15,7 @@ use std::path::Path;
 use super::NetworkError;
 use super::bpf::{self, Instruction};
 use super::netns::in_netns;
+use super::resolver;
 
 /// A listener for all loopback ports of a network namespace.
 #[derive(Debug)]
@@ -93,45 +94,47 @@ const LOCAL_IP4: i16 = 40;
 const LOCAL_IP6: i16 = 44;
 
 /// The program: TCP to 127.0.0.0/8 or ::1 goes to the socket in `map`, all else
-/// where it would go anyway.
-fn program(map: BorrowedFd<'_>) -> [Instruction; 31] {
+/// where it would go anyway; so does what Docker's server of names is asked.
+fn program(map: BorrowedFd<'_>) -> [Instruction; 32] {
     let i = Instruction::new;
     let ipv6_one = 1_u32.to_be().cast_signed();
+    let resolver = i32::from_ne_bytes(resolver::ADDRESS.octets());
     [
         /* 0 */ i(MOVE, 6, 1, 0, 0),
         /* 1 */ i(LOAD_WORD, 2, 6, PROTOCOL, 0),
-        /* 2 */ i(JUMP_IF_NOT_EQUAL, 2, 0, 26, libc::IPPROTO_TCP),
+        /* 2 */ i(JUMP_IF_NOT_EQUAL, 2, 0, 27, libc::IPPROTO_TCP),
         /* 3 */ i(LOAD_WORD, 2, 6, FAMILY, 0),
-        /* 4 */ i(JUMP_IF_EQUAL, 2, 0, 4, libc::AF_INET6),
+        /* 4 */ i(JUMP_IF_EQUAL, 2, 0, 5, libc::AF_INET6),
         // IPv4: the first byte in memory is the lowest of the word.
         /* 5 */
         i(LOAD_WORD, 2, 6, LOCAL_IP4, 0),
-        /* 6 */ i(AND_IMMEDIATE, 2, 0, 0, 0xff),
-        /* 7 */ i(JUMP_IF_NOT_EQUAL, 2, 0, 21, 127),
-        /* 8 */ i(JUMP_IF_EQUAL, 2, 0, 6, 127),
-        /* 9 */ i(LOAD_WORD, 2, 6, LOCAL_IP6, 0),
-        /* 10 */ i(JUMP_IF_NOT_EQUAL, 2, 0, 18, 0),
-        /* 11 */ i(LOAD_WORD, 2, 6, LOCAL_IP6 + 8, 0),
-        /* 12 */ i(JUMP_IF_NOT_EQUAL, 2, 0, 16, 0),
-        /* 13 */ i(LOAD_WORD, 2, 6, LOCAL_IP6 + 12, 0),
-        /* 14 */ i(JUMP_IF_NOT_EQUAL, 2, 0, 14, ipv6_one),
+        /* 6 */ i(JUMP_IF_EQUAL, 2, 0, 23, resolver),
+        /* 7 */ i(AND_IMMEDIATE, 2, 0, 0, 0xff),
+        /* 8 */ i(JUMP_IF_NOT_EQUAL, 2, 0, 21, 127),
+        /* 9 */ i(JUMP_IF_EQUAL, 2, 0, 6, 127),
+        /* 10 */ i(LOAD_WORD, 2, 6, LOCAL_IP6, 0),
+        /* 11 */ i(JUMP_IF_NOT_EQUAL, 2, 0, 18, 0),
+        /* 12 */ i(LOAD_WORD, 2, 6, LOCAL_IP6 + 8, 0),
+        /* 13 */ i(JUMP_IF_NOT_EQUAL, 2, 0, 16, 0),
+        /* 14 */ i(LOAD_WORD, 2, 6, LOCAL_IP6 + 12, 0),
+        /* 15 */ i(JUMP_IF_NOT_EQUAL, 2, 0, 14, ipv6_one),
         // The map's only key, 0, on the stack.
-        /* 15 */
+        /* 16 */
         i(STORE_WORD_IMMEDIATE, 10, 0, -4, 0),
-        /* 16 */ i(LOAD_IMMEDIATE_64, 1, PSEUDO_MAP_FD, 0, map.as_raw_fd()),
-        /* 17 */ i(0, 0, 0, 0, 0),
-        /* 18 */ i(MOVE, 2, 10, 0, 0),
-        /* 19 */ i(ADD_IMMEDIATE, 2, 0, 0, -4),
-        /* 20 */ i(CALL, 0, 0, 0, MAP_LOOKUP_ELEM),
-        /* 21 */ i(JUMP_IF_EQUAL, 0, 0, 7, 0),
-        /* 22 */ i(MOVE, 7, 0, 0, 0),
-        /* 23 */ i(MOVE, 1, 6, 0, 0),
-        /* 24 */ i(MOVE, 2, 7, 0, 0),
-        /* 25 */ i(MOVE_IMMEDIATE, 3, 0, 0, 0),
-        /* 26 */ i(CALL, 0, 0, 0, SK_ASSIGN),
-        /* 27 */ i(MOVE, 1, 7, 0, 0),
-        /* 28 */ i(CALL, 0, 0, 0, SK_RELEASE),
-        /* 29 */ i(MOVE_IMMEDIATE, 0, 0, 0, SK_PASS),
-        /* 30 */ i(EXIT, 0, 0, 0, 0),
+        /* 17 */ i(LOAD_IMMEDIATE_64, 1, PSEUDO_MAP_FD, 0, map.as_raw_fd()),
+        /* 18 */ i(0, 0, 0, 0, 0),
+        /* 19 */ i(MOVE, 2, 10, 0, 0),
+        /* 20 */ i(ADD_IMMEDIATE, 2, 0, 0, -4),
+        /* 21 */ i(CALL, 0, 0, 0, MAP_LOOKUP_ELEM),
+        /* 22 */ i(JUMP_IF_EQUAL, 0, 0, 7, 0),
+        /* 23 */ i(MOVE, 7, 0, 0, 0),
+        /* 24 */ i(MOVE, 1, 6, 0, 0),
+        /* 25 */ i(MOVE, 2, 7, 0, 0),
+        /* 26 */ i(MOVE_IMMEDIATE, 3, 0, 0, 0),
+        /* 27 */ i(CALL, 0, 0, 0, SK_ASSIGN),
+        /* 28 */ i(MOVE, 1, 7, 0, 0),
+        /* 29 */ i(CALL, 0, 0, 0, SK_RELEASE),
+        /* 30 */ i(MOVE_IMMEDIATE, 0, 0, 0, SK_PASS),
+        /* 31 */ i(EXIT, 0, 0, 0, 0),
     ]
 }

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use husk_protocol::agent::{
     Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
     CreateSandboxResponse, DeleteContainerRequest, Empty, Event, ExecRequest, ExecResponse,
-    ProcessRequest, RemoveDeviceRequest, SignalRequest, StatsResponse, Streams,
+    ProcessRequest, RemoveDeviceRequest, ServeNamesRequest, SignalRequest, StatsResponse, Streams,
     UpdateNetworkRequest, WaitResponse, create_agent,
 };
 use serde_json::Value;
@@ -379,6 +379,28 @@ impl Agent for Guest {
             let told = format!("gone:{last:02x}");
             self.network.lock().unwrap().push(told);
         }
+        Ok(Empty::default())
+    }
+
+    /// Asks by datagram, and then by TCP for what the answer says.
+    async fn serve_names(&self, _: &TtrpcContext, request: ServeNamesRequest) -> Result<Empty> {
+        assert_eq!(request.address, "127.0.0.11");
+        let stream = self.ports.lock().unwrap().remove(&request.host_port);
+        std::thread::spawn(move || {
+            let mut stream = stream.unwrap();
+            stream.set_nonblocking(false).unwrap();
+            let mut message = b"who".to_vec();
+            for over_tcp in [0, 1] {
+                let length = u16::try_from(message.len()).unwrap();
+                let head = [&length.to_be_bytes()[..], &[0, 0, 0, 7], &[over_tcp]].concat();
+                stream.write_all(&[&head[..], &message].concat()).unwrap();
+                let mut head = [0; 7];
+                stream.read_exact(&mut head).unwrap();
+                assert_eq!(head[2..6], [0, 0, 0, 7]);
+                message.resize(u16::from_be_bytes([head[0], head[1]]).into(), 0);
+                stream.read_exact(&mut message).unwrap();
+            }
+        });
         Ok(Empty::default())
     }
 

@@ -16,6 +16,7 @@ mod interfaces;
 mod joined;
 mod liar;
 mod lifecycle;
+mod names;
 mod program;
 mod sandbox;
 mod users;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         ends::CASES,
         sandbox::CASES,
         joined::CASES,
+        names::CASES,
         interfaces::CASES,
         devices::CASES,
         users::CASES,

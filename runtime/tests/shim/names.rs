@@ -1,0 +1,88 @@
+//! Names of Docker's networks: its server listens in the pod's namespace.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, UdpSocket};
+use std::process::{Child, Command};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::Case;
+use crate::case::{Node, block_on};
+use crate::sandbox::{kill, remove};
+
+pub const CASES: &[Case] = &[("names_are_asked_of_the_server_in_the_namespace", asked)];
+
+const ADDRESS: &str = "127.0.0.11:53";
+
+/// Answers with the question and a letter more; tells what it was asked.
+fn serve(netns: &str) -> mpsc::Receiver<Vec<u8>> {
+    let netns = File::open(netns).unwrap();
+    let (tell, told) = mpsc::channel();
+    let (ready, is_ready) = mpsc::channel();
+    std::thread::spawn(move || {
+        nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let (udp, tcp) = (UdpSocket::bind(ADDRESS), TcpListener::bind(ADDRESS));
+        let (udp, tcp) = (udp.unwrap(), tcp.unwrap());
+        ready.send(()).unwrap();
+        let mut buffer = [0; 100];
+        let (length, asker) = udp.recv_from(&mut buffer).unwrap();
+        let question = buffer[..length].to_vec();
+        let answer = [&question[..], b"?"].concat();
+        udp.send_to(&answer, asker).unwrap();
+        tell.send(question).unwrap();
+        let (mut stream, _) = tcp.accept().unwrap();
+        let mut length = [0; 2];
+        stream.read_exact(&mut length).unwrap();
+        let mut question = vec![0; u16::from_be_bytes(length).into()];
+        stream.read_exact(&mut question).unwrap();
+        stream
+            .write_all(&[&length[..], &question].concat())
+            .unwrap();
+        tell.send(question).unwrap();
+    });
+    is_ready.recv().unwrap();
+    told
+}
+
+/// A namespace with a localhost.
+fn namespace() -> (Child, String) {
+    let script = "ip link set lo up && exec sleep 100";
+    let holder = Command::new("unshare")
+        .args(["--net", "sh", "-c", script])
+        .spawn()
+        .unwrap();
+    let path = format!("/proc/{}/ns/net", holder.id());
+    let comm = format!("/proc/{}/comm", holder.id());
+    let began = Instant::now();
+    while std::fs::read_to_string(&comm).unwrap() != "sleep\n" {
+        assert!(began.elapsed() < Duration::from_secs(10));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    (holder, path)
+}
+
+/// It comes between the container's creation and its start, as Docker's does.
+fn asked() {
+    block_on(async {
+        let node = Node::new().await;
+        let (mut holder, path) = namespace();
+        let bundle = node.bundle("web", &["sleep"]).with(|spec| {
+            spec["linux"]["namespaces"] =
+                json!([{"type": "pid"}, {"type": "network", "path": path}]);
+        });
+        let shim = node.start(&bundle).await;
+        shim.create(&bundle.request()).await.unwrap();
+        let told = serve(&path);
+        shim.run("web", "").await.unwrap();
+        let next = || told.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(next(), b"who");
+        assert_eq!(next(), b"who?");
+        kill(&shim, "web").await;
+        remove(&node, &shim, "web").await;
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+    });
+}
