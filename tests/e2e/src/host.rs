@@ -90,7 +90,9 @@ impl HostState {
     }
 
     fn names(&mut self, kind: &str, folder: &Path) {
-        for name in names_in(folder) {
+        // Snapshots are disks of the device mapper with one snapshotter of
+        // containerd's, which collects them when it pleases.
+        for name in names_in(folder).filter(|name| !name.starts_with("dm-")) {
             self.add(kind, name);
         }
     }

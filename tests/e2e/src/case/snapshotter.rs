@@ -24,8 +24,8 @@ const EROFS: &[&str] = &[
     "block device loop",
 ];
 
-/// Each snapshot is a block device of its own, and the image's stay.
-const DEVMAPPER: &[&str] = &["devmapper/metadata.db", "block device dm-"];
+/// containerd makes it with the first snapshot.
+const DEVMAPPER: &[&str] = &["devmapper/metadata.db"];
 
 /// What a container must find on a root, and what it can do with it.
 const SCRIPT: &str = "grep ' / ' /proc/mounts | tail -n 1 | cut -d' ' -f3; cat /etc/motd; \
