@@ -113,7 +113,7 @@ impl Cgroup {
     /// for the kernel to take memory back.
     pub fn limit(&self, resources: &Resources, devices: &[u64]) -> Result<(), CgroupError> {
         limits::check_memory(&resources.memory, machine_bytes())?;
-        huge_pages::allow(&resources.hugepage_limits);
+        huge_pages::allow(&self.path, &resources.hugepage_limits);
         for limit in limits::writes(resources, devices)? {
             let written = kernel_file::write(self.path.join(&limit.file), &limit.value);
             match written {

@@ -1,10 +1,13 @@
 //! Huge pages for containers that may use some. On a node the administrator has
 //! set them aside; here the kernel makes them when they are asked for.
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use crate::kernel_file;
+use crate::lock::lock;
 use crate::oci::HugepageLimit;
 
 /// A folder for each size that the processor has.
@@ -13,9 +16,25 @@ const SIZES: &str = "/sys/kernel/mm/hugepages";
 /// More pages than any machine has.
 const NO_BOUND: &str = "4294967295";
 
-/// Lets the kernel make pages for each limit, as far as there is memory. What a
-/// container may use is its cgroup's matter.
-pub fn allow(limits: &[HugepageLimit]) {
+/// Pages of the sizes that have to be set aside, by the cgroup that may use them.
+#[derive(Debug)]
+struct SetAside(BTreeMap<(PathBuf, u64), u64>);
+
+static SET_ASIDE: Mutex<SetAside> = Mutex::new(SetAside(BTreeMap::new()));
+
+impl SetAside {
+    /// Notes the pages of a cgroup; those of all cgroups that are there.
+    fn sum_with(&mut self, cgroup: &Path, kib: u64, pages: u64) -> u64 {
+        self.0.retain(|(cgroup, _), _| cgroup.exists());
+        self.0.insert((cgroup.to_owned(), kib), pages);
+        let same = self.0.iter().filter(|((_, of), _)| *of == kib);
+        same.fold(0, |sum, (_, pages)| sum.saturating_add(*pages))
+    }
+}
+
+/// Lets the kernel make pages for each limit of a cgroup, as far as there is
+/// memory. What a container may use is its cgroup's matter.
+pub fn allow(cgroup: &Path, limits: &[HugepageLimit]) {
     for limit in limits {
         let finite = !matches!(limit.limit, 0 | u64::MAX);
         let Some(kib) = kib_of(&limit.page_size).filter(|_| finite) else {
@@ -23,17 +42,19 @@ pub fn allow(limits: &[HugepageLimit]) {
         };
         let folder = Path::new(SIZES).join(format!("hugepages-{kib}kB"));
         // The kubelet names every size of its node; the guest may lack some.
+        let pages = limit.limit.div_ceil(kib << 10);
         if folder.exists()
-            && let Err(error) = allow_size(&folder, limit.limit.div_ceil(kib << 10))
+            && let Err(error) =
+                allow_size(&folder, || lock(&SET_ASIDE).sum_with(cgroup, kib, pages))
         {
             log::warn!("huge pages of {}: {error}", limit.page_size);
         }
     }
 }
 
-fn allow_size(folder: &Path, pages: u64) -> std::io::Result<()> {
+fn allow_size(folder: &Path, pages: impl FnOnce() -> u64) -> std::io::Result<()> {
     let raise = |file: &str| {
-        let file = folder.join(file);
+        let (file, pages) = (folder.join(file), pages());
         let now: u64 = fs::read_to_string(&file)?.trim().parse().unwrap_or(0);
         match now < pages {
             true => kernel_file::write(&file, pages.to_string()),
@@ -73,19 +94,31 @@ mod tests {
     }
 
     #[test]
+    fn pages_are_set_aside_for_all() {
+        let there = [std::env::temp_dir(), "/".into()];
+        let mut aside = SetAside(BTreeMap::new());
+        assert_eq!(aside.sum_with(&there[0], 1 << 20, 1), 1);
+        assert_eq!(aside.sum_with(Path::new("/not/there"), 1 << 20, 9), 10);
+        assert_eq!(aside.sum_with(&there[1], 1 << 20, 2), 3);
+        // An update is no other's.
+        assert_eq!(aside.sum_with(&there[0], 1 << 20, 4), 6);
+        assert_eq!(aside.sum_with(&there[0], 2048, 5), 5);
+    }
+
+    #[test]
     fn pages_have_no_bound_or_are_only_added() {
         let folder = std::env::temp_dir().join(format!("husk-huge-{}", std::process::id()));
         fs::create_dir(&folder).unwrap();
         let any = folder.join("nr_overcommit_hugepages");
         fs::write(&any, "4\n").unwrap();
-        allow_size(&folder, 3).unwrap();
+        allow_size(&folder, || 3).unwrap();
         assert_eq!(fs::read_to_string(&any).unwrap().trim(), NO_BOUND);
         fs::remove_file(&any).unwrap();
         let file = folder.join("nr_hugepages");
         fs::write(&file, "4\n").unwrap();
-        allow_size(&folder, 3).unwrap();
+        allow_size(&folder, || 3).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "4\n");
-        allow_size(&folder, 9).unwrap();
+        allow_size(&folder, || 9).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap().trim(), "9");
         fs::remove_dir_all(&folder).unwrap();
     }
