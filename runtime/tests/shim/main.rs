@@ -8,6 +8,7 @@
 mod agent;
 mod case;
 mod containerd;
+mod crio;
 mod devices;
 mod ends;
 mod errors;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         lifecycle::CASES,
         ends::CASES,
         sandbox::CASES,
+        crio::CASES,
         joined::CASES,
         names::CASES,
         interfaces::CASES,
