@@ -14,6 +14,7 @@ use husk_vmm_spec::{
     BootSpec, ConsoleSpec, Descriptor, ExitReason, MemorySpec, Message, PACKET_BYTES, Request,
     StartSpec, VcpuSpec, VmSpec,
 };
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketFlags, SocketType,
@@ -154,6 +155,10 @@ impl TestMachine {
     /// The next byte that the guest says.
     pub fn next_byte(&mut self) -> u8 {
         let mut byte = [0];
+        let mut ready = [PollFd::new(&self.console, PollFlags::IN)];
+        let patience = Timespec::try_from(DEADLINE).unwrap();
+        let count = rustix::event::poll(&mut ready, Some(&patience)).unwrap();
+        assert_eq!(count, 1, "the guest says nothing");
         self.console.read_exact(&mut byte).unwrap();
         byte[0]
     }
