@@ -189,6 +189,31 @@ mod tests {
         unsafe { libc::syscall(libc::SYS_io_uring_register, -1, 0, 0, 0) };
     }
 
+    fn connect() {
+        // SAFETY: no such descriptor is open.
+        unsafe { libc::connect(-1, std::ptr::null(), 0) };
+    }
+
+    fn start_a_process() {
+        // SAFETY: flags that contradict each other make none.
+        unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_THREAD, 0, 0, 0, 0) };
+    }
+
+    fn execute() {
+        // SAFETY: there is no such program.
+        unsafe { libc::execve(c"".as_ptr(), std::ptr::null(), std::ptr::null()) };
+    }
+
+    fn trace() {
+        // SAFETY: no process has this number.
+        unsafe { libc::ptrace(libc::PTRACE_ATTACH, -1, 0, 0) };
+    }
+
+    fn read_another_process() {
+        // SAFETY: reads nothing of nobody.
+        unsafe { libc::process_vm_readv(-1, std::ptr::null(), 0, std::ptr::null(), 0, 0) };
+    }
+
     fn signal_another_process() {
         // SAFETY: signal 0 only asks whether the process is there.
         unsafe { libc::kill(1, 0) };
@@ -205,6 +230,11 @@ mod tests {
                 create_vm,
                 set_up_a_ring,
                 change_a_ring,
+                connect,
+                start_a_process,
+                execute,
+                trace,
+                read_another_process,
                 signal_another_process,
             ] {
                 let status = end(role, call);
