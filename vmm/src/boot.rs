@@ -169,7 +169,7 @@ fn restore(
     confinement: Confinement,
 ) -> Result<Machine, BootError> {
     let state = File::from(take(descriptors, "start.state", saved.state)?);
-    let state = MachineState::read(state, &saved.origin)?;
+    let state = MachineState::read(&state, &saved.origin)?;
 
     // Memory.
     let (ram, pluggable) = (spec.memory.boot_mib, spec.memory.pluggable_mib);

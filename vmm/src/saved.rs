@@ -12,7 +12,8 @@
 //! every value is checked where it is used.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 
@@ -88,10 +89,13 @@ impl MachineState {
     ///
     /// # Errors
     /// The file holds something else.
-    pub fn read(file: File, origin: &str) -> Result<Self, SavedError> {
-        let mut bytes = Vec::new();
-        file.take(STATE_BYTES + 1)
-            .read_to_end(&mut bytes)
+    pub fn read(file: &File, origin: &str) -> Result<Self, SavedError> {
+        // By place: the descriptor's own position is that of everybody who reads
+        // from the same file.
+        let size = file.metadata().map_err(file_error("state"))?.len();
+        let size = size.min(STATE_BYTES + 1);
+        let mut bytes = vec![0; size as usize];
+        file.read_exact_at(&mut bytes, 0)
             .map_err(file_error("state"))?;
         let state = Self::parse(&bytes).ok_or(SavedError::Format)?;
         if state.origin != origin {

@@ -79,9 +79,11 @@ pub fn capture(fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, KvmError> {
     let xsave = fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?;
     let xcrs = fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))?;
     let debug_regs = fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?;
-    let lapic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
     let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+    // Before the LAPIC: a timer's deadline that passes in between is saved as well
+    // as its interrupt, and neither would be the other way round.
     let msrs = read_msrs(fd, msrs)?;
+    let lapic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
     // Last: what comes before may add to them.
     let events = fd
         .get_vcpu_events()

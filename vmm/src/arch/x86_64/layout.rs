@@ -58,8 +58,9 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// Three pages that KVM on Intel needs for a task state segment.
 pub const KVM_TSS: usize = 0xfffb_d000;
 
-/// The highest initramfs address that kernels take (`initrd_addr_max`).
-pub const INITRAMFS_END: u64 = 0x7fff_ffff;
+/// Where an initramfs has to end at the latest: behind the highest address that
+/// kernels take (`initrd_addr_max`).
+pub const INITRAMFS_END: u64 = 0x8000_0000;
 
 /// Where memory lies when there are `size` bytes of it.
 pub fn memory_ranges(size: u64) -> impl Iterator<Item = Range<u64>> {
@@ -88,7 +89,9 @@ pub fn used_early(kernel: Range<u64>) -> [Range<u64>; 3] {
 /// tables beside.
 pub fn filled_at_boot(size: u64, end: Option<u64>) -> Range<u64> {
     let last = memory_ranges(size).last().unwrap_or(0..0);
-    let end = end.filter(|end| last.contains(end)).unwrap_or(last.end);
+    // The initramfs is at the end of memory, or as high as it may be.
+    let end = end.filter(|end| last.contains(end) && last.end <= INITRAMFS_END);
+    let end = end.unwrap_or(last.end);
     let filled = size / 64 + (2 << 20);
     end.saturating_sub(filled).max(last.start)..end
 }
@@ -142,6 +145,15 @@ mod tests {
         assert_eq!(
             filled_at_boot(4096 * MIB, Some(2040 * MIB)),
             5054 * MIB..5120 * MIB
+        );
+        assert_eq!(
+            filled_at_boot(2048 * MIB, Some(2044 * MIB)),
+            2010 * MIB..2044 * MIB
+        );
+        // More memory than an initramfs may be in.
+        assert_eq!(
+            filled_at_boot(3072 * MIB, Some(2044 * MIB)),
+            3022 * MIB..3072 * MIB
         );
         assert_eq!(filled_at_boot(MIB, None), 0..MIB);
     }
