@@ -2,6 +2,7 @@
 //! ends the process, with and without AddressSanitizer.
 
 use std::fs::File;
+use std::ops::Range;
 
 use husk_virtio::GuestMemory;
 use rustix::fs::MemfdFlags;
@@ -12,18 +13,26 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
-/// Bytes of each of the two regions.
+/// Bytes of each of the two regions that buffers are in.
 pub const REGION_BYTES: u64 = 512 << 10;
 
 /// Where the second region begins; between the two there is nothing.
 pub const HIGH: u64 = 1 << 20;
 
+/// A third one, of four blocks of virtio-mem.
+pub const PLUGGABLE: Range<u64> = 16 << 20..24 << 20;
+
 /// Pages on each side of a region that nobody may touch.
 const GUARD_BYTES: usize = 1 << 20;
 
-/// Two regions in files, as a machine's are.
+/// Regions in files, as a machine's are.
 pub fn guest_memory() -> GuestMemory {
-    let regions = [0, HIGH].map(|start| region(GuestAddress(start))).into();
+    let buffers = [0, HIGH].map(|start| region(GuestAddress(start), REGION_BYTES));
+    let pluggable = region(
+        GuestAddress(PLUGGABLE.start),
+        PLUGGABLE.end - PLUGGABLE.start,
+    );
+    let regions = buffers.into_iter().chain([pluggable]).collect();
     let memory = GuestMemoryMmap::from_regions(regions).expect("they are apart");
     GuestMemoryAtomic::new(memory)
 }
@@ -38,12 +47,12 @@ pub fn clear(memory: &GuestMemory) {
     }
 }
 
-fn region(start: GuestAddress) -> GuestRegionMmap {
+fn region(start: GuestAddress, bytes: u64) -> GuestRegionMmap {
     let file: File = rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC)
         .expect("a memfd")
         .into();
-    file.set_len(REGION_BYTES).expect("memory");
-    let bytes = REGION_BYTES as usize;
+    file.set_len(bytes).expect("memory");
+    let bytes = bytes as usize;
     let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
     // SAFETY: fresh addresses, of which the middle is then replaced; they are
     // never unmapped.
