@@ -4,7 +4,8 @@
 #   ./install.sh --remove [--root DIR]    removes what was copied
 # Afterwards `husk install` lets containerd, Docker and CRI-O know.
 set -eu
-root= remove=
+umask 022
+root= remove= owner=
 while [ $# -gt 0 ]; do
     case $1 in
         --root) root=${2%/}; shift ;;
@@ -14,15 +15,21 @@ while [ $# -gt 0 ]; do
     shift
 done
 list=usr/share/husk/files
+# Root runs these files: they are root's, whoever has unpacked them.
+[ "$(id -u)" != 0 ] || owner="-o 0 -g 0"
 
 if [ -n "$remove" ]; then
     [ -f "$root/$list" ] || { echo "install.sh: $root/$list is missing: nothing was installed by it" >&2; exit 1; }
     if [ -z "$root" ]; then
-        pods=$(husk ps 2> /dev/null | tail -n +2) || pods=
+        # containerd calls the shim's program to clean up after a pod.
+        pods=$(/usr/bin/husk ps) || { echo "install.sh: whether there are pods is not known: nothing is removed" >&2; exit 1; }
+        pods=$(echo "$pods" | tail -n +2)
         [ -z "$pods" ] || { echo "install.sh: pods run in machines; delete them first:" >&2; echo "$pods" >&2; exit 1; }
     fi
     if [ -x "$root/usr/bin/husk" ]; then
-        "$root/usr/bin/husk" uninstall --no-restart --root "$root/" > /dev/null 2>&1 || true
+        # The command that takes it back goes with the rest.
+        "$root/usr/bin/husk" uninstall --no-restart --root "$root/" > /dev/null ||
+            { echo "install.sh: the engines would keep a handler without its shim: nothing is removed" >&2; exit 1; }
     fi
     # Directories that are empty then go as well; those that the system has are not.
     dirs=$(while read -r file; do dirname "$file"; done < "$root/$list" | sort -ru)
@@ -38,11 +45,20 @@ tree=$(dirname "$0")/tree
 (cd "$tree" && find . -type f | sed 's|^\./||' | LC_ALL=C sort) | while read -r file; do
     mkdir -p "$root/$(dirname "$file")"
     case $file in
-        # What the operator wrote stays.
-        etc/*) [ ! -e "$root/$file" ] || continue ;;
+        # What the operator wrote stays; it names programs that root runs.
+        etc/*) if [ -e "$root/$file" ]; then
+            [ -z "$owner" ] || chown 0:0 "$root/$file"
+            chmod go-w "$root/$file"
+            continue
+        fi ;;
+    esac
+    case $file in
+        usr/bin/* | usr/libexec/*) mode=755 ;;
+        *) mode=644 ;;
     esac
     # A program that runs cannot be written to, but replaced.
-    cp -p "$tree/$file" "$root/$file.new"
+    # shellcheck disable=SC2086 # two words each, or none
+    install -p -m "$mode" $owner "$tree/$file" "$root/$file.new"
     mv -f "$root/$file.new" "$root/$file"
 done
 { (cd "$tree" && find . -type f | sed 's|^\./||'); echo "$list"; } | LC_ALL=C sort > "$root/$list.new"

@@ -1,7 +1,7 @@
 //! Husk's own files.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use husk_node::config::{Config, ConfigError, Loaded};
@@ -68,20 +68,26 @@ fn file(node: &Node, about: &'static str, path: &Path, runs: bool, magic: &[u8])
     let read = fs::File::open(&place).and_then(|mut file| {
         let mut start = vec![0; magic.len()];
         std::io::Read::read_exact(&mut file, &mut start)?;
-        Ok((start, file.metadata()?.permissions().mode()))
+        Ok((start, file.metadata()?))
     });
     match read {
         Err(error) => Finding::problem(about, format!("{shown}: {error}"), ADVICE),
         Ok((start, _)) if start != magic => {
             Finding::problem(about, format!("{shown} is something else"), ADVICE)
         }
-        Ok((_, mode)) if runs && mode & 0o111 == 0 => Finding::problem(
+        // Root runs it.
+        Ok((_, found)) if found.uid() != 0 => Finding::problem(
+            about,
+            format!("{shown} belongs to user {}", found.uid()),
+            format!("chown 0:0 {shown}, and look whether it is still what was installed"),
+        ),
+        Ok((_, found)) if runs && found.mode() & 0o111 == 0 => Finding::problem(
             about,
             format!("{shown} is not executable"),
             format!("chmod 755 {shown}"),
         ),
         // Who can replace it is root on this node.
-        Ok((_, mode)) if mode & 0o022 != 0 => Finding::warning(
+        Ok((_, found)) if found.mode() & 0o022 != 0 => Finding::warning(
             about,
             format!("{shown} may be written by others than its owner"),
             format!("chmod go-w {shown}"),
@@ -95,6 +101,7 @@ mod tests {
     use super::*;
     use crate::check::Verdict::{self, Ok as Fine, Problem, Warning};
     use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn knows_what_belongs_to_it() {
@@ -119,6 +126,13 @@ mod tests {
         put("/usr/libexec/husk/husk-fs", "\x7fELF…", 0o777);
         put("/usr/share/husk/vmlinux", "MZ a bzImage", 0o644);
         put("/usr/share/husk/initramfs.cpio", "0707010000", 0o644);
+        let path = node.path("/usr/libexec/husk/husk-fs");
+        if fs::metadata(&path).unwrap().uid() != 0 {
+            assert_eq!(verdicts()[1..], [Problem; 5]);
+            return;
+        }
         assert_eq!(verdicts(), [Fine, Fine, Problem, Warning, Fine, Problem]);
+        std::os::unix::fs::chown(&path, Some(1), None).unwrap();
+        assert_eq!(verdicts()[3], Problem);
     }
 }
