@@ -5,9 +5,9 @@
 //! can be shown, and so that a second run finds nothing to do. Files are replaced
 //! in one step.
 
-use std::fs::{self, File};
+use std::fs::{self, Metadata, OpenOptions};
 use std::io::{self, BufRead, IsTerminal, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -42,8 +42,12 @@ pub enum Task {
     Uninstall,
 }
 
-/// Stands in a file for which its directory was made.
+/// Stands in a file for which its directory was made; twice where that one's
+/// directory was, too.
 const DIR_TOO: &str = "# Its directory was made for it.\n";
+
+/// Links that are followed one after another, as many as Linux follows.
+const LINKS: usize = 40;
 
 /// A file as it should become.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +56,25 @@ pub struct Change {
     pub path: String,
     /// None: it goes.
     pub content: Option<String>,
+    /// The file whose copy it is: it is for those whom that one is for.
+    pub copy_of: Option<&'static str>,
+}
+
+impl Change {
+    fn new(path: &str, content: Option<String>) -> Self {
+        Self {
+            path: path.to_owned(),
+            content,
+            copy_of: None,
+        }
+    }
+
+    fn like(self, original: &'static str) -> Self {
+        Self {
+            copy_of: Some(original),
+            ..self
+        }
+    }
 }
 
 /// The node's files, below a root.
@@ -67,8 +90,23 @@ impl Files {
         Self { root }
     }
 
+    fn at_root(&self, path: &Path) -> PathBuf {
+        self.root.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// Where a path of the node is. A link stays one: what it names is meant.
     fn place(&self, path: &str) -> PathBuf {
-        self.root.join(path.trim_start_matches('/'))
+        let mut place = self.at_root(Path::new(path));
+        for _ in 0..LINKS {
+            let Ok(target) = fs::read_link(&place) else {
+                break;
+            };
+            place = match target.is_absolute() {
+                true => self.at_root(&target),
+                false => place.parent().unwrap_or(&self.root).join(target),
+            };
+        }
+        place
     }
 
     /// What a file says; none where it is not.
@@ -104,18 +142,31 @@ impl Files {
         let Some(content) = &change.content else {
             let was = fs::read_to_string(&place).unwrap_or_default();
             fs::remove_file(&place).with_context(what)?;
-            // Files of others keep it.
-            let dir = place.parent().filter(|_| was.contains(DIR_TOO));
-            let _ = dir.map(fs::remove_dir);
+            let made = was.matches(DIR_TOO).count();
+            for dir in place.ancestors().skip(1).take(made) {
+                // Files of others keep it.
+                let _ = fs::remove_dir(dir);
+            }
             return Ok(());
         };
         let dir = place.parent().context("no directory")?;
         fs::create_dir_all(dir).with_context(what)?;
-        let mode = fs::metadata(&place).map_or(0o644, |found| found.permissions().mode());
+        let like = change
+            .copy_of
+            .map_or(place.clone(), |path| self.place(path));
+        let like = fs::metadata(like).ok();
+        let mode = like.as_ref().map_or(0o644, Metadata::mode);
         let mut new = place.clone().into_os_string();
         new.push(".husk-new");
         let write = || -> io::Result<()> {
-            let mut file = File::create(&new)?;
+            // One that was cut short has left it.
+            let _ = fs::remove_file(&new);
+            let mut options = OpenOptions::new();
+            options.write(true).create_new(true).mode(0o600);
+            let mut file = options.open(&new)?;
+            if let Some(like) = &like {
+                fchown(&file, Some(like.uid()), Some(like.gid()))?;
+            }
             file.set_permissions(fs::Permissions::from_mode(mode & 0o777))?;
             file.write_all(content.as_bytes())?;
             file.sync_all()?;
@@ -125,6 +176,17 @@ impl Files {
             .inspect_err(|_| drop(fs::remove_file(&new)))
             .with_context(what)
     }
+}
+
+/// A line for each directory that has to be made for a file of ours, or was when
+/// it was written first.
+fn dirs_made(files: &Files, path: &str) -> anyhow::Result<String> {
+    if let Some(earlier) = files.read(path)? {
+        return Ok(DIR_TOO.repeat(earlier.matches(DIR_TOO).count()));
+    }
+    let dirs = Path::new(path).ancestors().skip(1);
+    let made = dirs.take_while(|dir| !files.at_root(dir).exists()).count();
+    Ok(DIR_TOO.repeat(made))
 }
 
 /// Installs, or takes that back.
@@ -146,7 +208,7 @@ pub fn run(asked: &Place, what: Task, json: bool) -> anyhow::Result<Answer> {
     let remove = what == Task::Uninstall;
     let engines = engines(&files, &asked.engines);
     ensure!(
-        !engines.is_empty(),
+        !engines.is_empty() || remove,
         "neither containerd nor Docker nor CRI-O is on this node; --for says which to prepare for"
     );
     let mut done = Vec::new();
@@ -155,7 +217,7 @@ pub fn run(asked: &Place, what: Task, json: bool) -> anyhow::Result<Answer> {
             (Engine::Containerd, false) => containerd::install(&files, &handler)?,
             (Engine::Containerd, true) => containerd::uninstall(&files)?,
             (Engine::Docker, false) => docker::install(&files, &handler)?,
-            (Engine::Docker, true) => docker::uninstall(&files, &handler)?,
+            (Engine::Docker, true) => docker::uninstall(&files)?,
             (Engine::Crio, false) => crio::install(&files, &handler)?,
             (Engine::Crio, true) => crio::uninstall(&files)?,
         };
@@ -260,6 +322,9 @@ fn report(
         return Answer::json(&json!({ "dry_run": dry_run, "engines": engines }));
     }
     let mut report = String::new();
+    if done.is_empty() {
+        report.push_str("nothing to do: neither containerd nor Docker nor CRI-O is on this node\n");
+    }
     for (engine, changes, restart) in done {
         let (unit, verb) = (engine.unit(), engine.verb());
         if changes.is_empty() {

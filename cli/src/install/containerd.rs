@@ -10,7 +10,7 @@ use anyhow::{Context, bail, ensure};
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
-use super::{Change, DIR_TOO, Files, Handler};
+use super::{Change, DIR_TOO, Files, Handler, dirs_made};
 
 const FILE: &str = "/etc/containerd/config.toml";
 const DROP_INS: &str = "/etc/containerd/conf.d";
@@ -22,6 +22,9 @@ const END: &str = "# End of what `husk install` added.\n";
 
 /// Said of a file that would not be there otherwise.
 const MADE: &str = "# Made by `husk install`, and removed by `husk uninstall`.\n";
+
+/// What else such a file needs.
+const VERSION: &str = "version = 2\n";
 
 /// The section of the CRI plugin that has handlers, by the file's version.
 fn section(version: i64) -> &'static str {
@@ -45,6 +48,10 @@ fn handler_lines(version: i64, handler: &Handler) -> String {
     lines
 }
 
+fn block(handler: &Handler) -> String {
+    format!("{BEGIN}{}{END}", handler_lines(2, handler))
+}
+
 /// What has to change so that containerd knows the handler.
 ///
 /// # Errors
@@ -61,8 +68,9 @@ pub fn install(files: &Files, handler: &Handler) -> anyhow::Result<Vec<Change>> 
             None
         }
         None => Some(format!(
-            "{MADE}version = 2\n\n{}",
-            handler_lines(2, handler)
+            "{MADE}{}{VERSION}{}",
+            dirs_made(files, FILE)?,
+            block(handler)
         )),
         Some(text) => {
             let parsed: Table = parse(FILE, text)?;
@@ -81,11 +89,7 @@ pub fn install(files: &Files, handler: &Handler) -> anyhow::Result<Vec<Change>> 
         }
     };
     if let Some(content) = main {
-        let content = Some(content);
-        changes.push(Change {
-            path: FILE.to_owned(),
-            content,
-        });
+        changes.push(Change::new(FILE, Some(content)));
     }
     changes_only(files, changes)
 }
@@ -97,33 +101,21 @@ pub fn install(files: &Files, handler: &Handler) -> anyhow::Result<Vec<Change>> 
 pub fn uninstall(files: &Files) -> anyhow::Result<Vec<Change>> {
     let mut changes = Vec::new();
     if let Some(written) = files.read(FILE)? {
-        changes.push(Change {
-            path: FILE.to_owned(),
-            content: without_ours(&written)?,
-        });
+        changes.push(Change::new(FILE, without_ours(&written)?));
     }
     if files.has(DROP_IN) {
-        changes.push(Change {
-            path: DROP_IN.to_owned(),
-            content: None,
-        });
+        changes.push(Change::new(DROP_IN, None));
     }
     changes_only(files, changes)
 }
 
 fn drop_in(files: &Files, handler: &Handler) -> anyhow::Result<Change> {
-    let earlier = files.read(DROP_IN)?.unwrap_or_default();
-    let dir_too = match !files.has(DROP_INS) || earlier.contains(DIR_TOO) {
-        true => DIR_TOO,
-        false => "",
-    };
-    Ok(Change {
-        path: DROP_IN.to_owned(),
-        content: Some(format!(
-            "{MADE}{dir_too}version = 3\n\n{}",
-            handler_lines(3, handler)
-        )),
-    })
+    let content = format!(
+        "{MADE}{}version = 3\n\n{}",
+        dirs_made(files, DROP_IN)?,
+        handler_lines(3, handler)
+    );
+    Ok(Change::new(DROP_IN, Some(content)))
 }
 
 /// Those that change something.
@@ -141,11 +133,9 @@ fn parse(path: &str, text: &str) -> anyhow::Result<Table> {
     text.parse().with_context(|| format!("{path} is no TOML"))
 }
 
-/// The text as it was before us; none when the file would not be there.
+/// The text as it was before us; none when the file would not be there. In a file
+/// that we made, what others have added since is theirs.
 fn without_ours(text: &str) -> anyhow::Result<Option<String>> {
-    if text.starts_with(MADE) {
-        return Ok(None);
-    }
     let mut text = text.replace(&import_line(), "").replace(&import_item(), "");
     if let Some((before, rest)) = text.split_once(BEGIN) {
         let Some((_, after)) = rest.split_once(END) else {
@@ -153,7 +143,11 @@ fn without_ours(text: &str) -> anyhow::Result<Option<String>> {
         };
         text = format!("{before}{after}");
     }
-    Ok(Some(text))
+    let Some(others) = text.strip_prefix(MADE) else {
+        return Ok(Some(text));
+    };
+    let others = others.replace(DIR_TOO, "");
+    Ok((others.trim() != VERSION.trim()).then_some(others))
 }
 
 fn refuse_twice(parsed: &Table, version: i64, handler: &Handler) -> anyhow::Result<()> {
@@ -193,7 +187,7 @@ fn with_block(
             );
         }
     }
-    let new = format!("{text}{BEGIN}{}{END}", handler_lines(2, handler));
+    let new = format!("{text}{}", block(handler));
     // Inline tables cannot be added to.
     parse(FILE, &new).with_context(|| {
         format!(

@@ -1,6 +1,6 @@
 //! CRI-O's drop-in; it merges handlers one by one.
 
-use super::{Change, Files, Handler};
+use super::{Change, Files, Handler, dirs_made};
 
 const FILE: &str = "/etc/crio/crio.conf.d/50-husk.conf";
 
@@ -15,19 +15,19 @@ pub fn install(files: &Files, handler: &Handler) -> anyhow::Result<Vec<Change>> 
     };
     let content = format!(
         "# Made by `husk install`, and removed by `husk uninstall`.\n\
+         {}\
          [crio.runtime.runtimes.{}]\n\
          runtime_path = \"/usr/bin/containerd-shim-husk-v2\"\n\
          runtime_type = \"vm\"\n\
          runtime_root = \"/run/crio-husk\"\n\
          {annotations}",
+        dirs_made(files, FILE)?,
         handler.name
     );
     if files.read(FILE)?.as_ref() == Some(&content) {
         return Ok(Vec::new());
     }
-    let path = FILE.to_owned();
-    let content = Some(content);
-    Ok(vec![Change { path, content }])
+    Ok(vec![Change::new(FILE, Some(content))])
 }
 
 /// What has to change so that nothing of ours is left.
@@ -35,11 +35,6 @@ pub fn install(files: &Files, handler: &Handler) -> anyhow::Result<Vec<Change>> 
 /// # Errors
 /// The drop-in cannot be read.
 pub fn uninstall(files: &Files) -> anyhow::Result<Vec<Change>> {
-    let path = FILE.to_owned();
-    let content = None;
     let there = files.read(FILE)?;
-    Ok(there
-        .map(|_| Change { path, content })
-        .into_iter()
-        .collect())
+    Ok(there.map(|_| Change::new(FILE, None)).into_iter().collect())
 }

@@ -10,8 +10,10 @@ const FILE: &str = "/etc/docker/daemon.json";
 /// The file as it was before the first installation, byte for byte.
 const BEFORE: &str = "/etc/docker/daemon.json.before-husk";
 
+const TYPE: &str = "io.containerd.husk.v2";
+
 fn entry() -> Value {
-    json!({ "runtimeType": "io.containerd.husk.v2" })
+    json!({ "runtimeType": TYPE })
 }
 
 fn parse(text: &str) -> anyhow::Result<Map<String, Value>> {
@@ -19,11 +21,6 @@ fn parse(text: &str) -> anyhow::Result<Map<String, Value>> {
         return Ok(Map::new());
     }
     serde_json::from_str(text).with_context(|| format!("{FILE} is no JSON object"))
-}
-
-fn write(path: &str, content: Option<String>) -> Change {
-    let path = path.to_owned();
-    Change { path, content }
 }
 
 /// What has to change so that `docker run --runtime` knows the handler.
@@ -48,46 +45,50 @@ pub fn install(files: &Files, handler: &Handler) -> anyhow::Result<Vec<Change>> 
     runtimes.insert(handler.name.clone(), entry());
     let mut changes = Vec::new();
     if let Some(before) = written.filter(|_| !files.has(BEFORE)) {
-        changes.push(write(BEFORE, Some(before)));
+        changes.push(Change::new(BEFORE, Some(before)).like(FILE));
     }
-    changes.push(write(FILE, Some(pretty(&config)?)));
+    changes.push(Change::new(FILE, Some(pretty(&config)?)));
     Ok(changes)
 }
 
-/// What has to change so that nothing of ours is left.
+/// What has to change so that nothing of ours is left, whatever name it has. The
+/// file of before goes last: until then it is needed.
 ///
 /// # Errors
 /// The file is not understood.
-pub fn uninstall(files: &Files, handler: &Handler) -> anyhow::Result<Vec<Change>> {
+pub fn uninstall(files: &Files) -> anyhow::Result<Vec<Change>> {
     let before = files.read(BEFORE)?;
     let mut changes = Vec::new();
-    if before.is_some() {
-        changes.push(write(BEFORE, None));
+    if let Some(written) = files.read(FILE)? {
+        changes.extend(without_ours(&written, before.as_deref())?);
     }
-    let Some(written) = files.read(FILE)? else {
-        return Ok(changes);
-    };
-    let mut config = parse(&written)?;
+    if before.is_some() {
+        changes.push(Change::new(BEFORE, None));
+    }
+    Ok(changes)
+}
+
+fn without_ours(written: &str, before: Option<&str>) -> anyhow::Result<Option<Change>> {
+    let mut config = parse(written)?;
     let runtimes = config.get_mut("runtimes").and_then(Value::as_object_mut);
-    let is_there = runtimes
-        .as_ref()
-        .is_some_and(|runtimes| runtimes.get(&handler.name) == Some(&entry()));
-    let Some(runtimes) = runtimes.filter(|_| is_there) else {
-        return Ok(changes);
+    let Some(runtimes) = runtimes else {
+        return Ok(None);
     };
-    runtimes.remove(&handler.name);
+    let count = runtimes.len();
+    runtimes.retain(|_, runtime| runtime.get("runtimeType") != Some(&json!(TYPE)));
+    if runtimes.len() == count {
+        return Ok(None);
+    }
     if runtimes.is_empty() {
         config.remove("runtimes");
     }
-    let was = before.as_deref().map(parse).transpose()?;
-    let content = match (was, before) {
+    let content = match before {
         // Nobody else has changed anything since.
-        (Some(was), Some(before)) if same(&was, &config) => Some(before),
-        (None, _) if config.is_empty() => None,
+        Some(before) if same(&parse(before)?, &config) => Some(before.to_owned()),
+        None if config.is_empty() => None,
         _ => Some(pretty(&config)?),
     };
-    changes.push(write(FILE, content));
-    Ok(changes)
+    Ok(Some(Change::new(FILE, content)))
 }
 
 /// Equal but for an empty list of runtimes.

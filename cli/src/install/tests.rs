@@ -143,6 +143,107 @@ fn a_node_without_configuration_gets_one() {
     newer.there_and_back(Engine::Containerd);
     newer.run(Engine::Containerd, Task::Install).unwrap();
     assert!(newer.text(MAIN).is_empty() && !newer.text(DROP_IN).is_empty());
+    // The directories go, too.
+    let bare = Node::with(&[("/etc/other", "")]);
+    bare.there_and_back(Engine::Containerd);
+    bare.there_and_back(Engine::Crio);
+}
+
+#[test]
+fn what_others_add_to_our_file_is_theirs() {
+    let node = Node::with(&[("/etc/containerd/other", "")]);
+    node.run(Engine::Containerd, Task::Install).unwrap();
+    let made = node.text(MAIN);
+    let theirs = "[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"pause\"\n";
+    fs::write(node.files().place(MAIN), format!("{made}{theirs}")).unwrap();
+    node.run(Engine::Containerd, Task::InstallWithAnnotations)
+        .unwrap();
+    let new = node.text(MAIN);
+    assert!(
+        new.contains(theirs) && new.contains("pod_annotations"),
+        "{new}"
+    );
+    let again = node
+        .run(Engine::Containerd, Task::InstallWithAnnotations)
+        .unwrap();
+    assert!(again.text.contains("nothing to do"), "{}", again.text);
+    node.run(Engine::Containerd, Task::Uninstall).unwrap();
+    assert_eq!(node.text(MAIN), format!("version = 2\n{theirs}"));
+    // The same when nobody installed again in between.
+    fs::write(node.files().place(MAIN), format!("{made}{theirs}")).unwrap();
+    node.run(Engine::Containerd, Task::Uninstall).unwrap();
+    assert_eq!(node.text(MAIN), format!("version = 2\n{theirs}"));
+}
+
+#[test]
+fn a_link_stays_and_so_does_its_owner() {
+    use std::os::unix::fs::symlink;
+    let node = Node::with(&[
+        ("/opt/real.toml", "version = 2\n"),
+        ("/etc/containerd/x", ""),
+    ]);
+    let (real, link) = (
+        node.0.path().join("opt/real.toml"),
+        node.0.path().join(&MAIN[1..]),
+    );
+    symlink("../../opt/real.toml", &link).unwrap();
+    fs::set_permissions(&real, fs::Permissions::from_mode(0o640)).unwrap();
+    // Only root may give a file away.
+    let is_root = std::os::unix::fs::chown(&real, Some(12), Some(34)).is_ok();
+    node.there_and_back(Engine::Containerd);
+    assert!(link.is_symlink());
+    // One from the root means that of the node.
+    fs::remove_file(&link).unwrap();
+    symlink("/opt/real.toml", &link).unwrap();
+    node.run(Engine::Containerd, Task::Install).unwrap();
+    assert!(link.is_symlink());
+    assert!(fs::read_to_string(&real).unwrap().contains("husk"));
+    let found = fs::metadata(&real).unwrap();
+    assert_eq!(found.mode() & 0o777, 0o640);
+    assert!(!is_root || (found.uid(), found.gid()) == (12, 34));
+}
+
+#[test]
+fn dockers_copy_is_for_those_whom_the_file_is_for() {
+    const FILE: &str = "/etc/docker/daemon.json";
+    let node = Node::with(&[(FILE, "{\"proxies\": {}}")]);
+    let place = node.files().place(FILE);
+    fs::set_permissions(&place, fs::Permissions::from_mode(0o600)).unwrap();
+    let is_root = std::os::unix::fs::chown(&place, Some(12), Some(34)).is_ok();
+    node.run(Engine::Docker, Task::Install).unwrap();
+    for path in [FILE, "/etc/docker/daemon.json.before-husk"] {
+        let found = fs::metadata(node.files().place(path)).unwrap();
+        assert_eq!(found.mode() & 0o777, 0o600, "{path}");
+        assert!(!is_root || (found.uid(), found.gid()) == (12, 34), "{path}");
+    }
+}
+
+#[test]
+fn docker_forgets_every_handler_of_ours() {
+    const FILE: &str = "/etc/docker/daemon.json";
+    let text = "{ \"runtimes\": {\"crun\": {\"path\": \"/c\"}} }";
+    let node = Node::with(&[(FILE, text)]);
+    let files = node.files();
+    for name in ["vm", "husk"] {
+        let handler = Handler {
+            name: name.to_owned(),
+            pod_annotations: false,
+        };
+        for change in docker::install(&files, &handler).unwrap() {
+            files.apply(&change).unwrap();
+        }
+    }
+    assert!(node.text(FILE).contains("\"vm\""));
+    // What it was is there until it is what it was.
+    let changes = docker::uninstall(&files).unwrap();
+    let paths: Vec<_> = changes.iter().map(|change| change.path.as_str()).collect();
+    assert_eq!(paths, [FILE, "/etc/docker/daemon.json.before-husk"]);
+    node.run(Engine::Docker, Task::Uninstall).unwrap();
+    assert_eq!(node.text(FILE), text);
+    assert_eq!(
+        node.all().iter().filter(|(path, _)| path.is_file()).count(),
+        1
+    );
 }
 
 #[test]
@@ -228,6 +329,8 @@ fn finds_the_engines_of_the_node() {
     };
     let error = run(&empty, Task::Install, false).unwrap_err();
     assert!(error.to_string().contains("--for"), "{error}");
+    let nothing = run(&empty, Task::Uninstall, false).unwrap();
+    assert!(nothing.text.contains("nothing to do"), "{}", nothing.text);
     let named = Place {
         handler: "../x".to_owned(),
         ..empty
