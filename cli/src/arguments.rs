@@ -54,12 +54,16 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         output: Option<PathBuf>,
     },
-    /// Write an archive for a bug report; what looks like a secret is left out
+    /// Write an archive for a bug report
+    ///
+    /// Of containerd's configuration, what looks like a secret is left out. The logs
+    /// have what guests print on their consoles, whatever that is: look through the
+    /// archive before you pass it on.
     SupportBundle {
         /// Where to; without it, husk-support-TIME.tar in the working directory
         #[arg(long, value_name = "FILE")]
         output: Option<PathBuf>,
-        /// Leave the logs out as well
+        /// Leave the logs out, and with them what guests print
         #[arg(long)]
         no_logs: bool,
     },

@@ -30,7 +30,7 @@ fn main() -> ExitCode {
     let answer = match run(arguments) {
         Ok(answer) => answer,
         Err(error) => {
-            eprintln!("husk: {}", text::plain(&format!("{error:#}")));
+            eprintln!("husk: {}", text::plain_lines(&format!("{error:#}")));
             return ExitCode::from(answer::code_of(&error));
         }
     };

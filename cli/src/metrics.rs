@@ -1,7 +1,8 @@
 //! `husk metrics`: the pods of now, in the text format of Prometheus.
 
 use std::fmt::Write;
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
 use std::path::Path;
 
 use anyhow::Context;
@@ -28,12 +29,22 @@ pub fn run(output: Option<&Path>) -> anyhow::Result<Answer> {
     let Some(path) = output else {
         return Ok(Answer::done(page));
     };
+    replace(path, &page).with_context(|| path.display().to_string())?;
+    Ok(Answer::done(String::new()))
+}
+
+/// Puts a file into a directory that may be somebody else's: nothing that is there
+/// is written to, nor what a link there names.
+fn replace(path: &Path, page: &str) -> io::Result<()> {
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
-    fs::write(&new, page)
-        .and_then(|()| fs::rename(&new, path))
-        .with_context(|| path.display().to_string())?;
-    Ok(Answer::done(String::new()))
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).open(&new)?;
+    file.write_all(page.as_bytes())?;
+    fs::rename(&new, path)
 }
 
 fn page(pods: &[(Pod, Option<Memory>)]) -> Result<String, std::fmt::Error> {

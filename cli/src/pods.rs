@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use rustix::fs::{Mode, OFlags};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
@@ -207,9 +208,15 @@ struct Annotated {
 /// The name in Kubernetes of the pod whose shim this is: it works in the pod's
 /// bundle.
 fn name_by(shim: Process) -> Option<String> {
-    let file = File::open(format!("/proc/{}/cwd/config.json", shim.pid)).ok()?;
-    // Else it was another process's.
+    // Another process may have its number, and anything in its directory.
     if !shim.is_alive() {
+        return None;
+    }
+    let path = format!("/proc/{}/cwd/config.json", shim.pid);
+    let how = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, how, Mode::empty()).ok()?);
+    // It may have ended meanwhile.
+    if !shim.is_alive() || !file.metadata().ok()?.is_file() {
         return None;
     }
     let mut text = Vec::new();
@@ -255,6 +262,19 @@ mod tests {
         let dir = root.join("k8s.io").join(id);
         fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join(FILE), serde_json::to_vec(state).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn a_pipe_in_place_of_a_specification_holds_nobody_up() {
+        let bundle = tempfile::tempdir().unwrap();
+        let pipe = bundle.path().join("config.json");
+        let mode = Mode::from_raw_mode(0o600);
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, mode).unwrap();
+        let shim = Shim::start(bundle.path());
+        assert_eq!(shim.process().and_then(name_by), None);
+        fs::remove_file(&pipe).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", &pipe).unwrap();
+        assert_eq!(shim.process().and_then(name_by), None);
     }
 
     #[test]

@@ -33,8 +33,9 @@ const FILES: [&str; 9] = [
 ];
 
 /// Keys of containerd's configuration that may hold a secret, in small letters.
-const SECRETS: [&str; 8] = [
-    "auth", "pass", "token", "secret", "user", "header", "key", "env",
+const SECRETS: [&str; 13] = [
+    "auth", "pass", "token", "secret", "user", "header", "key", "env", "cred", "bearer", "cert",
+    "sig", "args",
 ];
 
 /// What stands for a secret.
@@ -172,11 +173,18 @@ fn hide_parts(value: &mut Value) {
     match value {
         Value::Table(table) => hide(table),
         Value::Array(list) => list.iter_mut().for_each(hide_parts),
-        // A URL with a user in it.
-        Value::String(text) if text.contains("://") && text.contains('@') => {
-            *text = LEFT_OUT.to_owned();
-        }
+        Value::String(text) if text.contains("://") => hide_parts_of_url(text),
         _ => {}
+    }
+}
+
+/// A user, and what may be a signature.
+fn hide_parts_of_url(text: &mut String) {
+    if text.contains('@') {
+        *text = LEFT_OUT.to_owned();
+    } else if let Some(at) = text.find(['?', '#']) {
+        text.truncate(at + 1);
+        text.push_str(LEFT_OUT);
     }
 }
 
@@ -191,7 +199,14 @@ mod tests {
             username = "alice"
             password = "swordfish1"
             [plugins."io.containerd.grpc.v1.cri".registry.mirrors."r.example"]
-            endpoint = ["https://bob:swordfish2@r.example", "https://r.example"]
+            endpoint = ["https://bob:swordfish2@r.example", "https://r.example",
+                "https://m.example/v2?sig=swordfish4"]
+            [stream_processors."decrypt"]
+            args = ["--password", "swordfish5"]
+            path = "ctd-decoder"
+            [proxy_plugins.x]
+            credentials = "swordfish6"
+            bearer = "swordfish7"
             [plugins."io.containerd.grpc.v1.cri".registry.headers]
             X-Token = ["swordfish3"]
             [plugins."io.containerd.grpc.v1.cri".containerd]
@@ -202,6 +217,7 @@ mod tests {
             "{kept}"
         );
         assert!(kept.contains("overlayfs") && kept.contains("\"https://r.example\""));
+        assert!(kept.contains("https://m.example/v2?(left out)") && kept.contains("ctd-decoder"));
         let broken = without_secrets("password = swordfish");
         assert!(!broken.contains("swordfish"), "{broken}");
     }

@@ -23,6 +23,12 @@ pub fn plain(text: &str) -> String {
     shown
 }
 
+/// The same for each line of a text that has several: what is to be copied.
+pub fn plain_lines(text: &str) -> String {
+    let lines: Vec<_> = text.lines().map(plain).collect();
+    lines.join("\n")
+}
+
 /// The same, and short.
 pub fn short(text: &str) -> String {
     let mut cut: String = text.chars().take(LONGEST).collect();
@@ -108,6 +114,7 @@ mod tests {
         assert_eq!(plain("häh\x1b[2J\n\u{9b}1m"), "häh\\u{1b}[2J\\n\\u{9b}1m");
         assert_eq!(plain("a\u{202e}b\u{200b}"), "a\\u{202e}b\\u{200b}");
         assert_eq!(short(&"x".repeat(1000)).chars().count(), LONGEST + 1);
+        assert_eq!(plain_lines("a\n\x1bb\r\n"), "a\n\\u{1b}b");
         assert!(plain(&"x".repeat(100_000)).len() < 5000);
         let json = serde_json::to_string("ä\u{9b}\u{1f600}\u{7f}\x1b").unwrap();
         let escaped = ascii(&json);

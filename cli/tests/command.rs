@@ -116,6 +116,23 @@ fn the_configuration_in_effect_is_shown() {
 }
 
 #[test]
+fn lines_to_be_added_by_hand_are_lines() {
+    let node = Node::new();
+    let dir = node.path().join("etc/containerd");
+    fs::create_dir_all(&dir).unwrap();
+    let inline = "version = 2\nplugins = { \"io.containerd.grpc.v1.cri\" = { a = 1 } }\n";
+    fs::write(dir.join("config.toml"), inline).unwrap();
+    let root = node.path().to_str().unwrap();
+    let refused = node.husk(&["install", "--for", "containerd", "--root", root]);
+    expect(
+        &refused,
+        1,
+        "by hand:\n[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.\"husk\"]\n\
+         runtime_type = \"io.containerd.husk.v2\"\n",
+    );
+}
+
+#[test]
 fn whoever_reads_may_stop() {
     let node = Node::new();
     let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
@@ -153,6 +170,20 @@ fn metrics_and_a_bundle_are_written() {
     expect(&written, 0, "");
     let page = fs::read_to_string(&file).unwrap();
     assert!(page.contains("husk_pods{status=\"abandoned\"} 1"), "{page}");
+
+    // Nor is what somebody has put in its way written to.
+    let other = node.path().join("other");
+    fs::write(&other, "theirs").unwrap();
+    let planted = node.path().join("husk.prom.new");
+    std::os::unix::fs::symlink(&other, &planted).unwrap();
+    expect(
+        &node.husk(&["metrics", "--output", file.to_str().unwrap()]),
+        0,
+        "",
+    );
+    assert_eq!(fs::read_to_string(&other).unwrap(), "theirs");
+    assert!(!file.is_symlink() && !planted.is_symlink());
+    assert_eq!(fs::read_to_string(&file).unwrap(), page);
 
     let file = node.path().join("bundle.tar");
     let words = ["support-bundle", "--output", file.to_str().unwrap()];
