@@ -2,7 +2,6 @@
 //! the node are carried to localhost in the guest.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::io::copy_bidirectional;
@@ -11,7 +10,7 @@ use tokio::sync::Semaphore;
 
 use crate::agent_client::Agent;
 use crate::error::Error;
-use crate::network::PortForward;
+use crate::network::{Netns, PortForward};
 use crate::ports;
 use crate::stdio::StdioError;
 use crate::vm_process::Vm;
@@ -21,7 +20,7 @@ const CONNECTIONS: usize = 256;
 
 /// Forwards until the machine has ended. A node whose kernel cannot do this has
 /// pods all the same.
-pub async fn serve(netns: PathBuf, vm: Vm, agent: Agent) {
+pub async fn serve(netns: Netns, vm: Vm, agent: Agent) {
     let opened = tokio::task::spawn_blocking(move || PortForward::open(&netns)).await;
     let (listener, _attachment) = match opened {
         Ok(Ok(forward)) => forward.into_parts(),

@@ -3,23 +3,25 @@
 //! a container, and adds and takes others while that runs; CNI's meta-plugins do
 //! so, too.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+mod known;
+
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_protocol::agent::{Network, Route};
-use husk_vmm_spec::MacAddress;
+use husk_protocol::agent::Network;
 use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
 
-use crate::agent_client::Agent;
-use crate::error::Error;
+use crate::agent_client::{Agent, AgentError};
+use crate::error::{Error, chain};
 use crate::names::Names;
-use crate::network::{LinkId, NetnsId, NetworkWatch, Nic, PodNetwork};
+use crate::network::{FoundLink, FoundNetwork, Netns, NetworkError, NetworkWatch, Nic};
 use crate::process::Process;
-use crate::vm_plan::nic_id;
-use crate::vm_process::Vm;
+use crate::vm_process::{Vm, VmError};
+use known::{Plugged, forget, keep_down, news};
+
+pub use known::Known;
 
 /// How long one change may take: whoever adds an interface then gives it
 /// addresses and routes.
@@ -32,115 +34,90 @@ const AGAIN: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(120)];
 /// The interfaces of a pod's network namespace.
 #[derive(Clone, Debug)]
 pub struct Interfaces {
-    netns: PathBuf,
+    /// None where they are the node's, which are never followed.
+    netns: Option<Netns>,
     /// Whoever holds it is changing the machine's.
     known: Arc<Mutex<Known>>,
     names: Names,
 }
 
-/// What the machine has of a namespace.
-#[derive(Debug, Default)]
-pub struct Known {
-    nics: BTreeMap<LinkId, MacAddress>,
-    /// The guest has not looked for all of them.
-    is_unseen: bool,
-    /// What the node had when the guest was told last. The guest is told what is
-    /// new since: the pod may have changed the rest.
-    told: Network,
-}
-
-impl Known {
-    /// What a machine boots with.
-    pub fn new(nics: &[Nic], told: Network) -> Self {
-        Self {
-            nics: nics.iter().map(|nic| (nic.link(), nic.mac)).collect(),
-            is_unseen: false,
-            told,
-        }
-    }
+/// Something that the machine did not take.
+struct Untaken {
+    error: Error,
+    /// It may take it another time.
+    is_passing: bool,
+    /// A program that starts now lacks what it was promised.
+    is_missed: bool,
 }
 
 impl Interfaces {
     /// Of the namespace that the machine took over; of none, of the VMM's own,
     /// where whoever asks for the pod's pid comes to.
-    pub fn new(netns: Option<&Path>, vmm: Process, known: Known) -> Self {
-        let own = || PathBuf::from(format!("/proc/{}/ns/net", vmm.pid));
+    pub fn new(netns: Option<Netns>, vmm: Process, known: Known) -> Self {
         Self {
-            netns: netns.map_or_else(own, Path::to_owned),
+            netns: netns.or_else(|| of_vmm(vmm)),
             known: Arc::new(Mutex::new(known)),
             names: Names::default(),
         }
     }
 
-    /// Makes the machine's what they are now.
+    /// Makes the machine's what they are now, for a program that is about to start.
     ///
     /// # Errors
-    /// The VMM or the agent could not plug one.
-    pub async fn catch_up(&self, vm: &Vm, agent: &Agent) -> Result<(), Error> {
-        if self.is_of_node() {
-            return Ok(());
-        }
-        self.names.catch_up(&self.netns, vm, agent).await;
-        let mut known = self.known.lock().await;
-        let (netns, links) = (self.netns.clone(), known.nics.keys().cloned().collect());
-        let found = tokio::task::spawn_blocking(move || PodNetwork::attach_new(&netns, &links));
-        let found = match found.await {
-            Ok(Ok(network)) => network,
-            // The machine keeps what it has.
-            Ok(Err(error)) => {
-                tracing::warn!("late interfaces: {}", crate::error::chain(&error));
-                return Ok(());
+    /// One that came for it is not there. Without others that the machine does not
+    /// take it runs.
+    pub async fn catch_up_for_start(&self, vm: &Vm, agent: &Agent) -> Result<(), Error> {
+        {
+            let mut known = self.known.lock().await;
+            if known.nics.is_empty() {
+                known.refused.clear();
             }
-            Err(_) => return Err(Error::ShuttingDown),
+        }
+        let untaken = self.catch_up(vm, agent).await;
+        self.known.lock().await.fresh.clear();
+        for Untaken {
+            error, is_missed, ..
+        } in untaken
+        {
+            if is_missed {
+                return Err(error);
+            }
+            tracing::warn!("late interfaces: {}", chain(&error));
+        }
+        Ok(())
+    }
+
+    /// Makes the machine's what they are now, as far as it can.
+    async fn catch_up(&self, vm: &Vm, agent: &Agent) -> Vec<Untaken> {
+        let Some(netns) = &self.netns else {
+            return Vec::new();
         };
-        let gone = known.nics.keys().filter(|link| !found.all.contains(link));
-        for link in gone.cloned().collect::<Vec<_>>() {
+        self.names.catch_up(netns, vm, agent).await;
+        let mut known = self.known.lock().await;
+        let taps = known.taps();
+        let found = blocking(netns, move |netns| FoundNetwork::read(netns, &taps)).await;
+        let found = match found {
+            Ok(found) => found,
+            // The machine keeps what it has.
+            Err(error) => return vec![Untaken::for_now(error)],
+        };
+        // The name of a tap, and of a device, is free once its interface has gone.
+        for link in known.gone(&found) {
             known.unplug(&link, vm, agent).await;
         }
-        for nic in found.nics {
-            tracing::info!(name = nic.name, mac = %nic.mac, mtu = nic.mtu, "late interface");
-            let (link, mac) = (nic.link(), nic.mac);
-            vm.add_nic(nic).await?;
-            known.nics.insert(link, mac);
-            known.is_unseen = true;
-        }
-        if known.is_unseen {
-            agent.rescan_devices().await?;
-            known.is_unseen = false;
-        }
-        let news = news(&known.told, &found.guest);
-        if news == Network::default() {
-            return Ok(());
-        }
-        let has_interfaces = !news.interfaces.is_empty();
-        match agent.update_network(news).await {
-            Ok(()) => {}
-            // It will be told again.
-            Err(error) if has_interfaces => return Err(error.into()),
-            // A route that the guest cannot take is no reason to do without the rest.
-            Err(error) => tracing::warn!(%error, "network"),
-        }
-        let told = std::mem::replace(&mut known.told, found.guest);
-        keep_down(&mut known.told, told, &found.all);
-        Ok(())
+        let mut untaken = plug(&mut known, netns, &found, vm).await;
+        tell(&mut known, found, agent, &mut untaken).await;
+        untaken
     }
 
     /// Does so at each change, until the machine ends.
     pub async fn follow(self, vm: Vm, agent: Agent) {
-        if self.is_of_node() {
-            return;
-        }
-        let netns = self.netns.clone();
-        let opened = tokio::task::spawn_blocking(move || NetworkWatch::open(&netns));
-        let watch = match opened.await {
-            Ok(opened) => opened.and_then(NetworkWatch::new),
-            Err(_) => return,
-        };
+        let Some(netns) = &self.netns else { return };
+        let opened = blocking(netns, NetworkWatch::open).await;
+        let watch = opened.and_then(|opened| Ok(NetworkWatch::new(opened)?));
         let watch = match watch {
             Ok(watch) => watch,
-            Err(error) => {
-                return tracing::warn!("late interfaces: {}", crate::error::chain(&error));
-            }
+            Err(error) => return tracing::warn!("late interfaces: {}", chain(&error)),
         };
         tokio::select! {
             () = self.follow_changes(&watch, &vm, &agent) => {}
@@ -149,166 +126,190 @@ impl Interfaces {
     }
 
     async fn follow_changes(&self, watch: &NetworkWatch, vm: &Vm, agent: &Agent) {
-        let [mut pause, longest] = AGAIN;
-        let mut is_late = false;
+        let [first, longest] = AGAIN;
+        let mut pause = first;
         loop {
-            let heard = match is_late {
-                false => watch.changed().await,
-                true => timeout(pause, watch.changed()).await.unwrap_or(Ok(())),
+            // The first time, what came before there was a watch.
+            let untaken = self.catch_up(vm, agent).await;
+            let is_late = untaken.iter().any(|one| one.is_passing);
+            for Untaken { error, .. } in untaken {
+                tracing::warn!("late interfaces: {}", chain(&error));
+            }
+            let heard = if is_late {
+                // However much is said meanwhile.
+                sleep(first).await;
+                let heard = timeout(pause - first, watch.changed()).await;
+                pause = (pause * 2).min(longest);
+                heard.unwrap_or(Ok(()))
+            } else {
+                pause = first;
+                watch.changed().await
             };
             if let Err(error) = heard {
                 return tracing::warn!(%error, "late interfaces");
             }
             sleep(SETTLED).await;
-            match self.catch_up(vm, agent).await {
-                Ok(()) => {
-                    is_late = false;
-                    [pause, _] = AGAIN;
-                }
-                Err(error) => {
-                    tracing::warn!("late interfaces: {}", crate::error::chain(&error));
-                    if is_late {
-                        pause = (pause * 2).min(longest);
-                    }
-                    is_late = true;
-                }
-            }
-        }
-    }
-
-    /// Those of the node itself are never followed.
-    fn is_of_node(&self) -> bool {
-        NetnsId::of(&self.netns) == NetnsId::of(Path::new("/proc/self/ns/net"))
-    }
-}
-
-impl Known {
-    async fn unplug(&mut self, link: &LinkId, vm: &Vm, agent: &Agent) {
-        let Some(mac) = self.nics.remove(link) else {
-            return;
-        };
-        tracing::info!(name = link.name, %mac, "interface has gone");
-        forget(&mut self.told, &link.name);
-        // A machine that cannot is about to end or has ended.
-        if let Err(error) = agent.remove_interface(mac).await {
-            tracing::warn!(name = link.name, %error, "interface");
-        }
-        if let Err(error) = vm.remove_device(nic_id(mac)).await {
-            tracing::warn!(name = link.name, %error, "interface");
         }
     }
 }
 
-/// What is in `found` and not in `told`.
-fn news(told: &Network, found: &Network) -> Network {
-    fn new<T: PartialEq + Clone>(told: &[T], found: &[T]) -> Vec<T> {
-        let is_new = |one: &&T| !told.contains(one);
-        found.iter().filter(is_new).cloned().collect()
-    }
-    Network {
-        interfaces: new(&told.interfaces, &found.interfaces),
-        routes: new(&told.routes, &found.routes),
-        neighbours: new(&told.neighbours, &found.neighbours),
-        rules: new(&told.rules, &found.rules),
-        ..Network::default()
+impl Untaken {
+    fn for_now(error: Error) -> Self {
+        Self {
+            error,
+            is_passing: true,
+            is_missed: false,
+        }
     }
 }
 
-/// An interface that is down for a while is not among those `found`; the guest has
-/// it as it was `told`.
-fn keep_down(found: &mut Network, told: Network, all: &BTreeSet<LinkId>) {
-    let is_up = |name: &str| found.interfaces.iter().any(|other| other.name == name);
-    let is_there = |name: &str| all.iter().any(|link| link.name == name);
-    let is_down = |name: &str| is_there(name) && !is_up(name);
-    let down = told.interfaces.into_iter();
-    let down: Vec<_> = down.filter(|interface| is_down(&interface.name)).collect();
-    found.interfaces.extend(down);
+fn of_vmm(vmm: Process) -> Option<Netns> {
+    let path = format!("/proc/{}/ns/net", vmm.pid);
+    match Netns::open(Path::new(&path)) {
+        // The number was its own then.
+        Ok(netns) => vmm.is_alive().then_some(netns),
+        Err(NetworkError::OfNode) => None,
+        Err(error) => {
+            tracing::debug!("late interfaces: {}", chain(&error));
+            None
+        }
+    }
 }
 
-/// The guest's kernel drops with an interface what leads through it.
-fn forget(told: &mut Network, name: &str) {
-    let through = |route: &Route| {
-        route.device == name || route.next_hops.iter().any(|hop| hop.device == name)
+/// Plugs what is new.
+async fn plug(known: &mut Known, netns: &Netns, found: &FoundNetwork, vm: &Vm) -> Vec<Untaken> {
+    let links = known.new_ones(found);
+    if links.is_empty() {
+        return Vec::new();
+    }
+    let taken = links.clone();
+    let nics = blocking(netns, move |netns| Nic::take_over(netns, &taken)).await;
+    let nics = match nics {
+        Ok(nics) => nics,
+        Err(error) => return vec![Untaken::for_now(error)],
     };
-    told.interfaces.retain(|interface| interface.name != name);
-    told.routes.retain(|route| !through(route));
-    told.neighbours.retain(|neighbour| neighbour.device != name);
+    let mut untaken = Vec::new();
+    for (link, nic) in links.into_iter().zip(nics) {
+        let plugged = match nic {
+            Ok(nic) => plug_one(known, netns, nic, vm).await,
+            Err(error) => Err(error.into()),
+        };
+        let Err(error) = plugged else { continue };
+        tracing::warn!(name = link.id.name, mac = %link.mac, "an interface is left out");
+        let is_passing = !is_for_good(&error);
+        if !is_passing {
+            known.refused.push(link);
+        }
+        untaken.push(Untaken {
+            error,
+            is_passing,
+            is_missed: false,
+        });
+    }
+    // It may do without one more, but not without any.
+    for one in &mut untaken {
+        one.is_missed = known.nics.is_empty();
+    }
+    untaken
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use husk_protocol::agent::{Interface, Rule};
-
-    fn interface(name: &str, address: &str) -> Interface {
-        Interface {
-            name: name.to_owned(),
-            addresses: vec![address.to_owned()],
-            ..Interface::default()
-        }
+async fn plug_one(known: &mut Known, netns: &Netns, nic: Nic, vm: &Vm) -> Result<(), Error> {
+    tracing::info!(name = nic.link.name, mac = %nic.mac, mtu = nic.mtu, "late interface");
+    let (link, tap) = (nic.link.clone(), nic.tap_index);
+    let plugged = Plugged::from(&nic);
+    let Err(error) = vm.add_nic(nic).await else {
+        known.fresh.insert(link.name.clone());
+        known.nics.insert(link, plugged);
+        known.is_unseen = true;
+        return Ok(());
+    };
+    let given = blocking(netns, move |netns| Nic::give_back(netns, &link, tap)).await;
+    if let Err(error) = given {
+        tracing::warn!("late interfaces: {}", chain(&error));
     }
+    Err(error.into())
+}
 
-    fn route(destination: &str, device: &str) -> Route {
-        Route {
-            destination: destination.to_owned(),
-            device: device.to_owned(),
-            ..Route::default()
+/// The machine cannot have the interface as it is.
+fn is_for_good(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Vm(VmError::Refused { .. }) | Error::Network(NetworkError::Mtu { .. })
+    )
+}
+
+/// Tells the guest what is new.
+async fn tell(known: &mut Known, found: FoundNetwork, agent: &Agent, untaken: &mut Vec<Untaken>) {
+    if known.is_unseen {
+        if let Err(error) = agent.rescan_devices().await {
+            untaken.push(Untaken {
+                is_missed: !known.fresh.is_empty(),
+                ..Untaken::for_now(error.into())
+            });
+            return;
         }
+        known.is_unseen = false;
     }
-
-    fn network(interfaces: Vec<Interface>, routes: Vec<Route>) -> Network {
-        let rule = Rule {
-            priority: 500,
-            ..Rule::default()
-        };
-        Network {
-            interfaces,
-            routes,
-            rules: vec![rule],
+    let FoundNetwork {
+        links,
+        all,
+        mut guest,
+        ..
+    } = found;
+    let is_missing = |link: &&FoundLink| !known.nics.contains_key(&link.id);
+    for link in links.iter().filter(is_missing) {
+        forget(&mut guest, &link.id.name);
+    }
+    // One at a time: what is wrong with one is no reason to do without another.
+    for interface in news(&known.told, &guest).interfaces {
+        let name = interface.name.clone();
+        let network = Network {
+            interfaces: vec![interface],
             ..Network::default()
+        };
+        let Err(error) = agent.update_network(network).await else {
+            known.fresh.remove(&name);
+            continue;
+        };
+        let is_answer = is_answer(&error);
+        untaken.push(Untaken {
+            is_missed: known.fresh.contains(&name),
+            ..Untaken::for_now(error.into())
+        });
+        if !is_answer {
+            return;
+        }
+        // It will be told again.
+        forget(&mut guest, &name);
+    }
+    let rest = Network {
+        interfaces: Vec::new(),
+        ..news(&known.told, &guest)
+    };
+    if rest != Network::default() {
+        match agent.update_network(rest).await {
+            Ok(()) => {}
+            // A route that the guest cannot take is no reason to do without the rest.
+            Err(error) if is_answer(&error) => tracing::warn!(%error, "network"),
+            Err(error) => return untaken.push(Untaken::for_now(error.into())),
         }
     }
+    let told = std::mem::replace(&mut known.told, guest);
+    keep_down(&mut known.told, told, &all);
+}
 
-    #[test]
-    fn only_what_is_new_is_told() {
-        let (eth0, eth1) = (
-            interface("eth0", "10.1.0.2/24"),
-            interface("eth1", "10.2.0.2/24"),
-        );
-        let first = network(vec![eth0.clone()], vec![route("", "eth0")]);
-        assert_eq!(news(&first, &first), Network::default());
-        let routes = vec![route("", "eth0"), route("10.9.0.0/16", "eth1")];
-        let second = network(vec![eth0, eth1.clone()], routes);
-        let told = news(&first, &second);
-        assert_eq!(told.interfaces, std::slice::from_ref(&eth1));
-        assert_eq!(told.routes, [route("10.9.0.0/16", "eth1")]);
-        assert!(told.rules.is_empty());
-        // One that comes again as it was is new all the same.
-        let mut told = second.clone();
-        forget(&mut told, "eth1");
-        assert_eq!(told, first);
-        assert_eq!(news(&told, &second).interfaces, [eth1]);
-    }
+/// Asked again, the agent would say the same.
+fn is_answer(error: &AgentError) -> bool {
+    !matches!(error, AgentError::Deadline { .. } | AgentError::Gone)
+}
 
-    #[test]
-    fn one_that_was_down_is_not_new() {
-        let (eth0, eth1) = (
-            interface("eth0", "10.1.0.2/24"),
-            interface("eth1", "10.2.0.2/24"),
-        );
-        let told = network(vec![eth0.clone(), eth1], Vec::new());
-        let all = [(2, "eth0"), (3, "eth1")];
-        let all = all.map(|(index, name)| LinkId {
-            index,
-            name: name.to_owned(),
-        });
-        let mut found = network(vec![eth0], Vec::new());
-        let gone = found.clone();
-        keep_down(&mut found, told.clone(), &all.clone().into());
-        assert_eq!(found, told);
-        let mut found = gone.clone();
-        let [first, _] = all;
-        keep_down(&mut found, told, &[first].into());
-        assert_eq!(found, gone);
+async fn blocking<T: Send + 'static>(
+    netns: &Netns,
+    work: impl FnOnce(&Netns) -> Result<T, NetworkError> + Send + 'static,
+) -> Result<T, Error> {
+    let netns = netns.clone();
+    match tokio::task::spawn_blocking(move || work(&netns)).await {
+        Ok(done) => Ok(done?),
+        Err(_) => Err(Error::ShuttingDown),
     }
 }

@@ -25,7 +25,7 @@ use crate::file_server::FileServer;
 use crate::growth::{Fitter, Growth};
 use crate::id_map::IdMaps;
 use crate::interfaces::{Interfaces, Known};
-use crate::network::PodNetwork;
+use crate::network::{Netns, NetworkError, PodNetwork};
 use crate::shared_tree::SharedTree;
 use crate::state_dir::{State, StateDir};
 use crate::vm_plan::{self, Disk, HostFacts, Room, VmParts, VmSize};
@@ -64,7 +64,7 @@ pub struct MachineParts {
     vmm: Vmm,
     file_server: FileServer,
     file_server_socket: OwnedFd,
-    network: Option<PodNetwork>,
+    network: Option<(Netns, PodNetwork)>,
 }
 
 /// A machine whose agent has set the sandbox up.
@@ -73,7 +73,7 @@ pub struct Machine {
     agent: Agent,
     tree: SharedTree,
     file_server: Arc<FileServer>,
-    netns: Option<PathBuf>,
+    netns: Option<Netns>,
     interfaces: Interfaces,
     fitter: Fitter,
 }
@@ -160,13 +160,13 @@ impl MachineParts {
         let patience = Duration::from_secs(request.config.boot_timeout_seconds.into());
         let (near, far) = UnixStream::pair().map_err(AgentError::Connect)?;
         let agent = Agent::new(near, request.config.patience())?;
-        let (nics, network) = match self.network {
-            Some(network) => (network.nics, network.guest),
-            None => (Vec::new(), Network::default()),
+        let (netns, nics, network) = match self.network {
+            Some((netns, network)) => (Some(netns), network.nics, network.guest),
+            None => (None, Vec::new(), Network::default()),
         };
         let known = Known::new(&nics, network.clone());
         for nic in &nics {
-            tracing::info!(name = nic.name, mac = %nic.mac, mtu = nic.mtu, "interface");
+            tracing::info!(name = nic.link.name, mac = %nic.mac, mtu = nic.mtu, "interface");
         }
         let parts = VmParts {
             kvm: self.kvm,
@@ -205,14 +205,14 @@ impl MachineParts {
             "machine runs"
         );
 
-        let interfaces = Interfaces::new(request.pod.netns.as_deref(), vm.process(), known);
+        let interfaces = Interfaces::new(netns.clone(), vm.process(), known);
         let machine = Machine {
             vm,
             interfaces,
             agent,
             tree: self.tree,
             file_server: Arc::new(self.file_server),
-            netns: request.pod.netns.clone(),
+            netns,
             fitter: Fitter::new(Growth::new(&request.pod, size, room, self.host)),
         };
         let mut sandbox = sandbox_request(&request.pod, network, request.config.patience());
@@ -260,8 +260,8 @@ impl Machine {
     }
 
     /// The namespace whose interfaces the machine took over.
-    pub fn netns(&self) -> Option<&Path> {
-        self.netns.as_deref()
+    pub fn netns(&self) -> Option<&Netns> {
+        self.netns.as_ref()
     }
 
     /// What changes its size.
@@ -307,7 +307,7 @@ impl Machine {
 /// What others may know of a machine; what its guest says comes later.
 fn machine_facts(size: VmSize, room: Room, parts: &VmParts) -> MachineFacts {
     let nics = parts.nics.iter().map(|nic| NicFacts {
-        name: nic.name.clone(),
+        name: nic.link.name.clone(),
         mac: nic.mac.to_string(),
         mtu: nic.mtu,
     });
@@ -373,10 +373,15 @@ fn sandbox_request(pod: &PodSpec, network: Network, patience: Patience) -> Creat
     }
 }
 
-async fn attach(netns: Option<PathBuf>) -> Result<Option<PodNetwork>, Error> {
-    let Some(netns) = netns else { return Ok(None) };
-    let attached = tokio::task::spawn_blocking(move || PodNetwork::attach(&netns)).await;
-    match attached {
+/// From here on the namespace is what was opened, wherever its path leads.
+async fn attach(path: Option<PathBuf>) -> Result<Option<(Netns, PodNetwork)>, Error> {
+    let Some(path) = path else { return Ok(None) };
+    let attached = tokio::task::spawn_blocking(move || {
+        let netns = Netns::open(&path)?;
+        let network = PodNetwork::attach(&netns)?;
+        Ok::<_, NetworkError>((netns, network))
+    });
+    match attached.await {
         Ok(network) => Ok(Some(network?)),
         Err(_) => Err(Error::ShuttingDown),
     }

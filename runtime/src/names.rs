@@ -4,7 +4,6 @@
 
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use tokio::time::timeout;
 
 use crate::agent_client::Agent;
 use crate::error::Error;
-use crate::network::{NetworkError, resolver};
+use crate::network::{Netns, NetworkError, resolver};
 use crate::ports;
 use crate::stdio::StdioError;
 use crate::vm_process::Vm;
@@ -40,13 +39,13 @@ struct Message {
 impl Names {
     /// Has the guest serve names as soon as there is a server in the namespace. A
     /// pod that cannot resolve them runs all the same.
-    pub async fn catch_up(&self, netns: &Path, vm: &Vm, agent: &Agent) {
+    pub async fn catch_up(&self, netns: &Netns, vm: &Vm, agent: &Agent) {
         let mut served = self.0.lock().await;
         if *served {
             return;
         }
-        let path = netns.to_owned();
-        let there = tokio::task::spawn_blocking(move || resolver::is_there(&path)).await;
+        let inside = netns.clone();
+        let there = tokio::task::spawn_blocking(move || resolver::is_there(&inside)).await;
         match there {
             Ok(Ok(true)) => {}
             Ok(Ok(false)) | Err(_) => return,
@@ -57,7 +56,12 @@ impl Names {
         match begin(vm, agent).await {
             Ok(guest) => {
                 *served = true;
-                tokio::spawn(carry(guest, netns.to_owned()));
+                let (netns, names) = (netns.clone(), self.clone());
+                tokio::spawn(async move {
+                    carry(guest, netns).await;
+                    // Another may begin.
+                    *names.0.lock().await = false;
+                });
             }
             Err(error) => tracing::warn!("no names: {}", crate::error::chain(&error)),
         }
@@ -82,7 +86,7 @@ async fn begin(vm: &Vm, agent: &Agent) -> Result<UnixStream, Error> {
 }
 
 /// Asks what the guest asks, until it hangs up.
-async fn carry(guest: UnixStream, netns: PathBuf) {
+async fn carry(guest: UnixStream, netns: Netns) {
     let (mut from_guest, mut to_guest) = guest.into_split();
     let (answers, mut answered) = mpsc::channel::<Message>(1);
     let places = Arc::new(Semaphore::new(QUESTIONS));
@@ -143,7 +147,7 @@ async fn write(guest: &mut (impl AsyncWriteExt + Unpin), message: &Message) -> i
 
 /// As the guest's program asked: an answer too long for a datagram says so, and
 /// then it asks by TCP itself.
-async fn ask(netns: &Path, question: &Message) -> io::Result<Vec<u8>> {
+async fn ask(netns: &Netns, question: &Message) -> io::Result<Vec<u8>> {
     if question.over_tcp {
         let stream = opened(netns, resolver::connection).await?;
         let mut stream = TcpStream::from_std(stream)?;
@@ -165,10 +169,10 @@ async fn ask(netns: &Path, question: &Message) -> io::Result<Vec<u8>> {
 }
 
 async fn opened<T: Send + 'static>(
-    netns: &Path,
-    open: fn(&Path) -> Result<T, NetworkError>,
+    netns: &Netns,
+    open: fn(&Netns) -> Result<T, NetworkError>,
 ) -> io::Result<T> {
-    let netns = netns.to_owned();
+    let netns = netns.clone();
     let opened = tokio::task::spawn_blocking(move || open(&netns)).await?;
     opened.map_err(io::Error::other)
 }

@@ -429,7 +429,7 @@ impl Pod {
         let interfaces = machine.interfaces().clone();
         tokio::spawn(interfaces.follow(vm.clone(), agent.clone()));
         if let Some(netns) = machine.netns() {
-            let netns = netns.to_owned();
+            let netns = netns.clone();
             tokio::spawn(forward::serve(netns, vm, agent));
         }
         self.machine = MachineState::Running(machine);

@@ -336,6 +336,7 @@ pub fn nic_id(mac: MacAddress) -> DeviceId {
 mod tests {
     use super::*;
     use crate::bundle::Overrides;
+    use crate::network::LinkId;
     use std::fs::File;
 
     const HOST: HostFacts = HostFacts {
@@ -436,9 +437,12 @@ mod tests {
     #[test]
     fn plans_a_machine_the_vmm_takes() {
         let nic = Nic {
-            index: 2,
-            name: "eth0".into(),
+            link: LinkId {
+                index: 2,
+                name: "eth0".into(),
+            },
             tap: null(),
+            tap_index: 3,
             mac: MacAddress([2, 0, 0, 0, 0, 1]),
             mtu: 1500,
         };

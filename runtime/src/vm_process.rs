@@ -26,7 +26,7 @@ use crate::child::Child;
 use crate::config::Patience;
 use crate::network::Nic;
 use crate::process::Process;
-use crate::vm_plan::{Descriptors, Disk};
+use crate::vm_plan::{Descriptors, Disk, nic_id};
 
 mod console;
 mod control;
@@ -253,13 +253,17 @@ impl Vm {
     /// The VMM could not.
     pub async fn add_nic(&self, nic: Nic) -> Result<(), VmError> {
         let mut descriptors = Descriptors::default();
-        let device = DeviceSpec::Net(descriptors.nic(nic));
-        self.request(
-            "plug an interface",
-            Request::AddDevice(device),
-            descriptors.0,
-        )
-        .await
+        let id = nic_id(nic.mac);
+        let device = Request::AddDevice(DeviceSpec::Net(descriptors.nic(nic)));
+        let added = self.request("plug an interface", device, descriptors.0);
+        let added = added.await;
+        if matches!(added, Err(VmError::Deadline { .. })) {
+            // It may still do so.
+            if let Err(error) = self.remove_device(id).await {
+                tracing::debug!("{}", crate::error::chain(&error));
+            }
+        }
+        added
     }
 
     /// Unplugs a device that the agent has let go of.

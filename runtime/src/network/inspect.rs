@@ -30,28 +30,27 @@ const DEFAULT_RULES: [u32; 3] = [0, 32766, 32767];
 const NOT_SUPPRESSED: u32 = u32::MAX;
 
 /// An Ethernet interface of the namespace.
-pub(super) struct FoundLink {
-    pub(super) index: u32,
-    pub(super) name: String,
-    pub(super) mac: MacAddress,
-    pub(super) mtu: u32,
-}
-
-impl FoundLink {
-    pub(super) fn id(&self) -> LinkId {
-        LinkId {
-            index: self.index,
-            name: self.name.clone(),
-        }
-    }
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundLink {
+    /// Which it is.
+    pub id: LinkId,
+    /// Its hardware address.
+    pub mac: MacAddress,
+    /// Largest payload of a frame, bytes.
+    pub mtu: u32,
 }
 
 /// What a namespace holds.
-pub(super) struct FoundNetwork {
-    pub(super) links: Vec<FoundLink>,
+#[derive(Debug)]
+pub struct FoundNetwork {
+    /// Its Ethernet interfaces that are up, but for our taps.
+    pub links: Vec<FoundLink>,
     /// Every interface, of whatever kind, up or not.
-    pub(super) all: BTreeSet<LinkId>,
-    pub(super) guest: Network,
+    pub all: BTreeSet<LinkId>,
+    /// Those of them that had a tap and whose frames do not go there any more.
+    pub parted: BTreeSet<LinkId>,
+    /// The whole state the guest is to take on, known interfaces included.
+    pub guest: Network,
 }
 
 /// Reads the namespace that `handle` is bound to.
@@ -71,8 +70,8 @@ pub(super) async fn read(handle: &Handle) -> Result<FoundNetwork, NetworkError> 
     let loopback = messages.iter().find_map(loopback);
     let names: HashMap<u32, &str> = links
         .iter()
-        .map(|link| (link.index, link.name.as_str()))
-        .chain(loopback.iter().map(|link| (link.index, link.name.as_str())))
+        .chain(&loopback)
+        .map(|link| (link.id.index, link.id.name.as_str()))
         .collect();
 
     let addresses: Vec<AddressMessage> = handle
@@ -86,12 +85,12 @@ pub(super) async fn read(handle: &Handle) -> Result<FoundNetwork, NetworkError> 
         .iter()
         .chain(&loopback)
         .map(|link| Interface {
-            name: link.name.clone(),
+            name: link.id.name.clone(),
             hardware_address: link.mac.0.to_vec(),
             mtu: link.mtu,
             addresses: addresses
                 .iter()
-                .filter(|message| message.header.index == link.index)
+                .filter(|message| message.header.index == link.id.index)
                 .filter_map(address)
                 .collect(),
             ..Default::default()
@@ -150,7 +149,12 @@ pub(super) async fn read(handle: &Handle) -> Result<FoundNetwork, NetworkError> 
         rules,
         ..Default::default()
     };
-    Ok(FoundNetwork { links, all, guest })
+    Ok(FoundNetwork {
+        links,
+        all,
+        parted: BTreeSet::new(),
+        guest,
+    })
 }
 
 fn dump(what: &'static str) -> impl FnOnce(rtnetlink::Error) -> NetworkError {
@@ -181,8 +185,10 @@ fn link(message: &LinkMessage) -> Option<FoundLink> {
         return None;
     }
     Some(FoundLink {
-        index: message.header.index,
-        name,
+        id: LinkId {
+            index: message.header.index,
+            name,
+        },
         mac: MacAddress(mac?),
         mtu,
     })
@@ -205,10 +211,8 @@ fn loopback(message: &LinkMessage) -> Option<FoundLink> {
     if message.header.link_layer_type != LinkLayerType::Loopback {
         return None;
     }
-    let LinkId { index, name } = link_id(message)?;
     Some(FoundLink {
-        index,
-        name,
+        id: link_id(message)?,
         mac: MacAddress([0; 6]),
         // As it is.
         mtu: 0,
@@ -216,7 +220,12 @@ fn loopback(message: &LinkMessage) -> Option<FoundLink> {
 }
 
 fn loopback_name(loopback: &Option<FoundLink>) -> Option<&String> {
-    loopback.as_ref().map(|link| &link.name)
+    loopback.as_ref().map(|link| &link.id.name)
+}
+
+/// A tap of ours.
+pub(super) fn is_tap(message: &LinkMessage) -> bool {
+    link_id(message).is_some_and(|link| is_our_tap(&link.name))
 }
 
 fn is_our_tap(name: &str) -> bool {

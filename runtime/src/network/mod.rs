@@ -16,20 +16,20 @@ pub mod resolver;
 mod tap;
 mod watch;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use husk_protocol::agent::Network;
 use husk_vmm_spec::MacAddress;
+use rtnetlink::Handle;
 
 pub use husk_node::state::NetnsId;
+pub use inspect::{FoundLink, FoundNetwork};
+pub use netns::Netns;
 pub use port_forward::PortForward;
 pub use watch::NetworkWatch;
-
-use inspect::FoundNetwork;
-use netns::in_netns;
 
 /// What tells an interface of a namespace from those that were there before it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,26 +43,24 @@ pub struct LinkId {
 /// A network interface for the machine.
 #[derive(Debug)]
 pub struct Nic {
-    /// The kernel's number of it in the namespace.
-    pub index: u32,
-    /// Name in the namespace and in the guest.
-    pub name: String,
+    /// The interface; its name is the one in the guest, too.
+    pub link: LinkId,
     /// Tap joined to the interface, non-blocking, with 12-byte vnet headers.
     pub tap: OwnedFd,
+    /// The kernel's number of the tap.
+    pub tap_index: u32,
     /// Hardware address of the interface and of the guest's device.
     pub mac: MacAddress,
     /// Largest payload of a frame, bytes.
     pub mtu: u16,
 }
 
-/// What the machine gets of a network namespace.
+/// What the machine boots with of a network namespace.
 #[derive(Debug)]
 pub struct PodNetwork {
-    /// One for each Ethernet interface that was not known before.
+    /// One for each Ethernet interface.
     pub nics: Vec<Nic>,
-    /// Every interface that is there, of whatever kind, up or not.
-    pub all: BTreeSet<LinkId>,
-    /// The whole state the guest is to take on, known interfaces included.
+    /// The whole state the guest is to take on.
     pub guest: Network,
 }
 
@@ -78,6 +76,9 @@ pub enum NetworkError {
         #[source]
         source: io::Error,
     },
+    /// The namespace is the node's.
+    #[error("the network namespace is the node's own")]
+    OfNode,
     /// The kernel refused a netlink request.
     #[error("{what} in the pod's network namespace")]
     Netlink {
@@ -128,70 +129,112 @@ pub enum NetworkError {
     Thread(#[source] io::Error),
 }
 
-impl Nic {
-    /// Which it is.
-    pub fn link(&self) -> LinkId {
-        LinkId {
-            index: self.index,
-            name: self.name.clone(),
-        }
-    }
-}
-
 impl PodNetwork {
-    /// Takes over every interface of the namespace at `netns`. Blocks for a few
-    /// milliseconds.
+    /// Takes over every interface of the namespace. Blocks for a few milliseconds.
     ///
     /// # Errors
-    /// The namespace is not there, or the kernel refused a step; nothing stays.
-    pub fn attach(netns: &Path) -> Result<Self, NetworkError> {
-        Self::attach_new(netns, &BTreeSet::new())
-    }
-
-    /// Like [`PodNetwork::attach`], but leaves out the `known` interfaces, which
-    /// have their taps already.
-    ///
-    /// # Errors
-    /// As [`PodNetwork::attach`].
-    pub fn attach_new(netns: &Path, known: &BTreeSet<LinkId>) -> Result<Self, NetworkError> {
-        in_netns(netns, || take_over(known))
+    /// The kernel refused a step; nothing stays.
+    pub fn attach(netns: &Netns) -> Result<Self, NetworkError> {
+        inside(netns, async |handle| {
+            let FoundNetwork { links, guest, .. } = inspect::read(handle).await?;
+            let mut nics = Vec::new();
+            for link in &links {
+                nics.push(take_over(handle, link).await?);
+            }
+            Ok(Self { nics, guest })
+        })
     }
 }
 
-fn take_over(known: &BTreeSet<LinkId>) -> Result<PodNetwork, NetworkError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .build()
-        .map_err(NetworkError::Thread)?;
-    runtime.block_on(async {
-        // Bound to the namespace of this thread, as every socket made here.
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Thread)?;
-        let connection = tokio::spawn(connection);
-        let FoundNetwork { links, all, guest } = inspect::read(&handle).await?;
-
-        let mut nics = Vec::new();
-        for link in links {
-            if known.contains(&link.id()) {
-                continue;
+impl FoundNetwork {
+    /// Reads the namespace, in which the machine has the taps of these numbers.
+    ///
+    /// # Errors
+    /// Which dump the kernel refused.
+    pub fn read(netns: &Netns, taps: &BTreeMap<LinkId, u32>) -> Result<Self, NetworkError> {
+        inside(netns, async |handle| {
+            let mut found = inspect::read(handle).await?;
+            for link in &found.links {
+                let Some(tap) = taps.get(&link.id) else {
+                    continue;
+                };
+                // Whoever does not know lets it be.
+                let joined = redirect::is_joined(handle, link.id.index, *tap).await;
+                if let Ok(false) = joined {
+                    found.parted.insert(link.id.clone());
+                }
             }
-            let mtu = u16::try_from(link.mtu)
-                .ok()
-                .filter(|mtu| *mtu >= 68)
-                .ok_or_else(|| NetworkError::Mtu {
-                    interface: link.name.clone(),
-                    mtu: link.mtu,
-                })?;
-            let tap = tap::create(&link)?;
-            redirect::join(&handle, &link, &tap).await?;
-            nics.push(Nic {
-                index: link.index,
-                name: link.name,
-                tap: tap.fd,
-                mac: link.mac,
-                mtu,
-            });
-        }
-        connection.abort();
-        Ok(PodNetwork { nics, all, guest })
+            Ok(found)
+        })
+    }
+}
+
+impl Nic {
+    /// Takes each of these interfaces over, or says why not.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered.
+    pub fn take_over(
+        netns: &Netns,
+        links: &[FoundLink],
+    ) -> Result<Vec<Result<Self, NetworkError>>, NetworkError> {
+        inside(netns, async |handle| {
+            let mut nics = Vec::new();
+            for link in links {
+                nics.push(take_over(handle, link).await);
+            }
+            Ok(nics)
+        })
+    }
+
+    /// Leaves an interface to the namespace whose tap the machine did not take.
+    ///
+    /// # Errors
+    /// Which request the kernel refused.
+    pub fn give_back(netns: &Netns, link: &LinkId, tap: u32) -> Result<(), NetworkError> {
+        inside(netns, async |handle| {
+            redirect::part(handle, link.index, tap).await
+        })
+    }
+}
+
+async fn take_over(handle: &Handle, link: &FoundLink) -> Result<Nic, NetworkError> {
+    let mtu = u16::try_from(link.mtu)
+        .ok()
+        .filter(|mtu| *mtu >= 68)
+        .ok_or_else(|| NetworkError::Mtu {
+            interface: link.id.name.clone(),
+            mtu: link.mtu,
+        })?;
+    let tap = tap::create(link)?;
+    let tap_index = redirect::join(handle, link, &tap).await?;
+    Ok(Nic {
+        link: link.id.clone(),
+        tap: tap.fd,
+        tap_index,
+        mac: link.mac,
+        mtu,
+    })
+}
+
+/// Asks the kernel from within the namespace.
+fn inside<T: Send>(
+    netns: &Netns,
+    ask: impl AsyncFnOnce(&Handle) -> Result<T, NetworkError> + Send,
+) -> Result<T, NetworkError> {
+    netns.enter(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .map_err(NetworkError::Thread)?;
+        runtime.block_on(async {
+            // Bound to the namespace of this thread, as every socket made here.
+            let (connection, handle, _) =
+                rtnetlink::new_connection().map_err(NetworkError::Thread)?;
+            let connection = tokio::spawn(connection);
+            let answer = ask(&handle).await;
+            connection.abort();
+            answer
+        })
     })
 }

@@ -10,11 +10,10 @@ use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 
 use super::NetworkError;
 use super::bpf::{self, Instruction};
-use super::netns::in_netns;
+use super::netns::Netns;
 use super::resolver;
 
 /// A listener for all loopback ports of a network namespace.
@@ -25,12 +24,12 @@ pub struct PortForward {
 }
 
 impl PortForward {
-    /// Begins to catch connections in the namespace at `netns`.
+    /// Begins to catch connections in the namespace.
     ///
     /// # Errors
-    /// The namespace is not there, or the kernel lacks socket lookup (5.9).
-    pub fn open(netns: &Path) -> Result<Self, NetworkError> {
-        in_netns(netns, || {
+    /// The namespace cannot be entered, or the kernel lacks socket lookup (5.9).
+    pub fn open(netns: &Netns) -> Result<Self, NetworkError> {
+        netns.enter(|| {
             let fail = |what| move |source| NetworkError::PortForward { what, source };
             let listener = listen().map_err(fail("listen"))?;
             let map = bpf::create_socket_map().map_err(fail("create the socket map"))?;

@@ -3,11 +3,10 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
-use std::path::Path;
 use std::time::Duration;
 
 use super::NetworkError;
-use super::netns::in_netns;
+use super::netns::Netns;
 
 /// Docker's address, which it writes into `/etc/resolv.conf`.
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 11);
@@ -17,12 +16,12 @@ const PORT: u16 = 53;
 /// It is on the same node.
 const CONNECTED: Duration = Duration::from_secs(5);
 
-/// Whether there is one in the namespace at `netns`.
+/// Whether there is one in the namespace.
 ///
 /// # Errors
-/// The namespace is not there.
-pub fn is_there(netns: &Path) -> Result<bool, NetworkError> {
-    in_netns(netns, || {
+/// The namespace cannot be entered.
+pub fn is_there(netns: &Netns) -> Result<bool, NetworkError> {
+    netns.enter(|| {
         // Of the calling thread's namespace.
         let table = std::fs::read_to_string("/proc/thread-self/net/udp");
         Ok(lists(&table.unwrap_or_default()))
@@ -43,8 +42,8 @@ fn lists(table: &str) -> bool {
 /// A non-blocking socket for datagrams with it.
 ///
 /// # Errors
-/// The namespace is not there, or the kernel refused.
-pub fn datagrams(netns: &Path) -> Result<UdpSocket, NetworkError> {
+/// The namespace cannot be entered, or the kernel refused.
+pub fn datagrams(netns: &Netns) -> Result<UdpSocket, NetworkError> {
     open(netns, || {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
         socket.connect((ADDRESS, PORT))?;
@@ -56,8 +55,8 @@ pub fn datagrams(netns: &Path) -> Result<UdpSocket, NetworkError> {
 /// A non-blocking connection to it.
 ///
 /// # Errors
-/// The namespace is not there, or nobody listens.
-pub fn connection(netns: &Path) -> Result<TcpStream, NetworkError> {
+/// The namespace cannot be entered, or nobody listens.
+pub fn connection(netns: &Netns) -> Result<TcpStream, NetworkError> {
     open(netns, || {
         let stream = TcpStream::connect_timeout(&SocketAddr::from((ADDRESS, PORT)), CONNECTED)?;
         stream.set_nonblocking(true)?;
@@ -66,10 +65,10 @@ pub fn connection(netns: &Path) -> Result<TcpStream, NetworkError> {
 }
 
 fn open<T: Send>(
-    netns: &Path,
+    netns: &Netns,
     open: impl FnOnce() -> io::Result<T> + Send,
 ) -> Result<T, NetworkError> {
-    in_netns(netns, || open().map_err(NetworkError::Resolver))
+    netns.enter(|| open().map_err(NetworkError::Resolver))
 }
 
 #[cfg(test)]

@@ -25,10 +25,10 @@ pub(super) struct Tap {
 /// Which step the kernel refused.
 pub(super) fn create(link: &FoundLink) -> Result<Tap, NetworkError> {
     // Unique in its namespace, and well below IFNAMSIZ.
-    let name = format!("husk{}", link.index);
+    let name = format!("husk{}", link.id.index);
     let fail = |what| {
         let name = name.clone();
-        let interface = link.name.clone();
+        let interface = link.id.name.clone();
         move |source| NetworkError::Tap {
             name,
             interface,

@@ -2,8 +2,9 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
+use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_route::RouteNetlinkMessage;
 use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, recv, socket_with};
@@ -11,7 +12,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::NetworkError;
-use super::netns::in_netns;
+use super::inspect;
+use super::netns::Netns;
 
 /// `RTMGRP_*` and `RTNLGRP_*` of linux/rtnetlink.h: of interfaces, addresses, routes
 /// and rules.
@@ -30,12 +32,12 @@ const IPV6_RULE: u32 = 1 << 18;
 pub struct NetworkWatch(AsyncFd<OwnedFd>);
 
 impl NetworkWatch {
-    /// Of the namespace at `netns`. Blocks for a moment.
+    /// Of the namespace. Blocks for a moment.
     ///
     /// # Errors
-    /// The namespace is not there, or the kernel refuses.
-    pub fn open(netns: &Path) -> Result<OwnedFd, NetworkError> {
-        in_netns(netns, || {
+    /// The namespace cannot be entered, or the kernel refuses.
+    pub fn open(netns: &Netns) -> Result<OwnedFd, NetworkError> {
+        netns.enter(|| {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             // NETLINK_ROUTE is protocol 0.
             socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)
@@ -59,19 +61,22 @@ impl NetworkWatch {
             .map_err(|error| NetworkError::Watch(error.into()))
     }
 
-    /// Returns when something has changed since the last time.
+    /// Returns when something has changed since the last time; what becomes of our
+    /// own taps is none of it.
     ///
     /// # Errors
     /// The kernel tells no more.
     pub async fn changed(&self) -> io::Result<()> {
-        let mut word = [0; 4096];
+        let mut word = [0; 16 << 10];
         self.0
             .async_io(Interest::READABLE, |socket| {
                 let mut is_first = true;
                 loop {
                     // What is said is looked up: it may not be all.
                     match recv(socket, &mut word[..], RecvFlags::empty()) {
-                        Ok(_) | Err(Errno::NOBUFS | Errno::INTR) => is_first = false,
+                        Ok((length, _)) if is_of_our_tap(&word[..length]) => {}
+                        Ok(_) | Err(Errno::NOBUFS) => is_first = false,
+                        Err(Errno::INTR) => {}
                         Err(Errno::AGAIN) if !is_first => return Ok(()),
                         Err(errno) => return Err(errno.into()),
                     }
@@ -81,10 +86,22 @@ impl NetworkWatch {
     }
 }
 
+fn is_of_our_tap(word: &[u8]) -> bool {
+    let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(word);
+    match message.map(|message| message.payload) {
+        Ok(NetlinkPayload::InnerMessage(
+            RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link),
+        )) => inspect::is_tap(&link),
+        // What is not understood may be anything.
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use nix::sched::{CloneFlags, unshare};
+    use std::path::Path;
     use std::process::Command;
     use std::time::Duration;
     use tokio::time::timeout;
@@ -104,7 +121,8 @@ mod tests {
         let Some(netns) = wait.recv().unwrap() else {
             return println!("SKIPPED: no network namespace can be made");
         };
-        let watch = NetworkWatch::new(NetworkWatch::open(Path::new(&netns)).unwrap()).unwrap();
+        let opened = Netns::open(Path::new(&netns)).unwrap();
+        let watch = NetworkWatch::new(NetworkWatch::open(&opened).unwrap()).unwrap();
         let path = format!(
             "--net=/proc/{}{}",
             std::process::id(),
@@ -128,6 +146,20 @@ mod tests {
             heard
                 .unwrap_or_else(|_| panic!("not told of {line}"))
                 .unwrap();
+        }
+        for line in [
+            "link add husk7 type veth peer name husk8",
+            "link delete husk7",
+        ] {
+            while timeout(Duration::from_millis(50), watch.changed())
+                .await
+                .is_ok()
+            {}
+            let mut command = Command::new("nsenter");
+            let command = command.arg(&path).arg("ip").args(line.split(' '));
+            assert!(command.status().unwrap().success(), "ip {line}");
+            let heard = timeout(Duration::from_millis(200), watch.changed()).await;
+            assert!(heard.is_err(), "told of {line}");
         }
         drop(end);
         holder.join().unwrap();

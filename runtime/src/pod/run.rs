@@ -130,7 +130,7 @@ impl Pod {
             };
             self.later(async move {
                 let plugged = match interfaces {
-                    Some(interfaces) => interfaces.catch_up(&vm, &agent).await,
+                    Some(interfaces) => interfaces.catch_up_for_start(&vm, &agent).await,
                     None => Ok(()),
                 };
                 let started = match plugged {

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -19,10 +20,13 @@ use ttrpc::r#async::{Server, TtrpcContext};
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::{Code, Error, Result};
 
-use crate::vmm::Ports;
+use crate::vmm::{self, Ports};
 
 /// What `flood` writes, bytes: more than a fifo holds.
 pub const FLOOD: usize = 128 << 10;
+
+/// How an address begins that this guest does not take.
+const UNWANTED: &str = "10.77.";
 
 struct Guest {
     ports: Ports,
@@ -104,6 +108,12 @@ impl Guest {
                 event.mut_oom().container_id = id.to_owned();
                 self.tell.send(event).unwrap();
                 exit.send_replace(Some(137));
+                return Ok(());
+            }
+            ["refused"] => {
+                let refused = vmm::REFUSED.load(Ordering::Relaxed).to_string();
+                stdout.unwrap().write_all(refused.as_bytes()).unwrap();
+                exit.send_replace(Some(0));
                 return Ok(());
             }
             ["die"] => std::process::exit(1),
@@ -410,6 +420,10 @@ impl Agent for Guest {
         request: UpdateNetworkRequest,
     ) -> Result<Empty> {
         let mut told = self.network.lock().unwrap();
+        let mut addresses = request.network.interfaces.iter().flat_map(|i| &i.addresses);
+        if addresses.any(|address| address.starts_with(UNWANTED)) {
+            return Err(status(Code::INTERNAL, "it is unwanted"));
+        }
         for interface in &request.network.interfaces {
             told.push(format!(
                 "{}:{}",

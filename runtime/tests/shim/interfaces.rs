@@ -10,10 +10,16 @@ use serde_json::json;
 
 use crate::Case;
 use crate::case::{Bundle, Node, Shim, block_on};
-use crate::containerd::soon;
+use crate::containerd::{refusal, soon};
 use crate::lifecycle::{added, finish, kill};
 
-pub const CASES: &[Case] = &[("interfaces_come_and_go", come_and_go)];
+pub const CASES: &[Case] = &[
+    ("interfaces_come_and_go", come_and_go),
+    ("refused_interface_is_left_alone", refused),
+    ("interface_that_fails_hides_no_other", fails),
+    ("interface_may_become_another", becomes_another),
+    ("start_fails_for_what_came_for_it_alone", missed),
+];
 
 /// A network namespace of its own.
 struct Netns(Child);
@@ -34,10 +40,15 @@ impl Netns {
     }
 
     fn ip(&self, line: &str) {
+        self.run(&format!("ip {line}"));
+    }
+
+    fn run(&self, line: &str) -> String {
         let mut command = Command::new("nsenter");
-        let command = command.arg(format!("--net={}", self.path())).arg("ip");
-        let done = command.args(line.split(' ')).status().unwrap();
-        assert!(done.success(), "ip {line}");
+        let command = command.arg(format!("--net={}", self.path()));
+        let done = command.args(line.split(' ')).output().unwrap();
+        assert!(done.status.success(), "{line}");
+        String::from_utf8(done.stdout).unwrap()
     }
 
     /// Adds an interface whose other end is elsewhere.
@@ -58,24 +69,30 @@ impl Drop for Netns {
     }
 }
 
+/// What the guest answers.
+async fn ask(shim: &Shim, bundle: &Bundle, exec: &str, command: &str) -> String {
+    let mut request = added(&bundle.id, exec, &[command]);
+    request.stdout = bundle.fifo(exec);
+    shim.task.exec(soon(), &request).await.unwrap();
+    let mut output = std::fs::File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&request.stdout)
+        .unwrap();
+    shim.run(&bundle.id, exec).await.unwrap();
+    shim.wait(&bundle.id, exec).await.unwrap();
+    let mut answer = String::new();
+    output.read_to_string(&mut answer).unwrap();
+    shim.delete(&bundle.id, exec).await.unwrap();
+    answer
+}
+
 /// What the guest has been told of its network since it booted, in the end.
 async fn expect(shim: &Shim, bundle: &Bundle, wanted: &[&str]) {
     let began = Instant::now();
     for number in 0.. {
         let exec = format!("x{number}-{}", wanted.len());
-        let mut request = added(&bundle.id, &exec, &["network"]);
-        request.stdout = bundle.fifo(&exec);
-        shim.task.exec(soon(), &request).await.unwrap();
-        let mut output = std::fs::File::options()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(&request.stdout)
-            .unwrap();
-        shim.run(&bundle.id, &exec).await.unwrap();
-        shim.wait(&bundle.id, &exec).await.unwrap();
-        let mut told = String::new();
-        output.read_to_string(&mut told).unwrap();
-        shim.delete(&bundle.id, &exec).await.unwrap();
+        let told = ask(shim, bundle, &exec, "network").await;
         if told.split_whitespace().eq(wanted.iter().copied()) {
             return;
         }
@@ -87,18 +104,30 @@ async fn expect(shim: &Shim, bundle: &Bundle, wanted: &[&str]) {
     }
 }
 
+/// A container that is created and has one interface, and where others may lead.
+async fn created(node: &Node) -> (Bundle, Shim, Netns, Netns) {
+    let (netns, other) = (Netns::new(), Netns::new());
+    netns.add(&other, "eth0", 1);
+    netns.ip("route add default via 10.1.0.1");
+    let bundle = node.bundle("n", &["sleep"]).with(|spec| {
+        spec["linux"]["namespaces"] =
+            json!([{"type": "pid"}, {"type": "network", "path": netns.path()}]);
+    });
+    let shim = node.start(&bundle).await;
+    shim.create(&bundle.request()).await.unwrap();
+    (bundle, shim, netns, other)
+}
+
+async fn end(node: &Node, shim: &Shim) {
+    kill(shim, "n", "", 9).await.unwrap();
+    shim.wait("n", "").await.unwrap();
+    finish(node, shim, "n").await;
+}
+
 fn come_and_go() {
     block_on(async {
         let node = Node::new().await;
-        let (netns, other) = (Netns::new(), Netns::new());
-        netns.add(&other, "eth0", 1);
-        netns.ip("route add default via 10.1.0.1");
-        let bundle = node.bundle("n", &["sleep"]).with(|spec| {
-            spec["linux"]["namespaces"] =
-                json!([{"type": "pid"}, {"type": "network", "path": netns.path()}]);
-        });
-        let shim = node.start(&bundle).await;
-        shim.create(&bundle.request()).await.unwrap();
+        let (bundle, shim, netns, other) = created(&node).await;
         // Before the start, as Docker does it: it is there when the program is.
         netns.add(&other, "eth1", 2);
         shim.run("n", "").await.unwrap();
@@ -121,8 +150,103 @@ fn come_and_go() {
         netns.add(&other, "eth2", 3);
         wanted.push("eth2:10.3.0.2/24");
         expect(&shim, &bundle, &wanted).await;
-        kill(&shim, "n", "", 9).await.unwrap();
-        shim.wait("n", "").await.unwrap();
-        finish(&node, &shim, "n").await;
+        end(&node, &shim).await;
+    });
+}
+
+/// The VMM does not take it: the container runs without it, nothing is left on the
+/// interface, and nobody tries again before it is another.
+fn refused() {
+    block_on(async {
+        let node = Node::new().await;
+        let (bundle, shim, netns, other) = created(&node).await;
+        netns.add(&other, "eth1", 0x66);
+        shim.run("n", "").await.unwrap();
+        // Others come all the same.
+        netns.add(&other, "eth2", 2);
+        let mut wanted = vec!["eth2:10.2.0.2/24"];
+        expect(&shim, &bundle, &wanted).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(ask(&shim, &bundle, "count", "refused").await, "1");
+        let filters = netns.run("tc filter show dev eth1 parent ffff:");
+        assert!(!filters.contains("mirred"), "{filters}");
+        let taps = netns.run("ip -o link show type tun");
+        assert_eq!(taps.lines().count(), 2, "{taps}");
+        netns.ip("link set eth1 address 02:00:00:00:00:05");
+        wanted.push("eth1:10.102.0.2/24");
+        expect(&shim, &bundle, &wanted).await;
+        end(&node, &shim).await;
+    });
+}
+
+/// Its tap cannot be made for a while.
+fn fails() {
+    block_on(async {
+        let node = Node::new().await;
+        let (bundle, shim, netns, other) = created(&node).await;
+        netns.ip("link add husk500 type veth peer name husk501");
+        shim.run("n", "").await.unwrap();
+        let peer = format!("peer name p9 netns {}", other.0.id());
+        netns.ip(&format!("link add eth9 index 500 type veth {peer}"));
+        netns.ip("address add 10.9.0.2/24 dev eth9");
+        netns.ip("link set eth9 up");
+        netns.add(&other, "eth2", 2);
+        let mut wanted = vec!["eth2:10.2.0.2/24"];
+        expect(&shim, &bundle, &wanted).await;
+        netns.ip("link delete husk500");
+        wanted.push("eth9:10.9.0.2/24");
+        expect(&shim, &bundle, &wanted).await;
+        end(&node, &shim).await;
+    });
+}
+
+/// A device has the name, the address and the room that it was plugged with.
+fn becomes_another() {
+    block_on(async {
+        let node = Node::new().await;
+        let (bundle, shim, netns, other) = created(&node).await;
+        netns.add(&other, "eth1", 2);
+        shim.run("n", "").await.unwrap();
+        let mut wanted = vec!["eth1:10.2.0.2/24"];
+        expect(&shim, &bundle, &wanted).await;
+        netns.ip("link set eth1 down");
+        netns.ip("link set eth1 name net1");
+        netns.ip("link set net1 up");
+        wanted.extend(["gone:02", "net1:10.2.0.2/24"]);
+        expect(&shim, &bundle, &wanted).await;
+        netns.ip("link set net1 address 02:00:00:00:00:07");
+        wanted.extend(["gone:02", "net1:10.2.0.2/24"]);
+        expect(&shim, &bundle, &wanted).await;
+        netns.ip("link set eth0 mtu 4000");
+        wanted.extend(["gone:01", "eth0:10.1.0.2/24", "to:"]);
+        expect(&shim, &bundle, &wanted).await;
+        // There is room for less.
+        netns.ip("link set eth0 mtu 1400");
+        wanted.push("eth0:10.1.0.2/24");
+        expect(&shim, &bundle, &wanted).await;
+        // Its frames do not come here any more; it is the same otherwise.
+        netns.run("tc qdisc del dev net1 ingress");
+        netns.ip("route add 10.50.0.0/16 via 10.1.0.1");
+        wanted.extend(["gone:07", "net1:10.2.0.2/24", "to:10.50.0.0/16"]);
+        expect(&shim, &bundle, &wanted).await;
+        let filters = netns.run("tc filter show dev net1 parent ffff:");
+        assert_eq!(filters.matches("mirred").count(), 1, "{filters}");
+        end(&node, &shim).await;
+    });
+}
+
+/// The guest does not take an interface: the program that it came for does not
+/// start without it, but others do, and hear of what else changes.
+fn missed() {
+    block_on(async {
+        let node = Node::new().await;
+        let (bundle, shim, netns, other) = created(&node).await;
+        netns.add(&other, "eth7", 77);
+        let (_, message) = refusal(shim.run("n", "").await);
+        assert!(message.contains("it is unwanted"), "{message}");
+        shim.run("n", "").await.unwrap();
+        netns.add(&other, "eth2", 2);
+        expect(&shim, &bundle, &["eth2:10.2.0.2/24"]).await;
+        end(&node, &shim).await;
     });
 }

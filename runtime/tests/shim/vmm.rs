@@ -1,16 +1,17 @@
 //! A pretended VMM: takes the specification, serves the agent's protocol on the
 //! agent's port and keeps the other ports for it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io::{IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use husk_vmm_spec::{
-    CONTROL_FD, ExitReason, HostPort, Message, PACKET_BYTES, PACKET_DESCRIPTORS, Reply, Request,
-    Timeline, ValidVmSpec, VmSpec,
+    CONTROL_FD, ExitReason, Failure, HostPort, Message, PACKET_BYTES, PACKET_DESCRIPTORS, Reply,
+    Request, Timeline, ValidVmSpec, VmSpec,
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
 
@@ -27,6 +28,12 @@ const DEAF: &str = "fake.deaf";
 
 /// Kernel parameter that makes this VMM answer twice when it opens ports.
 const CHATTY: &str = "fake.chatty";
+
+/// How the name of a device ends that this VMM refuses.
+const UNWANTED: &str = "66";
+
+/// How often it did.
+pub static REFUSED: AtomicU32 = AtomicU32::new(0);
 
 /// Lives as long as its control socket, like the real one.
 pub fn run() {
@@ -46,6 +53,14 @@ pub fn run() {
         return;
     }
     let ports = Ports::default();
+    let mut descriptors: Vec<_> = descriptors.into_iter().map(Some).collect();
+    let disks = spec.blocks.iter().map(|disk| disk.id.clone());
+    // Each with the descriptors that it holds.
+    let mut devices: HashMap<String, Vec<OwnedFd>> = disks.map(|id| (id, Vec::new())).collect();
+    for nic in &spec.nets {
+        let tap = descriptors[nic.tap.0 as usize].take().unwrap();
+        devices.insert(nic.id.clone(), vec![tap]);
+    }
     keep(&ports, spec.vsock.unwrap().host_ports, descriptors);
     let connection = ports.lock().unwrap().remove(&1024).unwrap();
     let agents = Arc::clone(&ports);
@@ -64,10 +79,10 @@ pub fn run() {
     while line.contains(DEAF) {
         std::thread::park();
     }
-    let mut devices: HashSet<String> = spec.blocks.iter().map(|disk| disk.id.clone()).collect();
     while let Some((text, descriptors)) = receive() {
         match serde_json::from_slice(&text).unwrap() {
             Request::AddHostPorts(host_ports) => {
+                let descriptors = descriptors.into_iter().map(Some).collect();
                 keep(&ports, host_ports, descriptors);
                 if line.contains(CHATTY) {
                     tell(&Message::Reply(Ok(Reply::Done)));
@@ -84,12 +99,20 @@ pub fn run() {
                 return;
             }
             Request::AddDevice(device) => {
-                let is_new = devices.insert(device.id().to_owned());
+                if device.id().ends_with(UNWANTED) {
+                    REFUSED.fetch_add(1, Ordering::Relaxed);
+                    drop(descriptors);
+                    let message = "it is unwanted".to_owned();
+                    tell(&Message::Reply(Err(Failure { message })));
+                    continue;
+                }
+                let before = devices.insert(device.id().to_owned(), descriptors);
+                let is_new = before.is_none();
                 expect(is_new, "a device is plugged twice", device.id());
-                std::mem::forget(descriptors);
             }
             Request::RemoveDevice(id) => {
-                expect(devices.remove(&id), "an unknown device is unplugged", &id);
+                let removed = devices.remove(&id).is_some();
+                expect(removed, "an unknown device is unplugged", &id);
             }
             _ => {}
         }
@@ -112,8 +135,7 @@ pub fn serve_files() {
     let _ = socket.read(&mut [0]);
 }
 
-fn keep(ports: &Ports, host_ports: Vec<HostPort>, descriptors: Vec<OwnedFd>) {
-    let mut descriptors: Vec<_> = descriptors.into_iter().map(Some).collect();
+fn keep(ports: &Ports, host_ports: Vec<HostPort>, mut descriptors: Vec<Option<OwnedFd>>) {
     for host_port in host_ports {
         let stream = descriptors[host_port.stream.0 as usize].take().unwrap();
         ports.lock().unwrap().insert(host_port.port, stream.into());
