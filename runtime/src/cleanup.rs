@@ -16,6 +16,7 @@ use crate::cgroup;
 use crate::clock;
 use crate::config::Config;
 use crate::flags::Flags;
+use crate::hook;
 use crate::id::{Id, IdError};
 use crate::process::Process;
 use crate::socket::{DEFAULT_DIR, ShimSocket};
@@ -25,15 +26,44 @@ use crate::state_dir::{State, StateDir};
 /// As if killed by `SIGKILL`: nobody was there to see.
 const EXIT_CODE: u32 = 137;
 
-/// How long a process may take to end.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long all of it may take: containerd kills us after five seconds.
+const WHOLE: Duration = Duration::from_secs(4);
 
-/// How long a shim may go on that has no pod any more: it may be telling
-/// containerd its last events. containerd waits five seconds for us.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Until when each part may wait for others. Mostly nobody is waited for, and the
+/// hooks have nearly all of the time; at worst a second. What is not done by then
+/// stays undone: hooks that go on are killed and not run again, and the cgroup of
+/// a process that will not end is left. A disk that does not answer is waited for
+/// as long as it takes, so that containerd may kill us all the same.
+#[derive(Clone, Copy, Debug)]
+struct Times {
+    /// A shim may go on that has no pod any more: it may be telling containerd its
+    /// last events.
+    last_words: Instant,
+    /// What was killed may take to end; a second for its cgroup follows.
+    killed: Instant,
+    /// The hooks may go on.
+    whole: Instant,
+}
 
-/// How long the poststop hooks may take, of the five seconds.
-const HOOKS: Duration = Duration::from_secs(2);
+impl Times {
+    /// Those from now on, less of them when there are hooks to be run.
+    fn from_now(hooks: bool) -> Self {
+        let now = Instant::now();
+        let (last_words, killed) = match hooks {
+            true => (1, 2),
+            false => (2, 3),
+        };
+        Self {
+            last_words: now + Duration::from_secs(last_words),
+            killed: now + Duration::from_secs(killed),
+            whole: now + WHOLE,
+        }
+    }
+}
+
+fn time_until(until: Instant) -> Duration {
+    until.saturating_duration_since(Instant::now())
+}
 
 /// Names that cannot be cleaned up after.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +98,7 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
         .clone()
         .or_else(|| std::env::current_dir().ok());
     let bundle = bundle.unwrap_or_default();
+    let times = Times::from_now(hook::are_owed(&bundle));
     let find = |pod: &Id| {
         let dir = StateDir::new(&config.state_dir, &namespace, pod);
         let state = dir.read().unwrap_or_default();
@@ -77,7 +108,7 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
         let shim = state.shim.filter(|shim| shim.is_alive());
         shim.is_some_and(|shim| {
             // One that was killed closes its socket before it is seen to have ended.
-            socket_of(flags, &bundle, pod).answers() || !ends(shim, LAST_WORDS)
+            socket_of(flags, &bundle, pod).answers() || !ends(shim, times.last_words)
         })
     };
     let left = pod_of(&bundle).map(|pod| (find(&pod), pod));
@@ -91,12 +122,12 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
         return answer(pid);
     }
     let shim = match state.shim {
-        None => forgotten_shim(flags, &bundle).filter(|shim| !ends(*shim, LAST_WORDS)),
+        None => forgotten_shim(flags, &bundle).filter(|shim| !ends(*shim, times.last_words)),
         shim => shim,
     };
     // It may be alive and only deaf.
     let processes = [shim, state.vmm, state.file_server];
-    Process::kill_all(processes.into_iter().flatten(), PATIENCE);
+    Process::kill_all(processes.into_iter().flatten(), time_until(times.killed));
     if let Some(path) = &state.cgroup {
         cgroup::remove(path);
     }
@@ -105,12 +136,12 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
     if !socket.answers() {
         socket.remove();
     }
-    run_hooks(&bundle, &id);
+    run_hooks(&bundle, &id, times.whole);
     answer(pid)
 }
 
 /// Runs the poststop hooks that the killed shim did not live to run.
-fn run_hooks(bundle: &Path, id: &Id) {
+fn run_hooks(bundle: &Path, id: &Id, until: Instant) {
     // A bundle that cannot be read never became a container.
     let Ok(bundle) = Bundle::load(bundle) else {
         return;
@@ -121,7 +152,9 @@ fn run_hooks(bundle: &Path, id: &Id) {
         .build();
     match runtime {
         Ok(runtime) => {
-            let run = async { tokio::time::timeout(HOOKS, hooks.deleted_without_shim()).await };
+            let run = async {
+                tokio::time::timeout(time_until(until), hooks.deleted_without_shim()).await
+            };
             if runtime.block_on(run).is_err() {
                 eprintln!("containerd-shim-husk-v2: the poststop hooks of {id} take too long");
             }
@@ -167,10 +200,9 @@ fn socket_dir(bundle: &Path) -> PathBuf {
 }
 
 /// The process ends by itself in time.
-fn ends(process: Process, patience: Duration) -> bool {
-    let began = Instant::now();
+fn ends(process: Process, until: Instant) -> bool {
     while process.is_alive() {
-        if began.elapsed() >= patience {
+        if Instant::now() >= until {
             return false;
         }
         thread::sleep(Duration::from_millis(10));

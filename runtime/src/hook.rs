@@ -190,6 +190,11 @@ impl ContainerHooks {
     }
 }
 
+/// Whether a bundle has poststop hooks that have yet to run.
+pub fn are_owed(bundle: &Path) -> bool {
+    bundle.join(OWED_FILE).exists()
+}
+
 /// Has hooks run where the mounts are those of now: the caller is about to have
 /// its own.
 ///

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{DeleteResponse, KillRequest, StateRequest, Status};
 use containerd_shim_protos::protobuf::Message;
+use serde_json::json;
 use ttrpc::Code;
 
 use crate::Case;
@@ -24,6 +25,7 @@ pub const CASES: &[Case] = &[
     ("end_asked_for_before_the_start_is_answered", killed_early),
     ("end_of_a_start_that_takes_for_ever", start_given_up),
     ("end_asked_for_twice", deleted_twice),
+    ("end_is_cleaned_up_within_containerds_time", slowest_delete),
 ];
 
 fn never_run() {
@@ -284,5 +286,48 @@ fn deleted_twice() {
         shim.shut_down("y").await;
         shim.assert_gone().await;
         node.assert_clean();
+    });
+}
+
+/// A pod's shim that neither answers nor ends, and a hook that goes on.
+fn slowest_delete() {
+    block_on(async {
+        let node = Node::new().await;
+        let ran = node.path("ran");
+        let bundle = node.bundle("m", &["sleep"]).with(|spec| {
+            let script = format!("echo ran > {}; exec sleep 100", ran.display());
+            spec["hooks"] =
+                json!({"poststop": [{"path": "/bin/sh", "args": ["sh", "-c", script]}]});
+            spec["annotations"] = json!({
+                "io.kubernetes.cri.container-type": "container",
+                "io.kubernetes.cri.sandbox-id": "p",
+            });
+        });
+        let mut deaf = std::process::Command::new("sh")
+            .args(["-c", "read line", "sh", "-namespace", "test", "-id", "m"])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", deaf.id())).unwrap();
+        let (_, rest) = stat.rsplit_once(") ").unwrap();
+        let ticks: u64 = rest.split(' ').nth(19).unwrap().parse().unwrap();
+        let state = json!({
+            "shim": {"pid": deaf.id(), "start_ticks": ticks}, "is_deleted": true,
+        });
+        let pod = node.state_dir().join("test/p");
+        std::fs::create_dir_all(&pod).unwrap();
+        std::fs::write(pod.join("state.json"), state.to_string()).unwrap();
+        std::fs::write(bundle.dir.join("shim.pid"), deaf.id().to_string()).unwrap();
+        std::fs::write(bundle.dir.join("husk-poststop"), "").unwrap();
+        let dir = bundle.dir.display().to_string();
+        let began = Instant::now();
+        let output = node.shim(&["-id", "m", "-bundle", &dir, "delete"], &bundle.dir, b"");
+        let took = began.elapsed();
+        assert!(output.status.success());
+        assert!(took < Duration::from_secs(5), "{took:?}");
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert!(errors.contains("take too long"), "{errors}");
+        assert_eq!(std::fs::read_to_string(&ran).unwrap(), "ran\n");
+        assert!(!deaf.wait().unwrap().success());
     });
 }
