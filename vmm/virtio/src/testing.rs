@@ -4,7 +4,7 @@
 use std::error::Error;
 use std::io;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_memory::{
@@ -35,6 +35,15 @@ pub(crate) const HIGH: u64 = 8 << 20;
 const RINGS: u64 = 0x1_0000;
 const RING_BYTES: u64 = 0x1_0000;
 const BUFFERS: u64 = 0x10_0000;
+
+/// Waits for what no interrupt tells of.
+pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        std::thread::yield_now();
+    }
+}
 
 pub(crate) fn memory() -> GuestMemory {
     let ranges = [

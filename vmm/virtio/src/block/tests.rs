@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::*;
 use crate::test_driver;
-use crate::testing::{Buffer, Driver, DriverQueue};
+use crate::testing::{Buffer, Driver, DriverQueue, wait_until};
 use crate::{DeviceError, Event};
 
 const READ: u32 = 0;
@@ -337,15 +337,14 @@ fn bounds_what_is_in_flight() {
         let mut head = bench.queue.add(&[header, Buffer::writable(at, 4097)]);
         let mut sent = 1_u16;
         while sent < 1000 {
-            if sent - bench.queue.used_index() < bench.queue.size {
-                bench.queue.publish(head);
-                sent += 1;
-                bench.driver.notify(0);
-            }
+            wait_until("there is room", || {
+                sent - bench.queue.used_index() < bench.queue.size
+            });
+            bench.queue.publish(head);
+            sent += 1;
+            bench.driver.notify(0);
         }
-        while bench.queue.used_index() < sent {
-            std::thread::yield_now();
-        }
+        wait_until("all are used", || bench.queue.used_index() == sent);
         assert_eq!(bench.driver.read(at, 4096), pattern(4096));
         head = 0;
         assert!(bench.driver.reports.lock().unwrap().is_empty(), "{head}");
