@@ -9,30 +9,19 @@
 //! With `--vmm` the machine runs in that program, jailed, as the shim starts it;
 //! else in this process.
 
-use std::error::Error;
+mod shim;
+
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::os::fd::OwnedFd;
 use std::thread;
 
 use husk_vmm::clock::monotonic_ns;
-use husk_vmm::control;
-use husk_vmm::packet::ControlSocket;
-use husk_vmm::seccomp::Confinement;
 use husk_vmm_spec::{
-    BlockSpec, BootSpec, CONTROL_FD, ConsoleSpec, Descriptor, MemorySpec, Message, PACKET_BYTES,
-    Request, StartSpec, VcpuSpec, VmSpec,
+    BlockSpec, BootSpec, ConsoleSpec, Descriptor, MemorySpec, Message, Request, StartSpec,
+    VcpuSpec, VmSpec,
 };
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketFlags, SocketType,
-};
-use rustix::pipe::{PipeFlags, pipe_with};
 
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
+use shim::{Result, console, copy, receive, send, start_vmm};
 
 struct Plan {
     spec: VmSpec,
@@ -42,26 +31,13 @@ struct Plan {
 }
 
 fn main() -> Result<()> {
-    let (mut plan, console) = plan()?;
+    let (plan, console) = plan()?;
     let asked_ns = monotonic_ns();
-    let (shim, vmm) = rustix::net::socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
-    match plan.vmm.take() {
-        Some(program) => spawn(&program, plan.uid, vmm)?,
-        None => {
-            let exec_ns = monotonic_ns();
-            thread::spawn(move || {
-                control::serve(&ControlSocket::new(vmm), exec_ns, Confinement::None);
-            });
-        }
-    }
+    // It goes on by itself.
+    let (shim, _) = start_vmm(plan.vmm.as_deref(), plan.uid)?;
     send(&shim, &serde_json::to_vec(&plan.spec)?, &plan.descriptors)?;
     drop(plan.descriptors);
-    let reader = thread::spawn(move || copy(console));
+    let reader = thread::spawn(move || copy(console, std::io::stdout()));
     loop {
         let Some(message) = receive(&shim)? else {
             eprintln!("boot: the VMM hung up");
@@ -97,8 +73,7 @@ fn plan() -> Result<(Plan, File)> {
     let mut arguments = std::env::args().skip(1);
     let kernel = arguments.next().ok_or("no kernel named")?;
     let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
-    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-    rustix::io::ioctl_fionbio(&reader, false)?;
+    let (reader, writer) = console()?;
     let mut plan = Plan {
         spec: VmSpec {
             kvm: Descriptor(0),
@@ -160,57 +135,5 @@ fn plan() -> Result<(Plan, File)> {
             _ => return Err(format!("unknown option {option}").into()),
         }
     }
-    Ok((plan, File::from(reader)))
-}
-
-fn spawn(program: &str, uid: u32, control: OwnedFd) -> Result<()> {
-    let mut command = Command::new(program);
-    command.args(["--uid", &uid.to_string(), "--gid", &uid.to_string()]);
-    let fd = control.as_raw_fd();
-    // SAFETY: dup2 is async-signal-safe, and nothing else is done in the child.
-    unsafe {
-        command.pre_exec(move || match libc::dup2(fd, CONTROL_FD) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
-        });
-    }
-    command.spawn()?;
-    Ok(())
-}
-
-fn copy(mut console: File) {
-    let mut buffer = [0; 4096];
-    while let Ok(count @ 1..) = console.read(&mut buffer) {
-        let _ = std::io::stdout().write_all(&buffer[..count]);
-    }
-}
-
-fn send(to: &OwnedFd, bytes: &[u8], descriptors: &[OwnedFd]) -> Result<()> {
-    let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-        return Err("too many descriptors".into());
-    }
-    rustix::net::sendmsg(
-        to,
-        &[IoSlice::new(bytes)],
-        &mut ancillary,
-        SendFlags::NOSIGNAL,
-    )?;
-    Ok(())
-}
-
-fn receive(from: &OwnedFd) -> Result<Option<Message>> {
-    let mut bytes = vec![0; PACKET_BYTES];
-    let received = rustix::net::recvmsg(
-        from,
-        &mut [IoSliceMut::new(&mut bytes)],
-        &mut RecvAncillaryBuffer::default(),
-        RecvFlags::empty(),
-    )?;
-    match received.bytes {
-        0 => Ok(None),
-        count => Ok(Some(serde_json::from_slice(&bytes[..count])?)),
-    }
+    Ok((plan, reader))
 }

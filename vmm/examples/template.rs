@@ -9,34 +9,25 @@
 //! With `--vmm` machines run in that program, jailed, as the shim starts it, and
 //! the memory of each is told; else in this process.
 
-use std::error::Error;
+mod shim;
+
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut, Read, Seek, SeekFrom, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command};
+use std::process::Child;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use husk_vmm::clock::monotonic_ns;
-use husk_vmm::control;
-use husk_vmm::packet::ControlSocket;
-use husk_vmm::seccomp::Confinement;
 use husk_vmm_spec::{
-    BootSpec, CONTROL_FD, ConsoleSpec, Descriptor, HostPort, MemorySpec, Message, PACKET_BYTES,
-    Reply, Request, SavedSpec, StartSpec, VcpuSpec, VmSpec, VsockSpec,
+    BootSpec, ConsoleSpec, Descriptor, HostPort, MemorySpec, Message, Reply, Request, SavedSpec,
+    StartSpec, VcpuSpec, VmSpec, VsockSpec,
 };
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketFlags, SocketType,
-};
-use rustix::pipe::{PipeFlags, pipe_with};
 
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
+use shim::{Result, console, copy, send, start_vmm};
 
 /// Where the agent dials, once.
 const AGENT_PORT: u32 = 1024;
@@ -82,7 +73,7 @@ fn main() -> Result<()> {
     thread::sleep(SETTLING);
 
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let mut state = File::from(memfd_create("saved-state", flags)?);
+    let state = File::from(memfd_create("saved-state", flags)?);
     let memory = File::from(memfd_create("saved-memory", flags)?);
     memory.set_len(u64::from(plan.memory_mib) << 20)?;
     let saved = |at: u32| SavedSpec {
@@ -108,8 +99,6 @@ fn main() -> Result<()> {
 
     let mut alive = Vec::new();
     for number in 1..=plan.count {
-        // It is read from where the descriptor is.
-        state.seek(SeekFrom::Start(0))?;
         let files = vec![state.try_clone()?.into(), memory.try_clone()?.into()];
         let name = format!("restore {number}");
         let restore = StartSpec::Restore(saved(3));
@@ -136,8 +125,7 @@ fn main() -> Result<()> {
 /// Starts a machine and waits until its agent has answered.
 fn start(plan: &Plan, name: &str, start: StartSpec, more: Vec<OwnedFd>) -> Result<Machine> {
     let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
-    let (console, output) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-    rustix::io::ioctl_fionbio(&console, false)?;
+    let (console, output) = console()?;
     let (mut agent, stream) = UnixStream::pair()?;
     agent.set_read_timeout(Some(PATIENCE))?;
     agent.write_all(&REQUEST)?;
@@ -169,24 +157,10 @@ fn start(plan: &Plan, name: &str, start: StartSpec, more: Vec<OwnedFd>) -> Resul
         filesystems: Vec::new(),
     };
     let began_ns = monotonic_ns();
-    let (shim, vmm) = rustix::net::socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
-    let child = match &plan.vmm {
-        Some(program) => Some(spawn(program, plan.uid, vmm)?),
-        None => {
-            thread::spawn(move || {
-                control::serve(&ControlSocket::new(vmm), began_ns, Confinement::None);
-            });
-            None
-        }
-    };
+    let (shim, child) = start_vmm(plan.vmm.as_deref(), plan.uid)?;
     send(&shim, &serde_json::to_vec(&spec)?, &descriptors)?;
     drop(descriptors);
-    thread::spawn(move || copy(File::from(console)));
+    thread::spawn(move || copy(console, std::io::stderr()));
     let timeline = match receive(&shim)? {
         Message::Started(timeline) => timeline,
         other => return Err(format!("{name}: {other:?}").into()),
@@ -218,6 +192,11 @@ fn ask(machine: &Machine, request: &Request, descriptors: &[OwnedFd]) -> Result<
     }
 }
 
+/// The VMM's next message.
+fn receive(from: &OwnedFd) -> Result<Message> {
+    Ok(shim::receive(from)?.ok_or("the VMM hung up")?)
+}
+
 fn plan() -> Result<Plan> {
     let mut arguments = std::env::args().skip(1);
     let mut next = |what: &str| arguments.next().ok_or(format!("no {what} named"));
@@ -243,55 +222,4 @@ fn plan() -> Result<Plan> {
         }
     }
     Ok(plan)
-}
-
-fn spawn(program: &str, uid: u32, control: OwnedFd) -> Result<Child> {
-    let mut command = Command::new(program);
-    command.args(["--uid", &uid.to_string(), "--gid", &uid.to_string()]);
-    let fd = control.as_raw_fd();
-    // SAFETY: dup2 is async-signal-safe, and nothing else is done in the child.
-    unsafe {
-        command.pre_exec(move || match libc::dup2(fd, CONTROL_FD) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
-        });
-    }
-    Ok(command.spawn()?)
-}
-
-fn copy(mut console: File) {
-    let mut buffer = [0; 4096];
-    while let Ok(count @ 1..) = console.read(&mut buffer) {
-        let _ = std::io::stderr().write_all(&buffer[..count]);
-    }
-}
-
-fn send(to: &OwnedFd, bytes: &[u8], descriptors: &[OwnedFd]) -> Result<()> {
-    let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-        return Err("too many descriptors".into());
-    }
-    rustix::net::sendmsg(
-        to,
-        &[IoSlice::new(bytes)],
-        &mut ancillary,
-        SendFlags::NOSIGNAL,
-    )?;
-    Ok(())
-}
-
-fn receive(from: &OwnedFd) -> Result<Message> {
-    let mut bytes = vec![0; PACKET_BYTES];
-    let received = rustix::net::recvmsg(
-        from,
-        &mut [IoSliceMut::new(&mut bytes)],
-        &mut RecvAncillaryBuffer::default(),
-        RecvFlags::empty(),
-    )?;
-    match received.bytes {
-        0 => Err("the VMM hung up".into()),
-        count => Ok(serde_json::from_slice(&bytes[..count])?),
-    }
 }
