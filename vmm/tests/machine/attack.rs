@@ -485,18 +485,7 @@ fn a_guest_that_faults_without_end_can_be_paused_and_killed() {
     // Each undefined instruction leads to the next.
     let mut machine = TestMachine::run(
         r#"
-        lea rdi, [rip + idt]
-        lea rax, [rip + handler]
-        mov [rdi + 0x60], ax
-        mov word ptr [rdi + 0x62], 0x10
-        mov word ptr [rdi + 0x64], 0x8e00
-        shr rax, 16
-        mov [rdi + 0x66], ax
-        shr rax, 16
-        mov [rdi + 0x68], eax
-        lea rax, [rip + idt_pointer]
-        mov [rax + 2], rdi
-        lidt [rax]
+        on_vector 0x6
         ud2
     handler:
         lea rsp, [rip + stack_end]
@@ -505,15 +494,6 @@ fn a_guest_that_faults_without_end_can_be_paused_and_killed() {
         jne 1f
         say '+'
     1:  ud2
-
-        .bss
-        .balign 16
-    idt: .skip 4096
-        .data
-    idt_pointer:
-        .word 4095
-        .quad 0
-        .text
         "#,
     );
     assert_eq!(machine.next_byte(), b'+');

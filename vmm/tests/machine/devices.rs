@@ -175,19 +175,7 @@ pub const RNG_SETUP: &str = r#"
         mov ebx, 0xfee00000
         mov dword ptr [rbx + 0xf0], 0x1ff
 
-        # Vector 0x40 goes to `handler`.
-        lea rdi, [rip + idt]
-        lea rax, [rip + handler]
-        mov [rdi + 0x400], ax
-        mov word ptr [rdi + 0x402], 0x10
-        mov word ptr [rdi + 0x404], 0x8e00
-        shr rax, 16
-        mov [rdi + 0x406], ax
-        shr rax, 16
-        mov [rdi + 0x408], eax
-        lea rax, [rip + idt_pointer]
-        mov [rax + 2], rdi
-        lidt [rax]
+        on_vector 0x40
 
         # MSI-X entry 1: address, data, unmasked; then MSI-X on. The table is
         # the BAR's fifth page.
@@ -238,15 +226,6 @@ pub const RNG_SETUP: &str = r#"
         jnz 2b
         jmp bad
     3:  ret
-
-        .bss
-        .balign 16
-    idt: .skip 4096
-        .data
-    idt_pointer:
-        .word 4095
-        .quad 0
-        .text
     ready:
 "#;
 

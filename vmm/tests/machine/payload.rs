@@ -32,6 +32,22 @@ const PRELUDE: &str = r#"
         out dx, eax
     .endm
 
+    # \vector goes to `handler`. Changes rdi and rax.
+    .macro on_vector vector
+        lea rdi, [rip + idt]
+        lea rax, [rip + handler]
+        mov [rdi + 16 * \vector], ax
+        mov word ptr [rdi + 16 * \vector + 2], 0x10
+        mov word ptr [rdi + 16 * \vector + 4], 0x8e00
+        shr rax, 16
+        mov [rdi + 16 * \vector + 6], ax
+        shr rax, 16
+        mov [rdi + 16 * \vector + 8], eax
+        lea rax, [rip + idt_pointer]
+        mov [rax + 2], rdi
+        lidt [rax]
+    .endm
+
     # Ends the machine: the keyboard controller pulses the reset line.
     .macro reset
         mov al, 0xfe
@@ -51,6 +67,11 @@ const POSTLUDE: &str = r#"
     .balign 16
     stack: .skip 16384
     stack_end:
+    idt: .skip 4096
+    .data
+    idt_pointer:
+        .word 4095
+        .quad 0
 "#;
 
 /// Assembles and links `source` (Intel syntax; falls in at the 64-bit entry of

@@ -1,7 +1,7 @@
 //! Machines that are saved, and others that go on from there.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::thread;
@@ -56,10 +56,9 @@ impl Saved {
     }
 
     pub fn seal(&self) {
-        for mut file in [&self.state, &self.memory] {
+        for file in [&self.state, &self.memory] {
             let all = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
             fcntl_add_seals(file, all).unwrap();
-            file.seek(SeekFrom::Start(0)).unwrap();
         }
     }
 
@@ -72,7 +71,6 @@ impl Saved {
     fn restore_from(&self, state: &[u8]) -> (Request0, File) {
         let mut file = File::from(memfd_create("state", MemfdFlags::CLOEXEC).unwrap());
         file.write_all(state).unwrap();
-        file.seek(SeekFrom::Start(0)).unwrap();
         let (mut request, console) = Request0::new(file);
         let memory = request.give(self.memory.try_clone().unwrap().into());
         request.spec.start = StartSpec::Restore(SavedSpec {
@@ -338,18 +336,7 @@ fn timer(start: &str) -> String {
         r#"
         mov ebx, 0xfee00000
         mov dword ptr [rbx + 0xf0], 0x1ff
-        lea rdi, [rip + idt]
-        lea rax, [rip + handler]
-        mov [rdi + 0x410], ax
-        mov word ptr [rdi + 0x412], 0x10
-        mov word ptr [rdi + 0x414], 0x8e00
-        shr rax, 16
-        mov [rdi + 0x416], ax
-        shr rax, 16
-        mov [rdi + 0x418], eax
-        lea rax, [rip + idt_pointer]
-        mov [rax + 2], rdi
-        lidt [rax]
+        on_vector 0x41
         {start}
         say 's'
         sti
@@ -358,14 +345,6 @@ fn timer(start: &str) -> String {
     handler:
         say 't'
         reset
-        .bss
-        .balign 16
-    idt: .skip 4096
-        .data
-    idt_pointer:
-        .word 4095
-        .quad 0
-        .text
         "#
     )
 }
