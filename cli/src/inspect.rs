@@ -35,12 +35,7 @@ pub fn value(pod: &Pod, memory: Option<Memory>) -> Value {
         let is_alive = process.is_some_and(Process::is_alive);
         process.map(|process| json!({ "pid": process.pid, "alive": is_alive }))
     };
-    json!({
-        "namespace": pod.namespace,
-        "id": pod.id,
-        "name": pod.name,
-        "status": pod.status,
-        "age_seconds": pod.age().map(|age| age.as_secs()),
+    pod.described(json!({
         "state_dir": pod.dir,
         "cgroup": state.cgroup.as_deref().map(cgroup),
         "processes": {
@@ -50,7 +45,7 @@ pub fn value(pod: &Pod, memory: Option<Memory>) -> Value {
         },
         "memory": memory,
         "machine": state.machine,
-    })
+    }))
 }
 
 fn cgroup(path: &Path) -> String {

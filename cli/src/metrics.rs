@@ -17,15 +17,7 @@ use crate::timeline;
 /// # Errors
 /// The pods are not for this user, or the file cannot be written.
 pub fn run(output: Option<&Path>) -> anyhow::Result<Answer> {
-    let pods = pods::all(&pods::state_dir()?)?;
-    let pods: Vec<_> = pods
-        .into_iter()
-        .map(|pod| {
-            let memory = Memory::of(&pod.state);
-            (pod, memory)
-        })
-        .collect();
-    let page = page(&pods)?;
+    let page = page(&pods::with_memory()?)?;
     let Some(path) = output else {
         return Ok(Answer::done(page));
     };

@@ -9,13 +9,15 @@ use std::time::Duration;
 use anyhow::Context;
 use rustix::fs::{Mode, OFlags};
 use rustix::time::{ClockId, clock_gettime};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+use serde_json::Value;
 
 use husk_node::config::Sources;
 use husk_node::process::Process;
 use husk_node::state::State;
 
 use crate::answer::NoPod;
+use crate::memory::Memory;
 
 /// Most that is read of a bundle's specification, bytes.
 const SPEC: u64 = 8 << 20;
@@ -47,8 +49,7 @@ pub struct Pod {
 }
 
 /// How a pod is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
     /// Its machine is being made, or boots.
     Starting,
@@ -102,12 +103,34 @@ impl Pod {
         now.checked_sub(began)
     }
 
+    /// What all commands tell of it in JSON, and `more`.
+    pub fn described(&self, mut more: Value) -> Value {
+        more["namespace"] = self.namespace.as_str().into();
+        more["id"] = self.id.as_str().into();
+        more["name"] = self.name.as_deref().into();
+        more["status"] = self.status.word().into();
+        more["age_seconds"] = self.age().map(|age| age.as_secs()).into();
+        more
+    }
+
     /// What it is called to whoever looks for it.
     pub fn title(&self) -> String {
         self.name
             .clone()
             .unwrap_or_else(|| format!("{}/{}", self.namespace, self.id))
     }
+}
+
+/// All of this node, with the memory that they really use.
+///
+/// # Errors
+/// They are not for this user.
+pub fn with_memory() -> anyhow::Result<Vec<(Pod, Option<Memory>)>> {
+    let with = |pod: Pod| {
+        let memory = Memory::of(&pod.state);
+        (pod, memory)
+    };
+    Ok(all(&state_dir()?)?.into_iter().map(with).collect())
 }
 
 /// The state directory of this node.

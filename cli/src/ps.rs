@@ -15,14 +15,7 @@ const ID: usize = 20;
 /// # Errors
 /// They are not for this user.
 pub fn run(json: bool) -> anyhow::Result<Answer> {
-    let pods = pods::all(&pods::state_dir()?)?;
-    let pods: Vec<_> = pods
-        .into_iter()
-        .map(|pod| {
-            let memory = Memory::of(&pod.state);
-            (pod, memory)
-        })
-        .collect();
+    let pods = pods::with_memory()?;
     if json {
         let list: Vec<Value> = pods.iter().map(|(pod, used)| value(pod, *used)).collect();
         return Answer::json(&list);
@@ -32,16 +25,12 @@ pub fn run(json: bool) -> anyhow::Result<Answer> {
 
 /// A pod in JSON.
 pub fn value(pod: &Pod, memory: Option<Memory>) -> Value {
-    json!({
-        "namespace": pod.namespace,
-        "id": pod.id,
-        "name": pod.name,
-        "status": pod.status,
-        "age_seconds": pod.age().map(|age| age.as_secs()),
-        "vcpus": pod.state.machine.as_ref().map(|machine| machine.vcpus),
-        "memory_mib": pod.state.machine.as_ref().map(|machine| machine.memory_mib),
+    let machine = pod.state.machine.as_ref();
+    pod.described(json!({
+        "vcpus": machine.map(|machine| machine.vcpus),
+        "memory_mib": machine.map(|machine| machine.memory_mib),
         "used_kib": memory.map(|memory| memory.sum_kib()),
-    })
+    }))
 }
 
 fn list(pods: &[(Pod, Option<Memory>)]) -> String {
