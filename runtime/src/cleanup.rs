@@ -142,6 +142,9 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
 
 /// Runs the poststop hooks that the killed shim did not live to run.
 fn run_hooks(bundle: &Path, id: &Id, until: Instant) {
+    if !hook::are_owed(bundle) {
+        return;
+    }
     // A bundle that cannot be read never became a container.
     let Ok(bundle) = Bundle::load(bundle) else {
         return;
