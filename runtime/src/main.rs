@@ -17,6 +17,7 @@ mod cleanup;
 mod clock;
 mod container;
 mod container_files;
+mod daemon;
 mod device;
 mod disk;
 mod error;

@@ -16,6 +16,7 @@ use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
 use crate::config::{Config, ConfigError};
+use crate::daemon;
 use crate::event::Publisher;
 use crate::flags::Flags;
 use crate::hook;
@@ -64,8 +65,8 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> ServeError {
     move |source| ServeError::Io { what, source }
 }
 
-/// Serves on the socket that is the standard input, with the bundle as working
-/// directory. Returns when the pod is gone.
+/// Serves on the socket that is the standard output, with the bundle as working
+/// directory, once the standard input says so. Returns when the pod is gone.
 ///
 /// # Errors
 /// Something that every pod needs could not be had.
@@ -90,6 +91,18 @@ fn try_serve(flags: &Flags) -> Result<(), ServeError> {
         config: Arc::new(Config::load()?),
         debug: flags.debug,
     };
+    if !daemon::is_released().map_err(io_error("waiting for the word to serve"))? {
+        tracing::info!("whoever started the shim is gone and has told nobody of it");
+        if let Some(path) = listener
+            .local_addr()
+            .ok()
+            .as_ref()
+            .and_then(|at| at.as_pathname())
+        {
+            let _ = std::fs::remove_file(path);
+        }
+        return Ok(());
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -130,11 +143,11 @@ async fn run(listener: UnixListener, settings: PodSettings) -> Result<(), ServeE
     Ok(())
 }
 
-/// The listening socket comes as standard input; nobody else shall read there.
+/// The listening socket comes as standard output; nobody shall write there.
 fn take_listener() -> io::Result<UnixListener> {
-    let listener: OwnedFd = io::stdin().as_fd().try_clone_to_owned()?;
-    let null = File::open("/dev/null")?;
-    rustix::stdio::dup2_stdin(&null)?;
+    let listener: OwnedFd = io::stdout().as_fd().try_clone_to_owned()?;
+    let null = File::options().write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdout(&null)?;
     Ok(listener.into())
 }
 

@@ -6,18 +6,17 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
 
 use crate::bundle::{Bundle, BundleError, Role};
 use crate::config::{Config, ConfigError};
+use crate::daemon::Daemon;
 use crate::flags::Flags;
 use crate::id::Id;
 use crate::joined::{self, POD_FILE};
 use crate::network::NetnsId;
-use crate::process::Process;
 use crate::serve::TTRPC_ADDRESS;
 use crate::socket::{DEFAULT_DIR, ShimSocket, SocketError};
 
@@ -107,15 +106,13 @@ pub fn start(flags: &Flags) -> Result<(), StartError> {
     };
     let socket = ShimSocket::new(&wish.socket_dir, &flags.address, &flags.namespace, pod);
     match role {
-        Role::Member { .. } if !socket.answers() => {
-            return Err(StartError::NoPod(pod.to_owned()));
+        Role::Member { .. } if !socket.answers() => Err(StartError::NoPod(pod.to_owned())),
+        Role::Member { .. } => {
+            write(&bundle, ADDRESS_FILE, &socket.address())?;
+            tell(&wish, &socket)
         }
-        Role::Member { .. } => write(&bundle, ADDRESS_FILE, &socket.address())?,
-        Role::Single | Role::Sandbox => start_shim(flags, &wish, &bundle, &socket)?,
+        Role::Single | Role::Sandbox => start_shim(flags, &wish, &bundle, &socket),
     }
-    io::stdout()
-        .write_all(&answer(&wish, &socket))
-        .map_err(io_error("writing the answer"))
 }
 
 /// The role of a container that names a network namespace: another pod's makes
@@ -151,15 +148,12 @@ fn start_shim(
     socket: &ShimSocket,
 ) -> Result<(), StartError> {
     let listener = socket.listen()?;
-    let started = spawn(flags, wish, listener.into()).and_then(|pid| {
-        let written = write(bundle, ADDRESS_FILE, &socket.address())
-            .and_then(|()| write(bundle, PID_FILE, &pid.to_string()));
-        if written.is_err()
-            && let Some(process) = Process::find(pid)
-        {
-            process.kill(std::time::Duration::from_secs(1));
-        }
-        written
+    let started = spawn(flags, wish, listener.into()).and_then(|daemon| {
+        write(bundle, ADDRESS_FILE, &socket.address())?;
+        write(bundle, PID_FILE, &daemon.pid().to_string())?;
+        tell(wish, socket)?;
+        let released = daemon.release();
+        released.map_err(io_error("the shim ended as soon as it was started"))
     });
     if started.is_err() {
         socket.remove();
@@ -167,29 +161,31 @@ fn start_shim(
     started
 }
 
-fn spawn(flags: &Flags, wish: &Wish, listener: OwnedFd) -> Result<u32, StartError> {
-    let program = env::current_exe().map_err(io_error("own program"))?;
-    let mut command = Command::new(program);
-    command
-        .args(["-namespace", &flags.namespace])
-        .args(["-id", &flags.id])
-        .args(["-address", &flags.address])
-        .args(["-publish-binary", &flags.publish_binary]);
-    if wish.debug {
-        command.arg("-debug");
-    }
-    if let Some(address) = &wish.ttrpc_address {
-        command.env(TTRPC_ADDRESS, address);
-    }
-    // Whoever asked waits until nobody holds our output any more.
-    let child = command
-        .stdin(Stdio::from(listener))
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(io_error("starting the shim"))?;
-    raise_oom_score(child.id());
-    Ok(child.id())
+fn spawn(flags: &Flags, wish: &Wish, listener: OwnedFd) -> Result<Daemon, StartError> {
+    let daemon = Daemon::spawn(listener, |command| {
+        command
+            .args(["-namespace", &flags.namespace])
+            .args(["-id", &flags.id])
+            .args(["-address", &flags.address])
+            .args(["-publish-binary", &flags.publish_binary]);
+        if wish.debug {
+            command.arg("-debug");
+        }
+        if let Some(address) = &wish.ttrpc_address {
+            command.env(TTRPC_ADDRESS, address);
+        }
+        command
+    });
+    let daemon = daemon.map_err(io_error("starting the shim"))?;
+    raise_oom_score(daemon.pid());
+    Ok(daemon)
+}
+
+fn tell(wish: &Wish, socket: &ShimSocket) -> Result<(), StartError> {
+    let mut stdout = io::stdout();
+    let told = stdout.write_all(&answer(wish, socket));
+    told.and_then(|()| stdout.flush())
+        .map_err(io_error("writing the answer"))
 }
 
 /// One above containerd's own, as containerd's shims have it.

@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{
@@ -82,7 +82,14 @@ impl Node {
 
     /// The shim's program, as containerd calls it.
     pub fn shim(&self, arguments: &[&str], dir: &Path, input: &[u8]) -> Output {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_containerd-shim-husk-v2"))
+        let mut child = self.shim_process(arguments, dir);
+        child.stdin.take().unwrap().write_all(input).unwrap();
+        child.wait_with_output().unwrap()
+    }
+
+    /// The program, running, with pipes as standard streams.
+    pub fn shim_process(&self, arguments: &[&str], dir: &Path) -> Child {
+        Command::new(env!("CARGO_BIN_EXE_containerd-shim-husk-v2"))
             .args(["-namespace", "test"])
             .args(["-address", &self.address(), "-publish-binary", "/bin/false"])
             .args(arguments)
@@ -93,9 +100,7 @@ impl Node {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .unwrap();
-        child.stdin.take().unwrap().write_all(input).unwrap();
-        child.wait_with_output().unwrap()
+            .unwrap()
     }
 
     /// Starts a shim for a bundle.

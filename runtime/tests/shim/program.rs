@@ -1,12 +1,15 @@
 //! The program's actions.
 
+use std::io::Write;
+use std::time::{Duration, Instant};
+
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::types::introspection::RuntimeInfo;
 use serde_json::json;
 
 use crate::Case;
-use crate::case::{Node, block_on};
+use crate::case::{Node, block_on, is_alive};
 use crate::containerd::connect;
 
 pub const CASES: &[Case] = &[
@@ -21,6 +24,8 @@ pub const CASES: &[Case] = &[
         delete_misconfigured,
     ),
     ("program_deletes_a_socket_where_it_was_made", delete_socket),
+    ("program_leaves_nothing_when_start_fails", start_fails),
+    ("program_leaves_nothing_when_start_is_killed", start_killed),
 ];
 
 fn version_and_info() {
@@ -48,15 +53,7 @@ fn newer_protocol() {
     block_on(async {
         let node = Node::new().await;
         let bundle = node.bundle("new", &["sleep"]);
-        let params = BootstrapParams {
-            instance_id: "new".into(),
-            namespace: "test".into(),
-            containerd_ttrpc_address: node.events.path().display().to_string(),
-            socket_dir: Some(node.path("s").display().to_string()),
-            ..BootstrapParams::default()
-        };
-        let input = params.write_to_bytes().unwrap();
-        let output = node.shim(&["-id", "new", "start"], &bundle.dir, &input);
+        let output = node.shim(&["-id", "new", "start"], &bundle.dir, &params(&node, "new"));
         let result = BootstrapResult::parse_from_bytes(&output.stdout).unwrap();
         assert_eq!((result.version, &*result.protocol), (3, "ttrpc"));
         assert!(
@@ -74,6 +71,76 @@ fn newer_protocol() {
         shim.assert_gone().await;
         node.assert_clean();
     });
+}
+
+/// What containerd 2.3 asks with: sockets go to a directory of the node's.
+fn params(node: &Node, id: &str) -> Vec<u8> {
+    let params = BootstrapParams {
+        instance_id: id.into(),
+        namespace: "test".into(),
+        containerd_ttrpc_address: node.events.path().display().to_string(),
+        socket_dir: Some(node.path("s").display().to_string()),
+        ..BootstrapParams::default()
+    };
+    params.write_to_bytes().unwrap()
+}
+
+/// containerd neither deletes nor knows what was left by a `start` that failed.
+fn start_fails() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("f", &["sleep"]);
+        std::fs::create_dir(bundle.dir.join(".shim.pid.new")).unwrap();
+        let output = node.shim(&["-id", "f", "start"], &bundle.dir, &params(&node, "f"));
+        assert!(!output.status.success());
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert!(errors.contains("shim.pid"), "{errors}");
+        assert_nothing_serves(&node);
+    });
+}
+
+fn start_killed() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("k", &["sleep"]);
+        // Nobody reads there: it waits when its shim has just begun.
+        bundle.fifo(".address.new");
+        let mut start = node.shim_process(&["-id", "k", "start"], &bundle.dir);
+        let input = params(&node, "k");
+        start.stdin.take().unwrap().write_all(&input).unwrap();
+        let shim = wait_for("its shim", || child_of(start.id())).await;
+        start.kill().unwrap();
+        start.wait().unwrap();
+        wait_for("its shim's end", || (!is_alive(shim)).then_some(())).await;
+        assert_nothing_serves(&node);
+    });
+}
+
+fn assert_nothing_serves(node: &Node) {
+    let sockets = std::fs::read_dir(node.path("s")).unwrap();
+    assert_eq!(sockets.count(), 0);
+    node.assert_clean();
+}
+
+async fn wait_for<T>(what: &str, find: impl Fn() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = find() {
+            return found;
+        }
+        assert!(began.elapsed() < Duration::from_secs(10), "no {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn child_of(parent: u32) -> Option<i32> {
+    let entries = std::fs::read_dir("/proc").unwrap();
+    let mut pids = entries.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+    pids.find(|pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let rest = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+        rest.split(' ').nth(1) == Some(&parent.to_string())
+    })
 }
 
 fn configuration() {
@@ -138,15 +205,11 @@ fn delete_socket() {
     block_on(async {
         let node = Node::new().await;
         let bundle = node.bundle("gone", &["sleep"]);
-        let params = BootstrapParams {
-            instance_id: "gone".into(),
-            namespace: "test".into(),
-            containerd_ttrpc_address: node.events.path().display().to_string(),
-            socket_dir: Some(node.path("s").display().to_string()),
-            ..BootstrapParams::default()
-        };
-        let input = params.write_to_bytes().unwrap();
-        let output = node.shim(&["-id", "gone", "start"], &bundle.dir, &input);
+        let output = node.shim(
+            &["-id", "gone", "start"],
+            &bundle.dir,
+            &params(&node, "gone"),
+        );
         assert!(output.status.success());
         let sockets = || std::fs::read_dir(node.path("s")).unwrap().count();
         assert_eq!(sockets(), 1);
