@@ -88,10 +88,10 @@ impl StartSpec {
     }
 }
 
-/// A saved guest: where it is written to, and read from. Both files are memory
-/// files (`memfd_create`) that the shim makes. To save, it gives them empty:
-/// `state` with no bytes, `memory` with the size of `boot_mib`. Once it has the
-/// reply it seals both against every change; only then they can be restored.
+/// A saved guest: where it is written to, and read from. Both files are the
+/// shim's, best on tmpfs. To save, it gives them empty: `state` with no bytes,
+/// `memory` with the size of `boot_mib`. To restore, it gives descriptors that
+/// cannot write to them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedSpec {

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::sync::Arc;
 
-use rustix::fs::{SealFlags, SeekFrom};
+use rustix::fs::{OFlags, SealFlags, SeekFrom};
 use vm_memory::{
     Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress,
@@ -23,14 +23,13 @@ const PAGE_BYTES: usize = 4096;
 /// MiB behind it is new.
 ///
 /// # Errors
-/// As for [`super::memory::create`], or the file is not sealed, or of another size.
+/// As for [`super::memory::create`], or the descriptor can write, or the file is of
+/// another size.
 pub fn restore(file: File, mib: u32, pluggable_mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
     let (bytes, pluggable) = (u64::from(mib) << 20, u64::from(pluggable_mib) << 20);
-    // Nobody can change it under this guest and all the others, or cut it off.
-    let needed = SealFlags::WRITE | SealFlags::SHRINK;
-    let seals = rustix::fs::fcntl_get_seals(&file);
-    if !seals.is_ok_and(|seals| seals.contains(needed)) {
-        return Err(MemoryError::Saved("the file is not sealed against writing"));
+    // This process cannot change it under all the other guests, or cut it off.
+    if !is_read_only(&file) {
+        return Err(MemoryError::Saved("the descriptor can write to the file"));
     }
     if length(&file).ok() != Some(bytes) {
         return Err(MemoryError::Saved("the file is not as long as boot_mib"));
@@ -43,6 +42,15 @@ pub fn restore(file: File, mib: u32, pluggable_mib: u32) -> Result<GuestMemoryMm
         all.extend(regions([range], &file, Sharing::Shared)?);
     }
     GuestMemoryMmap::from_regions(all).map_err(MemoryError::Layout)
+}
+
+/// Whether the descriptor lets nobody write: as it was opened, or by seals.
+fn is_read_only(file: &File) -> bool {
+    let flags = rustix::fs::fcntl_getfl(file);
+    let needed = SealFlags::WRITE | SealFlags::SHRINK;
+    let seals = rustix::fs::fcntl_get_seals(file);
+    flags.is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDONLY)
+        || seals.is_ok_and(|seals| seals.contains(needed))
 }
 
 /// Writes memory that nobody changes into an empty file of the same size. Pages

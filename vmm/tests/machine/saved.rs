@@ -585,7 +585,7 @@ fn what_does_not_fit_is_refused() {
         let last = request.descriptors.len() - 1;
         request.descriptors[last] = Saved::empty().memory.into();
     });
-    assert!(open.contains("not sealed"), "{open}");
+    assert!(open.contains("can write to the file"), "{open}");
     let console = said(&|request| request.spec.console = None);
     assert!(console.contains("PCI slots"), "{console}");
     let vsock = said(&|request| {
