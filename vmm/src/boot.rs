@@ -174,7 +174,7 @@ fn restore(
     // Memory.
     let (ram, pluggable) = (spec.memory.boot_mib, spec.memory.pluggable_mib);
     let file = File::from(take(descriptors, "start.memory", saved.memory)?);
-    let memory = saved_memory::restore(file, ram, pluggable)?;
+    let memory = saved_memory::restore(file, &state.memory, ram, pluggable)?;
     let [ram, pluggable] = [ram, pluggable].map(|mib| u64::from(mib) << 20);
     let vm = Vm::new(take(descriptors, "kvm", spec.kvm)?, &memory, spec.vcpus.max)?;
 

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, SerialState, Trigger};
 
+use crate::bounded::at_most;
 use crate::console::{ConsoleOutput, SharedOutput};
 use crate::exit::ExitLatch;
 
@@ -49,7 +50,7 @@ impl Legacy {
         saved: &SavedSerial,
     ) -> Self {
         let state = SerialState::from(saved);
-        // Fails for more input than fits, and there is none.
+        // Fails for more input than fits, which nobody saved.
         let serial = Serial::from_state(
             &state,
             NoInterrupt,
@@ -105,14 +106,20 @@ impl Legacy {
     }
 }
 
-/// The serial port's registers, in the order of [`SerialState`]. Nothing is ever
-/// received.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SavedSerial([u8; 9]);
+/// What the serial port's receiver keeps (a 16550's FIFO is smaller).
+const RECEIVED_MAX: usize = 64;
+
+/// The serial port's registers, in the order of [`SerialState`], and what it has
+/// received: what a guest sent to itself (loopback).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedSerial(
+    [u8; 9],
+    #[serde(deserialize_with = "at_most::<RECEIVED_MAX, _, _>")] Vec<u8>,
+);
 
 impl From<&SerialState> for SavedSerial {
     fn from(state: &SerialState) -> Self {
-        Self([
+        let registers = [
             state.baud_divisor_low,
             state.baud_divisor_high,
             state.interrupt_enable,
@@ -122,7 +129,8 @@ impl From<&SerialState> for SavedSerial {
             state.modem_control,
             state.modem_status,
             state.scratch,
-        ])
+        ];
+        Self(registers, state.in_buffer.clone())
     }
 }
 
@@ -149,7 +157,7 @@ impl From<&SavedSerial> for SerialState {
             modem_control: modem,
             modem_status,
             scratch,
-            in_buffer: Vec::new(),
+            in_buffer: saved.1.clone(),
         }
     }
 }
@@ -162,5 +170,44 @@ impl Trigger for NoInterrupt {
 
     fn trigger(&self) -> Result<(), Infallible> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_guest_sent_to_itself_is_still_there() {
+        let parts = || {
+            (
+                ConsoleOutput::new(None),
+                Arc::new(ExitLatch::new().unwrap()),
+            )
+        };
+        let (console, exit) = parts();
+        let legacy = Legacy::new(console, exit);
+        // Loopback, by the modem control register.
+        legacy.write(SERIAL + 4, &[0x10]);
+        legacy.write(SERIAL, b"ab");
+        let saved = legacy.save();
+        let saved: SavedSerial =
+            postcard::from_bytes(&postcard::to_allocvec(&saved).unwrap()).unwrap();
+        let (console, exit) = parts();
+        let restored = Legacy::restored(console, exit, &saved);
+        for byte in *b"ab" {
+            let mut status = [0];
+            restored.read(SERIAL + 5, &mut status);
+            assert_eq!(status[0] & 1, 1, "there is data");
+            let mut data = [0];
+            restored.read(SERIAL, &mut data);
+            assert_eq!(data, [byte]);
+        }
+        assert_eq!(restored.save(), {
+            let mut nothing = [0];
+            legacy.read(SERIAL, &mut nothing);
+            legacy.read(SERIAL, &mut nothing);
+            legacy.save()
+        });
     }
 }

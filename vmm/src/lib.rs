@@ -5,6 +5,7 @@ pub mod address_space;
 pub mod arch;
 pub mod arguments;
 pub mod boot;
+mod bounded;
 pub mod clock;
 pub mod console;
 pub mod control;

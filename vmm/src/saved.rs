@@ -12,12 +12,12 @@
 //! every value is checked where it is used.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Seek, Write};
 use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::kvm::saved_memory;
+use crate::kvm::saved_memory::{self, Filled};
 use crate::kvm::vcpu::ProcessorsState;
 use crate::kvm::vm::KvmError;
 use crate::legacy::SavedSerial;
@@ -27,7 +27,7 @@ use crate::pci::{BusState, SlotError};
 const MAGIC: [u8; 8] = *b"husk-vm\0";
 
 /// Raised with every change of [`MachineState`], or of what its parts mean.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Longest file. A processor takes some 8 KiB, and there are at most 240.
 const STATE_BYTES: u64 = 4 << 20;
@@ -82,6 +82,8 @@ pub struct MachineState {
     pub(crate) processors: ProcessorsState,
     pub(crate) serial: SavedSerial,
     pub(crate) bus: BusState,
+    /// Where there is something in the file beside this one.
+    pub(crate) memory: Filled,
 }
 
 impl MachineState {
@@ -147,20 +149,55 @@ pub fn save(
         return Err(SavedError::Device(id.to_owned()));
     }
     let processors = machine.vcpus.save(&machine.vm.msr_indices()?)?;
+    let memory = vm_memory::GuestAddressSpace::memory(&machine.memory);
+    let filled = saved_memory::save(&memory, memory_file).map_err(file_error("memory"))?;
     let state = MachineState {
         origin: origin.to_owned(),
         clock_ns: machine.vm.clock()?,
         processors,
         serial: machine.space.legacy().save(),
         bus: machine.space.pci().save()?,
+        memory: filled,
     };
+    let bytes = state.to_bytes()?;
+    // Wherever the descriptor's position was.
     state_file
-        .write_all(&state.to_bytes()?)
-        .map_err(file_error("state"))?;
-    let memory = vm_memory::GuestAddressSpace::memory(&machine.memory);
-    saved_memory::save(&memory, memory_file).map_err(file_error("memory"))
+        .rewind()
+        .and_then(|()| state_file.write_all(&bytes))
+        .map_err(file_error("state"))
 }
 
 fn file_error(what: &'static str) -> impl Fn(io::Error) -> SavedError {
     move |source| SavedError::File { what, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file in which everything is as short as it can be.
+    fn file(vcpus: u16, functions: u8) -> Vec<u8> {
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(VERSION.to_le_bytes());
+        // Origin, clock, CPUID leaves.
+        bytes.extend([0; 3]);
+        bytes.extend(postcard::to_allocvec(&vcpus).unwrap());
+        bytes.extend(vec![0; 10 * usize::from(vcpus)]);
+        // Serial port, the bus's address.
+        bytes.extend([0; 10 + 1]);
+        bytes.push(functions);
+        bytes.extend(vec![0; 3 * usize::from(functions)]);
+        // Memory.
+        bytes.push(0);
+        bytes
+    }
+
+    #[test]
+    fn a_short_file_is_no_large_machine() {
+        let is_machine = |vcpus, functions| MachineState::parse(&file(vcpus, functions)).is_some();
+        assert!(is_machine(0, 0));
+        assert!(is_machine(240, 32));
+        assert!(!is_machine(241, 0));
+        assert!(!is_machine(0, 33));
+    }
 }

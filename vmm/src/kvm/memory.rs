@@ -20,7 +20,7 @@ use vm_memory::{
 use crate::arch::x86_64::layout;
 
 /// A large page of the host's memory, and of its tables for the guest.
-const LARGE_PAGE: u64 = 2 << 20;
+pub(super) const LARGE_PAGE: u64 = 2 << 20;
 
 /// Guest memory that could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +71,7 @@ pub enum MemoryError {
 /// The host refuses so much memory or address space.
 pub fn create(mib: u32, pluggable_mib: u32) -> Result<GuestMemoryMmap, MemoryError> {
     let (bytes, pluggable) = (u64::from(mib) << 20, u64::from(pluggable_mib) << 20);
-    let file = Arc::new(sealed_file(bytes + pluggable)?);
+    let file = Arc::new(sealed_file(next_large_page(bytes) + pluggable)?);
     let pluggable = Some(layout::pluggable_range(bytes, pluggable));
     let ranges = layout::memory_ranges(bytes).chain(pluggable);
     let regions = regions(ranges, &file, Sharing::Shared)?;
@@ -106,8 +106,8 @@ pub(super) fn is_region_shared(region: &GuestRegionMmap) -> bool {
     region.flags() & libc::MAP_SHARED != 0
 }
 
-/// Maps parts of `file`, one after the other, at `ranges`; empty ones are left
-/// out.
+/// Maps parts of `file`, one after the other from large page to large page, at
+/// `ranges`; empty ones are left out.
 pub(super) fn regions(
     ranges: impl IntoIterator<Item = Range<u64>>,
     file: &Arc<File>,
@@ -141,7 +141,7 @@ pub(super) fn regions(
         let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
             .ok_or_else(|| map_error(vm_memory::mmap::MmapRegionError::InvalidOffsetLength))?;
         regions.push(region);
-        offset += length;
+        offset = next_large_page(offset + length);
     }
     Ok(regions)
 }
@@ -311,6 +311,12 @@ mod tests {
         let region = memory.find_region(GuestAddress(4 << 30)).unwrap();
         assert_eq!((memory.num_regions(), region.len()), (2, 128 << 20));
         assert_eq!(region.file_offset().unwrap().start(), 64 << 20);
+
+        // And begins at a large page there too.
+        let memory = create(65, 128).unwrap();
+        let file = memory.iter().last().unwrap().file_offset().unwrap();
+        assert_eq!(file.start(), 66 << 20);
+        assert_eq!(file.file().metadata().unwrap().len(), (66 + 128) << 20);
     }
 
     /// Where the file has pages: their first byte, and the first behind them.

@@ -19,8 +19,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
-use husk_vmm_spec::{ExitReason, Failure};
-use kvm_bindings::{Msrs, kvm_cpuid_entry2, kvm_run};
+use husk_vmm_spec::{ExitReason, Failure, VCPU_MAX};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -31,6 +31,7 @@ use super::vm::{KvmError, Vm, failed};
 use crate::address_space::AddressSpace;
 use crate::arch::x86_64::cpuid::{self, Supported, Topology};
 use crate::arch::x86_64::{msr, regs};
+use crate::bounded::at_most;
 use crate::console::ConsoleOutput;
 use crate::exit::{ExitLatch, describe};
 use crate::seccomp::{Confinement, Role};
@@ -87,8 +88,10 @@ pub enum Begin<'a> {
 pub struct ProcessorsState {
     /// What the first one tells of itself: those of the machine that goes on must
     /// tell the same.
+    #[serde(deserialize_with = "at_most::<KVM_MAX_CPUID_ENTRIES, _, _>")]
     leaves: Vec<kvm_cpuid_entry2>,
     /// In order.
+    #[serde(deserialize_with = "at_most::<{ VCPU_MAX as usize }, _, _>")]
     vcpus: Vec<VcpuState>,
 }
 

@@ -8,6 +8,7 @@ use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
 use super::vm::{KvmError, failed};
+use crate::bounded::at_most;
 
 /// Most registers that are read or written at once (`MAX_IO_MSRS` of
 /// arch/x86/kvm/x86.c is 256).
@@ -48,6 +49,7 @@ pub struct VcpuState {
     debug_regs: kvm_debugregs,
     lapic: kvm_lapic_state,
     /// Index and value.
+    #[serde(deserialize_with = "at_most::<MSRS_MAX, _, _>")]
     msrs: Vec<(u32, u64)>,
     events: kvm_vcpu_events,
     /// How fast its TSC counts; 0 where KVM does not say.
@@ -73,6 +75,10 @@ pub fn msrs_to_save(listed: &[u32]) -> Vec<u32> {
 pub fn capture(fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, KvmError> {
     // First, since reading it takes in start-up messages, which changes the rest.
     let mp_state = fd.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
+    let events = || fd.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"));
+    // An exception that is pending has its address put into CR2 or DR6 by this, so
+    // before these are read.
+    events()?;
     let regs = fd.get_regs().map_err(failed("KVM_GET_REGS"))?;
     let sregs = fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
     // All there is: states that need more room are only had by who asks for them.
@@ -85,9 +91,7 @@ pub fn capture(fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, KvmError> {
     let msrs = read_msrs(fd, msrs)?;
     let lapic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
     // Last: what comes before may add to them.
-    let events = fd
-        .get_vcpu_events()
-        .map_err(failed("KVM_GET_VCPU_EVENTS"))?;
+    let events = events()?;
     Ok(VcpuState {
         mp_state,
         regs,
@@ -153,9 +157,6 @@ fn read_msrs(fd: &VcpuFd, mut wanted: &[u32]) -> Result<Vec<(u32, u64)>, KvmErro
 }
 
 fn write_msrs(fd: &VcpuFd, values: &[(u32, u64)]) -> Result<(), KvmError> {
-    if values.len() > MSRS_MAX {
-        return Err(KvmError::Registers);
-    }
     let mut values = values.to_vec();
     values.sort_by_key(|(index, _)| match *index {
         TSC => 0,

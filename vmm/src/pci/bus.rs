@@ -14,6 +14,7 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use serde::{Deserialize, Serialize};
 
 use crate::arch::x86_64::layout;
+use crate::bounded::at_most;
 
 /// Slots of a bus, one function each.
 const SLOTS: usize = 32;
@@ -50,6 +51,7 @@ pub struct BusState {
     /// The address register.
     address: u32,
     /// Each slot that is taken.
+    #[serde(deserialize_with = "at_most::<SLOTS, _, _>")]
     functions: Vec<(u8, FunctionState)>,
 }
 
