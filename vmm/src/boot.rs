@@ -232,8 +232,10 @@ impl Board {
         let bus = Arc::new(PciBus::new(Arc::clone(vm.fd()), ranges));
         bus.add_at_boot(Arc::new(Mutex::new(HostBridge::new())))?;
         bus.add_at_boot(Arc::new(Mutex::new(PvPanic::new(Arc::clone(&exit)))))?;
-        let device_loop = EventLoop::start("devices", move || confinement.enter(Role::Devices))
-            .map_err(host("device thread"))?;
+        // Devices that go on wait like the processors, until all is checked.
+        let device_loop =
+            EventLoop::start_paused("devices", move || confinement.enter(Role::Devices))
+                .map_err(host("device thread"))?;
         let mut devices = Devices::new(
             Arc::clone(&bus),
             Routes::new(Arc::clone(vm.fd())),

@@ -34,8 +34,8 @@ const O_PATH: i32 = 0o10_000_000;
 pub fn check(most: u64) -> io::Result<()> {
     let most = RawFd::try_from(most).map_err(io::Error::other)?;
     for fd in open(most)? {
-        // SAFETY: open, and closed by nobody meanwhile: the threads that there
-        // are wait for the machine's start.
+        // SAFETY: open, and closed by nobody meanwhile: processors and devices
+        // wait for the machine's start.
         let descriptor = unsafe { BorrowedFd::borrow_raw(fd) };
         if let Some(what) = objection(descriptor)? {
             return Err(io::Error::other(Unlisted { fd, what }));

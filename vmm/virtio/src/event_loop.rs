@@ -46,6 +46,21 @@ impl EventLoop {
         name: &str,
         at_start: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<Self> {
+        let this = Self::start_paused(name, at_start)?;
+        // The thread is there: it has answered.
+        let _ = this.handle.resume();
+        Ok(this)
+    }
+
+    /// As [`EventLoop::start`], for a machine that does not run yet: no worker is
+    /// called before [`LoopHandle::resume`], but for control messages.
+    ///
+    /// # Errors
+    /// As for [`EventLoop::start`].
+    pub fn start_paused(
+        name: &str,
+        at_start: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<Self> {
         let (sender, commands) = mpsc::channel();
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let mut state = State::new(commands, Arc::clone(&wake))?;
@@ -247,7 +262,7 @@ impl State {
             slots: HashMap::new(),
             targets: HashMap::new(),
             next_serial: WAKE + 1,
-            paused: false,
+            paused: true,
             stopping: false,
         })
     }

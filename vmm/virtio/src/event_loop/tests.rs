@@ -109,7 +109,10 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let event_loop = EventLoop::start("test", || Ok(())).unwrap();
+        Self::on(EventLoop::start("test", || Ok(())).unwrap())
+    }
+
+    fn on(event_loop: EventLoop) -> Self {
         let handle = event_loop.handle();
         let (sender, told) = channel();
         let on_failure = {
@@ -283,6 +286,18 @@ fn pauses() {
     let bench = Bench::new();
     bench.handle.pause().unwrap();
     bench.expect(Told::Quiesced);
+    bench.notify.write(1).unwrap();
+    bench.expect_silence();
+    bench.order(Order::Number(2));
+    bench.expect(Told::Control(2));
+    bench.handle.resume().unwrap();
+    bench.expect(Told::Event(Event::Queue(4)));
+}
+
+#[test]
+fn a_loop_that_starts_paused_waits_for_the_word() {
+    let event_loop = EventLoop::start_paused("test", || Ok(())).unwrap();
+    let bench = Bench::on(event_loop);
     bench.notify.write(1).unwrap();
     bench.expect_silence();
     bench.order(Order::Number(2));
