@@ -345,6 +345,28 @@ impl Chain {
         done == data.len()
     }
 
+    /// Copies the readable buffers into `to`, as far as it goes.
+    pub fn copy_out(&self, to: &VolatileSlice<'_>) {
+        let mut done = 0;
+        for slice in slices(&self.segments[..self.readable], 0, to.len()) {
+            if let Ok(rest) = to.offset(done) {
+                slice.copy_to_volatile_slice(rest);
+            }
+            done += slice.len();
+        }
+    }
+
+    /// Copies `from` into the writable buffers, as far as they go.
+    pub fn copy_in(&self, from: &VolatileSlice<'_>) {
+        let mut done = 0;
+        for slice in slices(&self.segments[self.readable..], 0, from.len()) {
+            if let Ok(rest) = from.offset(done) {
+                rest.copy_to_volatile_slice(slice);
+            }
+            done += slice.len();
+        }
+    }
+
     /// The pieces of at most `len` bytes of the readable buffers from `offset`
     /// on. They are of use as long as the chain is.
     pub fn readable_iovecs(&self, offset: usize, len: usize) -> Vec<libc::iovec> {

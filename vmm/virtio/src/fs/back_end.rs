@@ -50,6 +50,9 @@ pub enum BackEndError {
     /// It cannot do what is needed.
     #[error("the file server lacks {0}")]
     Lacks(&'static str),
+    /// It broke the rules of a ring that it works on.
+    #[error("the file server returns {0}")]
+    Returned(&'static str),
     /// Guest memory cannot be given to another process.
     #[error("guest memory is in no file, or in more than {MEMORY_REGIONS} pieces")]
     Memory,
@@ -59,6 +62,7 @@ pub enum BackEndError {
 }
 
 /// A queue that the server works on.
+#[derive(Debug)]
 pub(super) struct ServedQueue {
     pub index: u16,
     pub queue: Queue,

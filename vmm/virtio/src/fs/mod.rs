@@ -3,9 +3,13 @@
 //! This is the front end of vhost-user: it tells the file server where guest
 //! memory and the queues are. From then on driver and server are among
 //! themselves; this process only watches for the server's end.
+//!
+//! Where guest memory cannot be given to another process, requests are copied
+//! through a [`Shadow`] instead.
 
 mod back_end;
 mod message;
+mod shadow;
 mod worker;
 
 use std::any::Any;
@@ -15,6 +19,8 @@ use std::time::Duration;
 use crate::{ActivateError, Activation, DeviceType, VirtioDevice, Worker, queue};
 use back_end::BackEnd;
 pub use back_end::{BackEndError, PATIENCE};
+pub use shadow::Shadow;
+use shadow::ShadowWorker;
 use worker::FsWorker;
 
 /// High priority (FORGET and its like), and one for requests.
@@ -34,7 +40,18 @@ pub struct Fs {
     /// Absent while the working half has it.
     back_end: Option<BackEnd>,
     tag: [u8; TAG_BYTES],
+    /// Of rings, as the server can have them.
     features: u64,
+    path: Path,
+}
+
+/// How requests get to the server.
+#[derive(Debug)]
+enum Path {
+    /// It works on the guest's memory.
+    Direct,
+    /// It works on the shadow, which is absent while the working half has it.
+    Shadow(Option<Shadow>),
 }
 
 impl Fs {
@@ -56,7 +73,15 @@ impl Fs {
             back_end: Some(back_end),
             tag: space,
             features: features & queue::FEATURES,
+            path: Path::Direct,
         })
+    }
+
+    /// The same for a guest whose memory the server cannot map.
+    #[must_use]
+    pub fn through(mut self, shadow: Shadow) -> Self {
+        self.path = Path::Shadow(Some(shadow));
+        self
     }
 }
 
@@ -66,7 +91,11 @@ impl VirtioDevice for Fs {
     }
 
     fn offered_features(&self) -> u64 {
-        self.features
+        match self.path {
+            Path::Direct => self.features,
+            // The guest's rings are worked on here.
+            Path::Shadow(_) => queue::FEATURES,
+        }
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -82,17 +111,30 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
-        let worker = FsWorker::new(&mut self.back_end, activation)?;
-        Ok(Box::new(worker))
+        let back_end = &mut self.back_end;
+        Ok(match &mut self.path {
+            Path::Direct => Box::new(FsWorker::new(back_end, activation)?),
+            Path::Shadow(shadow) => {
+                let features = self.features;
+                Box::new(ShadowWorker::new(back_end, shadow, features, activation)?)
+            }
+        })
     }
 
     fn reset(&mut self, worker: Box<dyn Worker>) {
         let worker: Box<dyn Any> = worker;
-        if let Ok(worker) = worker.downcast::<FsWorker>() {
-            self.back_end = Some(worker.into_back_end());
+        match worker.downcast::<FsWorker>() {
+            Ok(worker) => self.back_end = Some(worker.into_back_end()),
+            Err(worker) => {
+                if let Ok(worker) = worker.downcast::<ShadowWorker>() {
+                    let (back_end, shadow) = worker.into_parts();
+                    self.back_end = Some(back_end);
+                    self.path = Path::Shadow(Some(shadow));
+                }
+            }
         }
     }
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

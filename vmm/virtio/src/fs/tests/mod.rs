@@ -1,4 +1,5 @@
-mod server;
+pub(crate) mod server;
+mod shadow;
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -16,11 +16,11 @@ use vhost::vhost_user::{
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-pub(super) const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 28 | 1 << 30;
+pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 28 | 1 << 30;
 
 /// What it has been told.
 #[derive(Default)]
-pub(super) struct Server {
+pub(crate) struct Server {
     pub features: u64,
     pub offered: u64,
     pub protocol: u64,
@@ -28,9 +28,17 @@ pub(super) struct Server {
     pub served: usize,
     pub memory: GuestMemoryMmap,
     pub rings: Vec<Ring>,
+    /// Most chains that it takes from a ring when woken.
+    pub turn: Option<usize>,
+    /// What it says in the used ring instead of the truth.
+    pub mischief: Option<Mischief>,
 }
 
-pub(super) struct Ring {
+/// Of a ring's index, a chain's head and what was written: the entries that take
+/// the place of the right one, and how far the index leaps beyond them.
+pub(crate) type Mischief = Box<dyn FnMut(usize, u32, u32) -> (Vec<(u32, u32)>, u16) + Send>;
+
+pub(crate) struct Ring {
     pub queue: Queue,
     pub running: bool,
     pub enabled: bool,
@@ -39,7 +47,7 @@ pub(super) struct Ring {
 }
 
 /// Runs until the front end closes the connection.
-pub(super) fn start(socket: UnixStream, offered: u64) -> (Arc<Mutex<Server>>, JoinHandle<()>) {
+pub(crate) fn start(socket: UnixStream, offered: u64) -> (Arc<Mutex<Server>>, JoinHandle<()>) {
     let server = Arc::new(Mutex::new(Server {
         offered,
         protocol: 1 << 0 | 1 << 3,
@@ -81,11 +89,41 @@ pub(super) fn start(socket: UnixStream, offered: u64) -> (Arc<Mutex<Server>>, Jo
     (server, thread)
 }
 
+impl Ring {
+    /// Puts anything into the used ring.
+    fn say(&mut self, memory: &GuestMemoryMmap, entries: &[(u32, u32)], leap: u16) {
+        let used = self.queue.used_ring();
+        let mut next = self.queue.next_used();
+        for (head, written) in entries {
+            let slot = used + 4 + 8 * u64::from(next % self.queue.size());
+            let element = [*head, *written];
+            memory.write_obj(element, GuestAddress(slot)).unwrap();
+            next = next.wrapping_add(1);
+        }
+        next = next.wrapping_add(leap);
+        self.queue.set_next_used(next);
+        memory.write_obj(next, GuestAddress(used + 2)).unwrap();
+        self.call();
+    }
+
+    /// Wakes the driver, needed or not.
+    pub fn call(&self) {
+        if let Some(mut call) = self.call.as_ref() {
+            let _ = call.write(&1u64.to_ne_bytes());
+        }
+    }
+}
+
 impl Server {
     fn serve(&mut self) {
-        for ring in self.rings.iter_mut().filter(|r| r.running && r.enabled) {
+        let running = |(_, ring): &(usize, &mut Ring)| ring.running && ring.enabled;
+        for (index, ring) in self.rings.iter_mut().enumerate().filter(running) {
             let _ = ring.kick.as_ref().unwrap().read(&mut [0; 8]);
+            let mut turn = self.turn.unwrap_or(usize::MAX);
             loop {
+                if turn == 0 {
+                    break;
+                }
                 while let Some(chain) = ring.queue.iter(&self.memory).unwrap().next() {
                     let head = chain.head_index();
                     let mut request = Vec::new();
@@ -94,10 +132,10 @@ impl Server {
                         let mut bytes = vec![0; descriptor.len() as usize];
                         if descriptor.is_write_only() {
                             request.reverse();
+                            written = request.len().min(bytes.len());
                             self.memory
-                                .write_slice(&request, descriptor.addr())
+                                .write_slice(&request[..written], descriptor.addr())
                                 .unwrap();
-                            written = request.len();
                         } else {
                             self.memory
                                 .read_slice(&mut bytes, descriptor.addr())
@@ -107,10 +145,20 @@ impl Server {
                     }
                     self.served += 1;
                     let memory = &self.memory;
-                    ring.queue.add_used(memory, head, written as u32).unwrap();
+                    match &mut self.mischief {
+                        None => ring.queue.add_used(memory, head, written as u32).unwrap(),
+                        Some(mischief) => {
+                            let (entries, leap) = mischief(index, head.into(), written as u32);
+                            ring.say(memory, &entries, leap);
+                        }
+                    }
                     if ring.queue.needs_notification(memory).unwrap() {
                         let one = 1u64.to_ne_bytes();
                         ring.call.as_ref().unwrap().write_all(&one).unwrap();
+                    }
+                    turn -= 1;
+                    if turn == 0 {
+                        break;
                     }
                 }
                 if !ring.queue.enable_notification(&self.memory).unwrap() {
