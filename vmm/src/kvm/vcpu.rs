@@ -20,7 +20,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
 use husk_vmm_spec::{ExitReason, Failure, VCPU_MAX};
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_run};
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_run,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -209,6 +211,7 @@ impl VcpuThreads {
                 console: Arc::clone(console),
                 gate: Arc::clone(&this.gate),
                 exits: Arc::clone(&this.exits),
+                undelivered: 0,
             };
             let thread = thread::Builder::new()
                 .name(format!("vcpu{index}"))
@@ -331,6 +334,13 @@ enum Entered {
     Ended(ExitReason),
 }
 
+/// How often in a row a processor may fail to deliver an event. The guest is as it
+/// was then and enters again. KVM says so of accesses to devices as well while
+/// what it was told of the last event is still there: it looks at the event's type
+/// (`EXITINTINFO`), and some hosts leave that when the event is gone. A guest whose
+/// descriptor table is a device fails for ever.
+const REDELIVERIES: u32 = 8;
+
 /// What a processor thread owns.
 struct Runner {
     index: u8,
@@ -340,6 +350,8 @@ struct Runner {
     console: Arc<ConsoleOutput>,
     gate: Arc<Gate>,
     exits: Arc<AtomicU64>,
+    /// How often in a row KVM could not deliver an event.
+    undelivered: u32,
 }
 
 impl Runner {
@@ -398,6 +410,9 @@ impl Runner {
     fn enter(&mut self) -> Entered {
         let result = self.fd.run();
         self.exits.fetch_add(1, Ordering::Relaxed);
+        if !matches!(result, Ok(VcpuExit::InternalError)) {
+            self.undelivered = 0;
+        }
         match result {
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.space.read_port(port, data);
@@ -425,7 +440,7 @@ impl Runner {
             Ok(VcpuExit::FailEntry(reason, _)) => Entered::Ended(failure(format!(
                 "the processor refused to enter the guest: {reason:#x}"
             ))),
-            Ok(VcpuExit::InternalError) => Entered::Ended(self.internal_error()),
+            Ok(VcpuExit::InternalError) => self.internal_error(),
             Ok(other) => Entered::Ended(failure(format!(
                 "unexpected exit from the guest: {other:?}"
             ))),
@@ -450,14 +465,18 @@ impl Runner {
     }
 
     /// KVM could not emulate an instruction, or the like.
-    fn internal_error(&mut self) -> ExitReason {
+    fn internal_error(&mut self) -> Entered {
         let run = self.fd.get_kvm_run();
         // SAFETY: the exit reason says that KVM filled this member of the union.
         let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
+        if suberror == KVM_INTERNAL_ERROR_DELIVERY_EV && self.undelivered < REDELIVERIES {
+            self.undelivered += 1;
+            return Entered::Handled;
+        }
         let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
-        failure(format!(
+        Entered::Ended(failure(format!(
             "KVM gave up: KVM_EXIT_INTERNAL_ERROR, suberror {suberror}, rip {rip:#x}"
-        ))
+        )))
     }
 }
 

@@ -506,3 +506,31 @@ fn a_guest_that_faults_without_end_can_be_paused_and_killed() {
         Message::Exited(ExitReason::Killed)
     );
 }
+
+#[test]
+fn a_guest_whose_interrupt_table_is_no_memory_ends() {
+    if skip() {
+        return;
+    }
+    let machine = TestMachine::run(
+        r#"
+        lea rax, [rip + table]
+        lidt [rax]
+        say '-'
+        ud2
+        .data
+    table:
+        .word 4095
+        .quad 0xd0000000
+        .text
+        "#,
+    );
+    // KVM cannot deliver, or reads all ones there and finds no gate.
+    let end = machine.exit_reason();
+    let is_told = match &end {
+        ExitReason::Reset => true,
+        ExitReason::Failed(failure) => failure.message.contains("suberror 3"),
+        _ => false,
+    };
+    assert!(is_told, "{end:?}");
+}
