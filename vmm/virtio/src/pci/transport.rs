@@ -91,7 +91,8 @@ pub struct VirtioPci {
     signals: Arc<Signals>,
     memory: GuestMemory,
     event_loop: LoopHandle,
-    device: Box<dyn VirtioDevice>,
+    /// Gone once it is retired.
+    device: Option<Box<dyn VirtioDevice>>,
     working: Working,
 }
 
@@ -177,7 +178,7 @@ impl VirtioPci {
             signals,
             memory,
             event_loop,
-            device,
+            device: Some(device),
             working: Working::Idle,
         })
     }
@@ -189,7 +190,7 @@ impl VirtioPci {
     pub fn control(&mut self, message: Box<dyn Any + Send>) -> Result<(), LoopGone> {
         match self.working {
             Working::Idle => {
-                self.device.control(message);
+                self.device.as_mut().ok_or(LoopGone)?.control(message);
                 Ok(())
             }
             Working::Active(id) => self.event_loop.control(id, message),
@@ -197,13 +198,15 @@ impl VirtioPci {
         }
     }
 
-    /// Stops the device for good. A vCPU may be about to write a register though
-    /// the function is off the bus; that does nothing any more.
+    /// Stops the device for good and gives up what it holds. A vCPU may be about to
+    /// access a register though the function is off the bus; that does nothing any
+    /// more.
     pub fn retire(&mut self) {
         if let Working::Active(id) = std::mem::replace(&mut self.working, Working::Retired) {
             // With a loop that is gone, so is what worked there.
             let _ = self.event_loop.remove(id);
         }
+        self.device = None;
     }
 
     fn act(&mut self, action: Action) {
@@ -248,6 +251,8 @@ impl VirtioPci {
             .collect();
         let worker = self
             .device
+            .as_mut()
+            .ok_or(LoopGone)?
             .activate(Activation {
                 memory: self.memory.clone(),
                 queues,
@@ -286,7 +291,9 @@ impl VirtioPci {
         if let Working::Active(id) = self.working {
             self.working = match self.event_loop.remove(id) {
                 Ok(worker) => {
-                    self.device.reset(worker);
+                    if let Some(device) = &mut self.device {
+                        device.reset(worker);
+                    }
                     Working::Idle
                 }
                 Err(LoopGone) => Working::Lost,
@@ -366,7 +373,11 @@ impl PciFunction for VirtioPci {
         match offset - offset % PAGE {
             COMMON => self.registers.read(&self.signals, at, data),
             ISR if at == 0 && !data.is_empty() => data[0] = self.signals.take_isr(),
-            DEVICE => self.device.read_config(at as u64, data),
+            DEVICE => {
+                if let Some(device) = &self.device {
+                    device.read_config(at as u64, data);
+                }
+            }
             TABLE => self.msix.read_table(at, data),
             PENDING => self.msix.read_pending(at, data),
             _ => {}
@@ -387,7 +398,11 @@ impl PciFunction for VirtioPci {
                     self.act(action);
                 }
             }
-            DEVICE => self.device.write_config(at as u64, data),
+            DEVICE => {
+                if let Some(device) = &mut self.device {
+                    device.write_config(at as u64, data);
+                }
+            }
             NOTIFY => {
                 if let Some(notify) = self.notifies.get(at / NOTIFY_MULTIPLIER as usize) {
                     let _ = notify.write(1);
@@ -435,7 +450,9 @@ impl PciFunction for VirtioPci {
         }
         // One that has failed waits for its reset.
         if ready && !virtio.signals.needs_reset {
-            self.device.restored();
+            if let Some(device) = &mut self.device {
+                device.restored();
+            }
             self.activate(Begin::Again)?;
             self.wake_both_sides().map_err(StateError::Vector)?;
         }

@@ -508,6 +508,11 @@ fn a_retired_device_does_not_start_again() {
     }
     assert!(driver.function.control(Box::new(1_u32)).is_err());
     assert!(told.lock().unwrap().is_empty());
+    // Both halves are gone though the function is still here.
+    assert_eq!(Arc::strong_count(&told), 1);
+    let mut config = [1; 4];
+    driver.function.read_bar(0, 0x2000, &mut config);
+    assert_eq!(config, [0; 4]);
 }
 
 /// Saves a paused device and has another one go on with its driver.
