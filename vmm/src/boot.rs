@@ -152,7 +152,7 @@ fn boot(
     board.devices.add_memory(region, When::AtBoot)?;
     board.add_vsock(spec, descriptors)?;
     board.add_rest(spec, descriptors, When::AtBoot)?;
-    board.devices.provide_for_later();
+    board.devices.provide_for_later(0)?;
 
     // Processors.
     let vcpus = vcpu::create_all(&vm, spec.vcpus.max, Begin::Entry(kernel.entry))?;
@@ -187,9 +187,9 @@ fn restore(
     board.add_vsock(spec, descriptors)?;
     board.bus.restore(&state.bus)?;
     let region = layout::pluggable_range(ram, pluggable);
-    board.devices.add_memory(region, When::Later)?;
-    board.devices.provide_for_later();
-    board.add_rest(spec, descriptors, When::Later)?;
+    board.devices.add_memory(region, When::AtRestore)?;
+    board.devices.provide_for_later(spec.filesystems.len())?;
+    board.add_rest(spec, descriptors, When::AtRestore)?;
 
     let console = Arc::clone(&board.console);
     let legacy = Legacy::restored(console, Arc::clone(&board.exit), &state.serial);

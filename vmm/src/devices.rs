@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use husk_virtio::block::{Block, DiskError, Engine, Spares};
 use husk_virtio::console::Console;
 use husk_virtio::event_loop::{LoopGone, LoopHandle};
-use husk_virtio::fs::{self, BackEndError, Fs};
+use husk_virtio::fs::{self, BackEndError, Fs, Shadow};
 use husk_virtio::mem::{Mem, Resize};
 use husk_virtio::net::Net;
 use husk_virtio::pci::{Reporter, VirtioPci};
@@ -26,15 +26,18 @@ use crate::kvm::memory::is_shared;
 use crate::packet::Descriptors;
 use crate::pci::{BusError, PciBus};
 
+/// File systems that can be added to a restored guest while it runs.
+const SHADOWS_FOR_LATER: usize = 1;
+
 /// A device that could not be added or removed, or a message it did not get.
 #[derive(Debug, thiserror::Error)]
 pub enum PlugError {
     /// The specification is wrong.
     #[error(transparent)]
     Spec(#[from] SpecError),
-    /// A file server cannot reach what this guest writes.
-    #[error("file system {0:?}: the memory of a restored guest cannot be shared with its server")]
-    MemoryNotShared(DeviceId),
+    /// There were as many before as could be provided for.
+    #[error("file system {0:?}: too many were added to a restored guest")]
+    NoShadow(DeviceId),
     /// The name is taken.
     #[error("device {0:?} exists already")]
     Exists(DeviceId),
@@ -92,7 +95,16 @@ pub struct Devices {
     plugged: Vec<Plugged>,
     vsock: Option<Arc<Mutex<VirtioPci>>>,
     pluggable_memory: Option<Arc<Mutex<VirtioPci>>>,
+    provided: Provided,
+}
+
+/// What was made for devices that come later, when no thread can make it.
+#[derive(Default)]
+struct Provided {
+    /// For disks.
     rings: Spares,
+    /// For file systems, where guest memory is private. Each is used once.
+    shadows: Vec<Shadow>,
 }
 
 /// A device that can be unplugged.
@@ -107,6 +119,8 @@ struct Plugged {
 pub enum When {
     /// The guest does not run yet: we assign its addresses.
     AtBoot,
+    /// The guest does not go on yet: it will look for it and assign its addresses.
+    AtRestore,
     /// The guest will look for it and assign its addresses.
     Later,
 }
@@ -133,14 +147,29 @@ impl Devices {
             plugged: Vec::new(),
             vsock: None,
             pluggable_memory: None,
-            rings: Spares::default(),
+            provided: Provided::default(),
         }
     }
 
-    /// Makes what later disks need and what no thread can make once it is
-    /// confined: a ring for each slot of the bus that is free.
-    pub fn provide_for_later(&mut self) {
-        self.rings = Spares::new(self.bus.free_slots());
+    /// Makes what later devices need and what no thread can make once it is
+    /// confined: a ring for each slot of the bus that is free, and where guest
+    /// memory is private, shadows for `file_systems` and one more.
+    ///
+    /// # Errors
+    /// The host refuses something.
+    pub fn provide_for_later(&mut self, file_systems: usize) -> Result<(), PlugError> {
+        self.provided.rings = Spares::new(self.bus.free_slots());
+        if !is_shared(&self.memory.memory()) {
+            let shadows = (0..file_systems + SHADOWS_FOR_LATER).map(|_| Shadow::new());
+            self.provided.shadows =
+                shadows
+                    .collect::<Result<_, _>>()
+                    .map_err(|source| PlugError::Host {
+                        name: "memory for file systems".into(),
+                        source,
+                    })?;
+        }
+        Ok(())
     }
 
     /// Adds what every machine has: the console, if its output goes anywhere, and
@@ -215,10 +244,8 @@ impl Devices {
         if self.plugged.iter().any(|plugged| plugged.id == id) {
             return Err(PlugError::Exists(id.to_owned()));
         }
-        if matches!(spec, DeviceSpec::Fs(_)) && !is_shared(&self.memory.memory()) {
-            return Err(PlugError::MemoryNotShared(id.to_owned()));
-        }
-        let device = make(spec, descriptors, when, &self.rings)?;
+        let is_shared = is_shared(&self.memory.memory());
+        let device = make(spec, descriptors, when, is_shared, &mut self.provided)?;
         let (function, slot) = self.put_on_bus(id, device, when)?;
         self.plugged.push(Plugged {
             id: id.to_owned(),
@@ -306,7 +333,7 @@ impl Devices {
         let function = Arc::new(Mutex::new(function));
         let slot = match when {
             When::AtBoot => self.bus.add_at_boot(function.clone())?,
-            When::Later => self.bus.plug(function.clone())?,
+            When::AtRestore | When::Later => self.bus.plug(function.clone())?,
         };
         Ok((function, slot))
     }
@@ -342,7 +369,8 @@ fn make(
     spec: &DeviceSpec,
     descriptors: &mut Descriptors,
     when: When,
-    rings: &Spares,
+    memory_is_shared: bool,
+    provided: &mut Provided,
 ) -> Result<Box<dyn VirtioDevice>, PlugError> {
     let failed = |source| PlugError::Host {
         name: spec.id().to_owned(),
@@ -353,7 +381,7 @@ fn make(
             let file = descriptors.take(block.file).map_err(failed)?;
             let engine = match when {
                 When::AtBoot => Engine::new(),
-                When::Later => rings.take(),
+                When::AtRestore | When::Later => provided.rings.take(),
             };
             let disk = Block::new(file.into(), block.read_only, &block.serial, engine);
             Ok(Box::new(disk.map_err(|source| PlugError::Disk {
@@ -368,7 +396,7 @@ fn make(
         DeviceSpec::Fs(spec) => {
             let socket = descriptors.take(spec.socket).map_err(failed)?;
             let patience = match when {
-                When::AtBoot => fs::START_PATIENCE,
+                When::AtBoot | When::AtRestore => fs::START_PATIENCE,
                 When::Later => fs::PATIENCE,
             };
             let device = Fs::new(socket, &spec.tag, patience);
@@ -376,7 +404,12 @@ fn make(
                 id: spec.id.clone(),
                 source,
             })?;
-            Ok(Box::new(device))
+            if memory_is_shared {
+                return Ok(Box::new(device));
+            }
+            let shadow = provided.shadows.pop();
+            let shadow = shadow.ok_or_else(|| PlugError::NoShadow(spec.id.clone()))?;
+            Ok(Box::new(device.through(shadow)))
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::saved::Saved;
 const UID: u32 = 64_123;
 const GID: u32 = 64_124;
 
-fn skip_unless_root() -> bool {
+pub fn skip_unless_root() -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
         println!("skipped: only root can start a jailed VMM");
@@ -25,13 +25,13 @@ fn skip_unless_root() -> bool {
     !root || skip()
 }
 
-struct Jailed {
+pub struct Jailed {
     child: Child,
     shim: OwnedFd,
 }
 
 impl Jailed {
-    fn spawn() -> Self {
+    pub fn spawn() -> Self {
         let (shim, vmm) = socket_pair();
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk-vmm"));
         command
@@ -49,17 +49,17 @@ impl Jailed {
         Self { child, shim }
     }
 
-    fn start(&self, request: &Request0) -> Message {
+    pub fn start(&self, request: &Request0) -> Message {
         let bytes = serde_json::to_vec(&request.spec).unwrap();
         send(&self.shim, &bytes, &request.descriptors);
         receive(&self.shim).expect("the VMM hung up")
     }
 
-    fn request(&self, request: &Request) -> Message {
+    pub fn request(&self, request: &Request) -> Message {
         self.request_with(request, &[])
     }
 
-    fn request_with(&self, request: &Request, descriptors: &[OwnedFd]) -> Message {
+    pub fn request_with(&self, request: &Request, descriptors: &[OwnedFd]) -> Message {
         let bytes = serde_json::to_vec(request).unwrap();
         send(&self.shim, &bytes, descriptors);
         receive(&self.shim).expect("the VMM hung up")

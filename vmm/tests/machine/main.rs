@@ -9,6 +9,7 @@
 mod attack;
 mod devices;
 mod driver;
+mod files;
 mod harness;
 mod hostile;
 mod hotplug;

@@ -12,6 +12,8 @@ use proptest::prelude::*;
 use crate::VirtioDevice;
 use crate::block::{Block, Engine};
 use crate::console::Console;
+use crate::fs::tests::server;
+use crate::fs::{self, Fs, Shadow};
 use crate::mem::Mem;
 use crate::pci::PciFunction;
 use crate::rng::Rng;
@@ -190,6 +192,17 @@ proptest! {
         let mut driver = run(Mem::new(HIGH..HIGH + MEMORY_BYTES), acts);
         driver.write(NEAR.start, &[0; 24]);
         serves(&mut driver, 0, &[Buffer::readable(NEAR.start, 24), Buffer::writable(NEAR.start + 24, 10)]);
+    }
+
+    #[test]
+    fn fs(acts in prop::collection::vec(any_act(), 1..300)) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (_server, _thread) = server::start(theirs, server::FEATURES);
+        let device = Fs::new(ours.into(), "x", fs::PATIENCE).unwrap();
+        let mut driver = run(device.through(Shadow::new().unwrap()), acts);
+        driver.write(NEAR.start, b"fuse");
+        serves(&mut driver, 1, &[Buffer::readable(NEAR.start, 4), Buffer::writable(NEAR.start + 4, 4)]);
+        prop_assert_eq!(driver.read(NEAR.start, 8), b"fuseesuf");
     }
 
     #[test]

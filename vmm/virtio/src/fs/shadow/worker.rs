@@ -142,7 +142,9 @@ impl Worker for ShadowWorker {
         if std::mem::take(&mut self.serving) {
             let stopped = self.back_end.stop(&mut self.shadow.served);
             // If it fails the connection is cut, which is all that can be done.
-            if stopped.is_ok() && self.finish().is_err() {
+            if stopped.is_ok()
+                && let Err(DeviceError::BackEnd(_)) = self.finish()
+            {
                 self.back_end.fail();
             }
         }

@@ -1,3 +1,4 @@
+mod files;
 pub(crate) mod server;
 mod shadow;
 
