@@ -1,5 +1,7 @@
 //! What a command answers, and the exit codes.
 
+use std::io;
+
 use serde::Serialize;
 
 use crate::text;
@@ -50,10 +52,27 @@ impl Answer {
         Ok(Self::done(text))
     }
 
+    /// Of a command that has written to standard output as it went on: whoever
+    /// read that may have seen enough.
+    ///
+    /// # Errors
+    /// What the command says, but for that.
+    pub fn streamed(result: anyhow::Result<()>) -> anyhow::Result<Self> {
+        match result {
+            Err(error) if !is_broken_pipe(&error) => Err(error),
+            _ => Ok(Self::done(String::new())),
+        }
+    }
+
     /// The same with another exit code.
     pub fn with_code(self, code: u8) -> Self {
         Self { code, ..self }
     }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<io::Error>();
+    error.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// The exit code of an error.

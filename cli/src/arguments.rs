@@ -48,6 +48,18 @@ pub enum Command {
     },
     /// Show what the shim, the guest's kernel and the agent of a pod logged, also of one that is gone
     Logs(LogArguments),
+    /// Tell what happens to the pods on this node, line by line, until it is interrupted
+    ///
+    /// First it tells which pods are there. With --json, each line is an object.
+    Events {
+        /// Only of this pod: its id or the beginning of it, or NAMESPACE/NAME in Kubernetes
+        pod: Option<String>,
+    },
+    /// Show what the pods on this node use of it, again and again until it is interrupted
+    ///
+    /// Processors, memory, disks, and how often guests are left for the node's work
+    /// (where debugfs is mounted). With --json, each line is an object.
+    Top(TopArguments),
     /// Print metrics of the pods in the text format of Prometheus
     Metrics {
         /// Replace FILE instead, for node-exporter's textfile collector
@@ -93,6 +105,18 @@ pub enum Command {
     Check,
     /// Show the configuration in effect, and where each value was said
     Config(ConfigArguments),
+}
+
+/// How often.
+#[derive(Debug, Args)]
+pub struct TopArguments {
+    /// Seconds from one look to the next
+    #[arg(long, short, value_name = "SECONDS", default_value_t = 2)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub interval: u32,
+    /// End after so many looks
+    #[arg(long, short = 'n', value_name = "COUNT")]
+    pub count: Option<u64>,
 }
 
 /// Which logs.

@@ -9,6 +9,7 @@ mod answer;
 mod arguments;
 mod check;
 mod config;
+mod events;
 mod inspect;
 mod install;
 mod logs;
@@ -20,6 +21,7 @@ mod ps;
 mod support;
 mod text;
 mod timeline;
+mod top;
 
 use answer::Answer;
 use arguments::{Arguments, Command};
@@ -61,6 +63,8 @@ fn run(arguments: Arguments) -> anyhow::Result<Answer> {
         Command::Completions { shell } => manual::completions(shell),
         Command::Man { dir } => manual::pages(&dir),
         Command::Logs(asked) => logs::run(&asked, json),
+        Command::Events { pod } => events::run(pod.as_deref(), json),
+        Command::Top(asked) => top::run(&asked, json),
         Command::Metrics { output } => metrics::run(output.as_deref()),
         Command::SupportBundle { output, no_logs } => support::run(output, !no_logs),
         Command::Check => check::run(json),

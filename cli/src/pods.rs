@@ -113,6 +113,18 @@ impl Pod {
         more
     }
 
+    /// `text` is its id or the beginning of it, or its name.
+    pub fn answers_to(&self, text: &str) -> bool {
+        self.is(text) || (!text.is_empty() && self.id.starts_with(text))
+    }
+
+    /// `text` is its whole id, or its name.
+    fn is(&self, text: &str) -> bool {
+        self.id == text
+            || self.name.as_deref() == Some(text)
+            || text.split_once('/') == Some((&self.namespace, &self.id))
+    }
+
     /// What it is called to whoever looks for it.
     pub fn title(&self) -> String {
         self.name
@@ -146,6 +158,17 @@ pub fn state_dir() -> anyhow::Result<PathBuf> {
 /// # Errors
 /// The directory is not for this user.
 pub fn all(state_dir: &Path) -> anyhow::Result<Vec<Pod>> {
+    all_named(state_dir, |_, state| name_of(state))
+}
+
+/// The same, with the names that `name` has for directories and states.
+///
+/// # Errors
+/// The directory is not for this user.
+pub fn all_named(
+    state_dir: &Path,
+    name: impl Fn(&Path, &State) -> Option<String>,
+) -> anyhow::Result<Vec<Pod>> {
     let mut pods = Vec::new();
     for namespace in directories(state_dir)? {
         for dir in directories(&namespace.path())? {
@@ -156,7 +179,7 @@ pub fn all(state_dir: &Path) -> anyhow::Result<Vec<Pod>> {
             pods.push(Pod {
                 namespace: namespace.file_name().to_string_lossy().into_owned(),
                 id: dir.file_name().to_string_lossy().into_owned(),
-                name: state.shim.and_then(name_by),
+                name: name(&dir.path(), &state),
                 dir: dir.path(),
                 status: Status::of(&state),
                 state,
@@ -173,15 +196,9 @@ pub fn all(state_dir: &Path) -> anyhow::Result<Vec<Pod>> {
 /// There is none, or several.
 pub fn find(state_dir: &Path, text: &str) -> anyhow::Result<Pod> {
     let pods = all(state_dir)?;
-    let is_whole = |pod: &&Pod| {
-        pod.id == text
-            || pod.name.as_deref() == Some(text)
-            || text.split_once('/') == Some((&pod.namespace, &pod.id))
-    };
-    let begins = |pod: &&Pod| !text.is_empty() && pod.id.starts_with(text);
-    let mut found: Vec<&Pod> = pods.iter().filter(is_whole).collect();
+    let mut found: Vec<&Pod> = pods.iter().filter(|pod| pod.is(text)).collect();
     if found.is_empty() {
-        found = pods.iter().filter(begins).collect();
+        found = pods.iter().filter(|pod| pod.answers_to(text)).collect();
     }
     match found[..] {
         [pod] => Ok(pod.clone()),
@@ -226,6 +243,11 @@ fn directories(dir: &Path) -> anyhow::Result<Vec<DirEntry>> {
 struct Annotated {
     #[serde(default)]
     annotations: BTreeMap<String, String>,
+}
+
+/// The name in Kubernetes of the pod with this state.
+pub fn name_of(state: &State) -> Option<String> {
+    state.shim.and_then(name_by)
 }
 
 /// The name in Kubernetes of the pod whose shim this is: it works in the pod's

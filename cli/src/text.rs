@@ -1,7 +1,7 @@
 //! Text for terminals. Names come from tenants, versions from guests: nothing
 //! of that may move a cursor or turn a line around.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Longest text shown of somebody else's, characters.
 const LONGEST: usize = 256;
@@ -100,6 +100,29 @@ pub fn age(time: Duration) -> String {
     }
 }
 
+/// A moment in UTC, as RFC 3339 has it.
+pub fn utc(time: SystemTime) -> String {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (days, seconds) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
+    // Years begin with March here, so that a leap day is a year's last, and
+    // March 1 of the year 0 was 719468 days before 1970.
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * from_march + 2) / 5 + 1;
+    let month = (from_march + 2) % 12 + 1;
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+    format!(
+        "{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{:02}.{:03}Z",
+        seconds % 60,
+        since.subsec_millis()
+    )
+}
+
 /// Memory.
 pub fn mib(kib: u64) -> String {
     format!("{}.{} MiB", kib / 1024, kib % 1024 * 10 / 1024)
@@ -135,5 +158,16 @@ mod tests {
         assert_eq!(mib(1023), "0.9 MiB");
         assert_eq!(age(Duration::from_secs(119)), "119 s");
         assert_eq!(age(Duration::from_secs(3 * 86_400)), "3 d");
+        // As `date --utc --date=@SECONDS` has them.
+        for (seconds, shown) in [
+            (0, "1970-01-01T00:00:00.007Z"),
+            (951_782_400, "2000-02-29T00:00:00.007Z"),
+            (1_709_251_199, "2024-02-29T23:59:59.007Z"),
+            (1_735_689_599, "2024-12-31T23:59:59.007Z"),
+            (4_107_542_400, "2100-03-01T00:00:00.007Z"),
+        ] {
+            let time = UNIX_EPOCH + Duration::from_millis(seconds * 1000 + 7);
+            assert_eq!(utc(time), shown);
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::{Bench, Case, Skip, husk_case};
@@ -21,6 +22,8 @@ pub const CASES: &[Case] = &[
     husk_case("cli/install", 30, install),
     husk_case("cli/logs", 30, logs),
     husk_case("cli/metrics-and-bundle", 40, metrics_and_bundle),
+    husk_case("cli/events", 40, events),
+    husk_case("cli/top", 40, top),
 ];
 
 const PROGRAM: &str = "/usr/bin/husk";
@@ -321,5 +324,73 @@ fn metrics_and_bundle(bench: &Bench) -> Result<()> {
         names.iter().any(|name| name.ends_with(&wanted)),
         "{names:?}"
     );
+    bench.ctr.remove(&id)
+}
+
+/// What is told of a pod that comes and goes, in this order.
+const LIFE: [&str; 5] = [
+    "added",
+    "running",
+    "container-created",
+    "container-started",
+    "removed",
+];
+
+fn events(bench: &Bench) -> Result<()> {
+    let id = bench.id();
+    if !fs::exists(PROGRAM)? {
+        bail!(Skip(format!("no {PROGRAM}")));
+    }
+    let mut command = Command::new(PROGRAM);
+    let mut following = process::start(command.args(["--json", "events"]))?;
+    bench.ctr.run_detached(&[], &id, &["sleep", "1000"])?.ok()?;
+    following.await_output("\"event\":\"container-started\"", bench.seconds(10))?;
+    bench.ctr.remove(&id)?;
+    following.await_output("\"event\":\"removed\"", bench.seconds(10))?;
+    following.signal(Signal::SIGTERM)?;
+    let told = following.finish(bench.seconds(10))?;
+    let mut words = Vec::new();
+    for line in told.out().lines() {
+        let event: Value = serde_json::from_str(line).with_context(|| told.tail())?;
+        if event["id"] == id.as_str() {
+            words.push(event["event"].as_str().unwrap_or_default().to_owned());
+        }
+    }
+    // The end of the machine may be seen before nothing is left of the pod.
+    words.retain(|word| LIFE.contains(&word.as_str()));
+    ensure!(words == LIFE, "{words:?}: {}", told.tail());
+    Ok(())
+}
+
+fn top(bench: &Bench) -> Result<()> {
+    let id = bench.id();
+    let script = ["sh", "-c", "while :; do :; done"];
+    bench.ctr.run_detached(&[], &id, &script)?.ok()?;
+    let seen = json(bench, &["top", "--interval", "2", "--count", "1"])?;
+    let pods = seen["pods"].as_array().context("no pods")?;
+    let pod = pods.iter().find(|pod| pod["id"] == id.as_str());
+    let pod = pod.with_context(|| format!("no {id}: {seen}"))?;
+    // It has one processor, and other work is done beside it.
+    ensure!(
+        pod["cpu_percent"]
+            .as_f64()
+            .is_some_and(|cpu| (10.0..150.0).contains(&cpu)),
+        "{pod}"
+    );
+    for key in [
+        "used_kib",
+        "read_bytes_per_second",
+        "written_bytes_per_second",
+    ] {
+        ensure!(
+            pod[key].as_f64().is_some_and(|value| value >= 0.0),
+            "{key}: {pod}"
+        );
+    }
+    if fs::exists("/sys/kernel/debug/kvm")? {
+        ensure!(pod["exits_per_second"].as_f64() > Some(0.0), "{pod}");
+    }
+    let shown = husk(bench, &["top", "-i", "1", "-n", "1"])?.ok()?;
+    ensure!(shown.out().contains("  pods: "), "{}", shown.tail());
     bench.ctr.remove(&id)
 }

@@ -4,57 +4,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
-/// A node's configuration and state directory of its own.
-struct Node(tempfile::TempDir);
+mod node;
+mod streams;
 
-impl Node {
-    fn new() -> Self {
-        let node = Self(tempfile::tempdir().unwrap());
-        let state = node.path().join("state");
-        node.configure(&format!("state_dir = '{}'\n", state.display()));
-        node
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-
-    fn configure(&self, text: &str) {
-        fs::write(self.path().join("config.toml"), text).unwrap();
-    }
-
-    fn husk(&self, words: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_husk"));
-        command
-            .args(words)
-            .env("HUSK_CONFIG", self.path().join("config.toml"));
-        command.output().unwrap()
-    }
-
-    fn pod(&self, id: &str, state: &str) {
-        let dir = self.path().join("state/k8s.io").join(id);
-        fs::create_dir_all(&dir).unwrap();
-        fs::write(dir.join("state.json"), state).unwrap();
-    }
-}
-
-fn out(output: &Output) -> &str {
-    std::str::from_utf8(&output.stdout).unwrap()
-}
-
-fn json(output: &Output) -> serde_json::Value {
-    serde_json::from_str(out(output)).unwrap()
-}
-
-#[track_caller]
-fn expect(output: &Output, code: i32, complaint: &str) {
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{error}");
-    assert!(error.contains(complaint), "{error:?} lacks {complaint:?}");
-    assert_eq!(error.is_empty(), complaint.is_empty(), "{error}");
-}
+use node::{Node, expect, json, out};
 
 #[test]
 fn exit_codes_are_as_documented() {
