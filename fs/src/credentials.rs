@@ -38,9 +38,9 @@ pub struct Credentials {
 }
 
 impl Credentials {
-    /// Prepares the calling thread, which must be root with [`CAPABILITIES`]
-    /// and `CAP_SETPCAP`, share its umask with no other thread, and make every
-    /// later call on the value.
+    /// Prepares the calling thread, which must have [`CAPABILITIES`] and
+    /// `CAP_SETPCAP`, share its umask with no other thread, and make every later
+    /// call on the value.
     pub fn prepare() -> Result<Self, Errno> {
         let bits = rustix::thread::capabilities_secure_bits()?;
         rustix::thread::set_capabilities_secure_bits(
@@ -49,8 +49,9 @@ impl Credentials {
         rustix::thread::set_thread_groups(&[])?;
         rustix::process::umask(Mode::empty());
         let mut credentials = Self {
-            uid: 0,
-            gid: 0,
+            // Acts for nobody yet: the process's own user is none of the guest's.
+            uid: NO_ID,
+            gid: NO_ID,
             keep_set_id: false,
             umask: 0,
         };

@@ -1,20 +1,25 @@
 //! What the process gives up before it listens to the VMM.
 //!
 //! Afterwards it sees the served tree and nothing else of the host, cannot
-//! name a socket or a key, and holds only a file server's capabilities. Mounts
-//! that the shim adds below the tree still appear. The shim starts it in a PID
-//! namespace of its own, so it can name no other process either.
+//! name a socket or a key, is a user of its own and holds only a file server's
+//! capabilities. Mounts that the shim adds below the tree still appear. The shim
+//! starts it in a PID namespace of its own, so it can name no other process
+//! either.
 
 use std::collections::BTreeSet;
 use std::error::Error;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
 
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset,
+    RulesetAttr, RulesetCreatedAttr, RulesetError, Scope,
+};
 use rustix::fs::{Dir, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
-use rustix::thread::{CapabilitySet, UnshareFlags};
+use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, Gid, Uid, UnshareFlags};
 
 use crate::credentials::CAPABILITIES;
 use crate::server::Resources;
@@ -36,6 +41,18 @@ const TREE: MountFlags = MountFlags::RDONLY
     .union(MountFlags::NODEV)
     .union(MountFlags::NOSUID)
     .union(MountFlags::NOEXEC);
+
+/// The newest Landlock that is asked for; what a node's lacks is left out.
+const LANDLOCK: ABI = ABI::V6;
+
+/// Who the process is, however it acts on files. Not root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct User {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
 
 /// The step that failed.
 #[derive(Debug, thiserror::Error)]
@@ -117,7 +134,7 @@ pub fn enter(source: &Path) -> Result<Resources, JailError> {
         top,
         proc_self_fd,
         mountinfo: Some(mountinfo),
-        reference_budget: limit_descriptors()?,
+        reference_budget: limit_resources()?,
     })
 }
 
@@ -145,14 +162,22 @@ fn forbid_core_dumps() -> Result<(), JailError> {
     }
 }
 
-/// Sets the number of descriptors, and returns how many references to hold.
-fn limit_descriptors() -> Result<usize, JailError> {
+/// Limits what the process uses, and returns how many references to hold. The size
+/// of files stays without a limit: they are the guest's.
+fn limit_resources() -> Result<usize, JailError> {
     let inherited = rustix::process::getrlimit(Resource::Nofile).maximum;
     let files = inherited.unwrap_or(u64::MAX).min(DESCRIPTORS);
-    step(
-        "limit open files",
-        rustix::process::setrlimit(Resource::Nofile, exactly(files)),
-    )?;
+    for (resource, most) in [
+        (Resource::Nofile, files),
+        // This thread. Its user, which is yet to come, has no other process.
+        (Resource::Nproc, 1),
+        (Resource::Memlock, 0),
+    ] {
+        step(
+            "limit resources",
+            rustix::process::setrlimit(resource, exactly(most)),
+        )?;
+    }
     // The rest is for the guest's open files.
     Ok(usize::try_from((files / 2).min(REFERENCES)).unwrap_or(usize::MAX))
 }
@@ -208,9 +233,9 @@ pub fn check_descriptors(
 }
 
 /// Takes the way back: what is not a file server's capability leaves the
-/// bounding set, and no program gains any. Call before
+/// bounding set, no program gains any, root's user is `user`'s. Call before
 /// [`crate::server::Server::new`], which drops the rest.
-pub fn lock() -> Result<(), JailError> {
+pub fn lock(user: User) -> Result<(), JailError> {
     for bit in 0..64 {
         let capability = CapabilitySet::from_bits_retain(1 << bit);
         if CAPABILITIES.contains(capability) {
@@ -227,9 +252,44 @@ pub fn lock() -> Result<(), JailError> {
         "forbid new privileges",
         rustix::thread::set_no_new_privs(true),
     )?;
-    // Until it first acts for another user than root, see `forbid_core_dumps`.
+    step("change the user", change(user))?;
+    // Until it first acts for another user, see `forbid_core_dumps`.
     step(
         "forbid tracing",
         rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable),
     )
+}
+
+/// Makes the process `user`'s, with the capabilities that it has. The way back is
+/// closed by the system call filter, which knows `setfsuid` alone.
+fn change(User { uid, gid }: User) -> Result<(), Errno> {
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    let bits = rustix::thread::capabilities_secure_bits()?;
+    rustix::thread::set_capabilities_secure_bits(bits | CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
+    rustix::thread::set_thread_groups(&[])?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
+}
+
+/// The second line, behind mount namespace and system call filter: whatever has a
+/// name is opened and changed below `top` alone, what is mounted there later
+/// included. Landlock says nothing of attributes, of references (`O_PATH`), and of
+/// what is open already. Needs `no_new_privs`.
+pub fn rule_out(top: BorrowedFd<'_>) -> Result<(), RulesetError> {
+    let handled = AccessFs::from_all(LANDLOCK);
+    // Nothing is executed, and no device is opened.
+    let unused = AccessFs::Execute | AccessFs::IoctlDev;
+    let allowed: BitFlags<AccessFs> = handled & !unused;
+    Ruleset::default()
+        // The first Landlock lets nobody move a file to another directory.
+        .set_compatibility(CompatLevel::SoftRequirement)
+        .handle_access(AccessFs::Refer)?
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(handled)?
+        .handle_access(AccessNet::from_all(LANDLOCK))?
+        .scope(Scope::from_all(LANDLOCK))?
+        .create()?
+        .add_rule(PathBeneath::new(top, allowed))?
+        .restrict_self()
+        .map(drop)
 }

@@ -1,31 +1,35 @@
-//! `husk-fs --socket-fd N --source DIR`: serves DIR, a mount point with shared
-//! propagation, to the front end at the other end of the connected vhost-user
-//! socket N, until that is closed.
+//! `husk-fs --socket-fd N --source DIR --uid N --gid N`: serves DIR, a mount point
+//! with shared propagation, to the front end at the other end of the connected
+//! vhost-user socket, until that is closed. The process is that user's.
 
 use std::error::Error;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use husk_fs::jail::User;
 use husk_fs::server::Server;
 use husk_fs::{jail, seccomp, vhost_user};
 use rustix::io::Errno;
 
-const USAGE: &str = "husk-fs --socket-fd N --source DIR";
+const USAGE: &str = "husk-fs --socket-fd N --source DIR --uid N --gid N";
 
 /// What the command line says.
 struct Arguments {
     socket: OwnedFd,
     source: PathBuf,
+    user: User,
 }
 
 #[derive(Debug, thiserror::Error)]
 enum ArgumentError {
     #[error("usage: {USAGE}")]
     Usage,
+    #[error("{0} must be a number from 1 to 4294967294")]
+    Id(&'static str),
     #[error("{0} is no descriptor passed to this process")]
     Descriptor(RawFd, #[source] Errno),
 }
@@ -48,10 +52,15 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Box<dyn Error>> {
-    let Arguments { socket, source } = parse(std::env::args_os().skip(1))?;
+    let Arguments {
+        socket,
+        source,
+        user,
+    } = parse(std::env::args_os().skip(1))?;
     let resources = jail::enter(&source)?;
     jail::check_descriptors(socket.as_fd(), &resources)?;
-    jail::lock()?;
+    jail::lock(user)?;
+    jail::rule_out(resources.top.as_fd())?;
     let mut server = Server::new(resources)?;
     seccomp::install()?;
     vhost_user::serve(UnixStream::from(socket), &mut server)?;
@@ -62,21 +71,34 @@ fn run() -> Result<(), Box<dyn Error>> {
 fn parse(mut words: impl Iterator<Item = OsString>) -> Result<Arguments, ArgumentError> {
     let mut socket = None;
     let mut source = None;
+    let (mut uid, mut gid) = (None, None);
     while let Some(flag) = words.next() {
         let value = words.next().ok_or(ArgumentError::Usage)?;
         match flag.to_str() {
             Some("--socket-fd") => socket = value.to_str().and_then(|text| text.parse().ok()),
             Some("--source") => source = Some(PathBuf::from(value)),
+            Some("--uid") => uid = Some(id("--uid", &value)?),
+            Some("--gid") => gid = Some(id("--gid", &value)?),
             _ => return Err(ArgumentError::Usage),
         }
     }
-    let (Some(socket), Some(source)) = (socket, source) else {
+    let (Some(socket), Some(source), Some(uid), Some(gid)) = (socket, source, uid, gid) else {
         return Err(ArgumentError::Usage);
     };
     Ok(Arguments {
         socket: take_only(socket)?,
         source,
+        user: User { uid, gid },
     })
+}
+
+fn id(option: &'static str, value: &OsStr) -> Result<u32, ArgumentError> {
+    value
+        .to_str()
+        .and_then(|text| text.parse().ok())
+        // All ones means "unchanged" to the kernel.
+        .filter(|id| (1..u32::MAX).contains(id))
+        .ok_or(ArgumentError::Id(option))
 }
 
 /// Takes an inherited descriptor and closes the others, standard streams apart.

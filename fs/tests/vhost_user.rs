@@ -1,99 +1,24 @@
-//! The real program over vhost-user: requests in descriptor chains, the jail,
-//! and guests that break the rules.
+//! The real program over vhost-user: requests in descriptor chains, and guests
+//! that break the rules. What it holds is in `jail.rs`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod driver;
+mod tree;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use driver::{BASE, Descriptor, Guest, INDIRECT, MEMORY_BYTES, QUEUE_SIZE, SCRATCH, object};
 use husk_fs::abi::{
-    self, CreateIn, EntryOut, InHeader, LinkIn, MkdirIn, Opcode, OpenIn, OpenOut, ReadIn,
-    SetattrIn, SetxattrIn, WriteIn, WriteOut, fattr, fopen,
+    self, CreateIn, EntryOut, InHeader, LinkIn, MkdirIn, Opcode, ReadIn, SetattrIn, SetxattrIn,
+    WriteIn, WriteOut, fattr, fopen,
 };
-use rustix::mount::{MountFlags, MountPropagationFlags};
-use rustix::thread::UnshareFlags;
+use tree::{Tree, lookup, open, tmpfs, walk};
 use vhost::VhostBackend;
 use vm_memory::ByteValued;
-
-/// A shared tree as the shim makes it, in a mount namespace of this test.
-struct Tree {
-    dir: tempfile::TempDir,
-}
-
-impl Tree {
-    /// `web/rootfs` is a mount with a few files, `web/mounts` waits for some.
-    fn new() -> Option<Self> {
-        if !rustix::process::geteuid().is_root() {
-            println!("SKIPPED: not root");
-            return None;
-        }
-        // SAFETY: no other thread shares this one's working directory.
-        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
-        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-        rustix::mount::mount_change("/", private).unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        let tree = Self { dir };
-        tmpfs(&tree.path(""));
-        rustix::mount::mount_change(tree.path(""), MountPropagationFlags::SHARED).unwrap();
-        fs::create_dir_all(tree.path("web/rootfs")).unwrap();
-        fs::create_dir_all(tree.path("web/mounts/0")).unwrap();
-        tmpfs(&tree.path("web/rootfs"));
-        fs::write(tree.path("web/rootfs/hello"), "hello, guest").unwrap();
-        symlink("/etc/passwd", tree.path("web/rootfs/link")).unwrap();
-        Some(tree)
-    }
-
-    fn path(&self, path: &str) -> PathBuf {
-        self.dir.path().join(path)
-    }
-}
-
-impl Drop for Tree {
-    fn drop(&mut self) {
-        // With all that is mounted in it, so that the directory can go.
-        let _ = rustix::mount::unmount(self.dir.path(), rustix::mount::UnmountFlags::DETACH);
-    }
-}
-
-fn tmpfs(at: &Path) {
-    rustix::mount::mount("tmpfs", at, "tmpfs", MountFlags::empty(), c"mode=755").unwrap();
-}
-
-fn lookup(guest: &mut Guest, parent: u64, name: &[u8]) -> Result<EntryOut, i32> {
-    let answer = guest.ask(Opcode::Lookup, parent, &[name, b"\0"])?;
-    Ok(object(&answer))
-}
-
-/// The node at a path below the top.
-fn walk(guest: &mut Guest, path: &str) -> EntryOut {
-    let mut entry = EntryOut {
-        nodeid: abi::ROOT_ID,
-        ..EntryOut::default()
-    };
-    for name in path.split('/') {
-        entry = lookup(guest, entry.nodeid, name.as_bytes()).unwrap();
-    }
-    entry
-}
-
-fn open(guest: &mut Guest, node: u64, flags: i32) -> Result<OpenOut, i32> {
-    let open = OpenIn {
-        flags: flags as u32,
-        open_flags: 0,
-    };
-    Ok(object(&guest.ask(
-        Opcode::Open,
-        node,
-        &[open.as_slice()],
-    )?))
-}
 
 #[test]
 fn files_travel_through_chains() {
@@ -406,87 +331,6 @@ fn races_do_not_lead_out() {
 }
 
 #[test]
-fn the_process_keeps_little() {
-    let Some(tree) = Tree::new() else { return };
-    let mut guest = Guest::start(&tree.path(""));
-    guest.init();
-    let proc = PathBuf::from(format!("/proc/{}", guest.child.id()));
-    let status = fs::read_to_string(proc.join("status")).unwrap();
-    let field = |name: &str| {
-        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
-        line.split_whitespace().nth(1).unwrap().to_owned()
-    };
-    assert_eq!(field("Seccomp:"), "2");
-    assert_eq!(field("NoNewPrivs:"), "1");
-    assert_eq!(field("Threads:"), "1");
-    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP.
-    let capabilities = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 27 | 1u64 << 31;
-    for set in ["CapPrm:", "CapEff:", "CapBnd:"] {
-        assert_eq!(
-            u64::from_str_radix(&field(set), 16).unwrap(),
-            capabilities,
-            "{set}"
-        );
-    }
-    assert_eq!(field("CapInh:"), "0000000000000000");
-    // Neither a file nor a program gets a core dump, and files are bounded.
-    let limits = fs::read_to_string(proc.join("limits")).unwrap();
-    let limit = |name: &str| {
-        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
-        let values = line[name.len()..].split_whitespace();
-        values.take(2).map(str::to_owned).collect::<Vec<_>>()
-    };
-    assert_eq!(limit("Max core file size"), ["1", "1"]);
-    // Nor does a socket get memory in one.
-    let dumped = fs::read_to_string(proc.join("coredump_filter")).unwrap();
-    assert_eq!(dumped.trim(), "00000000");
-    let files = limit("Max open files");
-    assert!(files[0].parse::<u64>().unwrap() <= 1 << 18);
-    assert_eq!(files[0], files[1]);
-    // It sees the tree alone.
-    let mounts = fs::read_to_string(proc.join("mountinfo")).unwrap();
-    let points: Vec<_> = (mounts.lines())
-        .map(|line| line.split(' ').nth(4).unwrap())
-        .collect();
-    assert_eq!(points, ["/", "/web/rootfs"]);
-    for namespace in ["mnt", "net", "ipc", "uts", "cgroup", "pid"] {
-        let theirs = fs::read_link(proc.join("ns").join(namespace)).unwrap();
-        let ours = fs::read_link(Path::new("/proc/self/ns").join(namespace)).unwrap();
-        assert_ne!(theirs, ours);
-    }
-    // Nothing else is open.
-    let listed = [
-        // The tree, and /proc/self/fd, which is a mount of its own.
-        ("/", 2),
-        ("mountinfo", 1),
-        // The front end's socket, and its copy to wait for.
-        ("socket:", 2),
-        // What it sent: a kick and a call for each queue, and guest memory.
-        ("anon_inode:[eventfd]", 4),
-        ("/memfd:guest (deleted)", 1),
-    ];
-    let entries = fs::read_dir(proc.join("fd")).unwrap().map(Result::unwrap);
-    let beyond_streams =
-        entries.filter(|entry| !["0", "1", "2"].map(Into::into).contains(&entry.file_name()));
-    let mut counts = BTreeMap::new();
-    for entry in beyond_streams {
-        let link = fs::read_link(entry.path()).unwrap();
-        let link = link.to_str().unwrap();
-        let kind = match link {
-            _ if link.ends_with("/mountinfo") => "mountinfo",
-            _ if link.starts_with("socket:") => "socket:",
-            _ => link,
-        };
-        *counts.entry(kind.to_owned()).or_insert(0) += 1;
-    }
-    assert_eq!(
-        counts,
-        listed.map(|(kind, count)| (kind.to_owned(), count)).into()
-    );
-    assert!(guest.hang_up().success());
-}
-
-#[test]
 fn broken_chains_cost_the_guest_alone() {
     let Some(tree) = Tree::new() else { return };
     let mut guest = Guest::start(&tree.path(""));
@@ -589,8 +433,25 @@ fn bad_starts_are_told() {
         assert_eq!(output.status.code(), Some(1), "{words:?}");
         String::from_utf8(output.stderr).unwrap()
     };
-    assert!(run(&[]).contains("usage: husk-fs --socket-fd N --source DIR"));
+    assert!(run(&[]).contains("usage: husk-fs --socket-fd N --source DIR --uid N --gid N"));
     assert!(run(&["--socket-fd", "x", "--source", "/"]).contains("usage"));
-    assert!(run(&["--socket-fd", "77", "--source", "/"]).contains("77 is no descriptor"));
-    assert!(run(&["--socket-fd", "1", "--source", "/"]).contains("1 is no descriptor"));
+    assert!(run(&["--socket-fd", "77", "--source", "/"]).contains("usage"));
+    let with = |fd, uid| {
+        run(&[
+            "--socket-fd",
+            fd,
+            "--source",
+            "/",
+            "--uid",
+            uid,
+            "--gid",
+            "7",
+        ])
+    };
+    assert!(with("77", "7").contains("77 is no descriptor"));
+    assert!(with("1", "7").contains("1 is no descriptor"));
+    // Never root's.
+    for uid in ["0", "4294967295", "-1", ""] {
+        assert!(with("77", uid).contains("--uid must be a number from 1"));
+    }
 }

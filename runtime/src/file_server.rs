@@ -24,13 +24,14 @@ pub struct FileServer {
 }
 
 impl FileServer {
-    /// Starts the program on the tree at `source`; the socket is for the VMM.
-    /// What it has to say goes to `complaints`.
+    /// Starts the program under `uid` on the tree at `source`; the socket is for
+    /// the VMM. What it has to say goes to `complaints`.
     ///
     /// # Errors
     /// The program is not there or cannot be executed.
     pub async fn spawn(
         path: &PathBuf,
+        uid: u32,
         source: &Path,
         complaints: OwnedFd,
     ) -> Result<(Self, OwnedFd), VmError> {
@@ -44,6 +45,7 @@ impl FileServer {
         command
             .args(["--socket-fd", "3", "--source"])
             .arg(source)
+            .args(["--uid", &uid.to_string(), "--gid", &uid.to_string()])
             .env_clear()
             .current_dir("/")
             .stdin(Stdio::null())

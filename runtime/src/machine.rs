@@ -94,9 +94,9 @@ impl MachineParts {
         let initramfs = open("initramfs", &config.initramfs, false)?;
         let tree = SharedTree::create(&request.state_dir.shared())?;
 
-        let uid = config.first_uid.wrapping_add(std::process::id());
+        let users = config.users(std::process::id());
         let (vmm, network) = tokio::join!(
-            Vmm::spawn(&config.vmm, uid),
+            Vmm::spawn(&config.vmm, users.vmm),
             attach(request.pod.netns.clone())
         );
         let vmm = vmm?;
@@ -104,7 +104,8 @@ impl MachineParts {
             Err(error) => (Err(error), None),
             Ok(network) => {
                 let complaints = vmm.console_input()?;
-                let spawned = FileServer::spawn(&config.file_server, tree.path(), complaints).await;
+                let (program, uid) = (&config.file_server, users.file_server);
+                let spawned = FileServer::spawn(program, uid, tree.path(), complaints).await;
                 (spawned.map_err(Error::from), network)
             }
         };

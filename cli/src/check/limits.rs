@@ -1,6 +1,6 @@
 //! Limits of the node that many pods reach.
 
-use husk_node::config::Config;
+use husk_node::config::{Config, USERS};
 
 use super::{Finding, Node};
 
@@ -39,11 +39,11 @@ fn inotify_limit(node: &Node, name: &'static str, least: u64) -> Option<Finding>
     Some(Finding::warning(ABOUT, found, advice))
 }
 
-/// Whether somebody else has user ids of those that VMMs run under.
+/// Whether somebody else has user ids of those that VMMs and file servers run under.
 fn uids(node: &Node, config: &Config) -> Finding {
     const ABOUT: &str = "user ids";
     let most = node.number("/proc/sys/kernel/pid_max").unwrap_or(1 << 22);
-    let first = u64::from(config.first_uid);
+    let (first, most) = (u64::from(config.first_uid), most * u64::from(USERS));
     let ours = first..first + most;
     let range = format!("{} to {}", ours.start, ours.end);
     for file in ["/etc/passwd", "/etc/group", "/etc/subuid", "/etc/subgid"] {
@@ -64,7 +64,7 @@ fn uids(node: &Node, config: &Config) -> Finding {
                 let advice = format!(
                     "choose another first_uid, whose {most} ids nobody has, or move {who}'s"
                 );
-                let found = format!("{file} gives {who} some of {range}, which VMMs use");
+                let found = format!("{file} gives {who} some of {range}, which pods use");
                 return Finding::warning(ABOUT, found, advice);
             }
         }
@@ -105,6 +105,8 @@ mod tests {
             ("subuid", "a:0:18446744073709551615\n", Verdict::Warning),
             ("subuid", "", Verdict::Ok),
             ("passwd", "b:x:1000000001:1::/:/bin/sh\n", Verdict::Warning),
+            ("passwd", "b:x:1008388607:1::/:/bin/sh\n", Verdict::Warning),
+            ("passwd", "b:x:1008388608:1::/:/bin/sh\n", Verdict::Ok),
         ] {
             fs::write(dir.path().join("etc").join(file), text).unwrap();
             let finding = uids(&node, &config);

@@ -26,6 +26,10 @@ pub const QUEUE_SIZE: u16 = 128;
 pub const BASE: u64 = 0x1_0000_0000;
 /// Bytes of guest memory.
 pub const MEMORY_BYTES: u64 = 4 << 20;
+/// Who the server is.
+pub const UID: u32 = 64_125;
+/// Its group.
+pub const GID: u32 = 64_126;
 /// Where messages are put together.
 pub const SCRATCH: u64 = BASE + 0x10_0000;
 
@@ -97,6 +101,7 @@ impl Guest {
             .arg(theirs.as_raw_fd().to_string())
             .arg("--source")
             .arg(source)
+            .args(["--uid", &UID.to_string(), "--gid", &GID.to_string()])
             .stdin(Stdio::null());
         let spawn = move || {
             // As the shim does it: the first process of a PID namespace.

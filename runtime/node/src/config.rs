@@ -40,13 +40,25 @@ pub struct Config {
     pub initramfs: PathBuf,
     /// One directory a pod below it, while the pod exists.
     pub state_dir: PathBuf,
-    /// Each VMM runs under a user and group of its own: this number plus the
-    /// process id of its shim.
+    /// Each VMM and each file server runs under a user and group of its own, see
+    /// [`Config::users`].
     pub first_uid: u32,
     /// Longest time from a VM's start to the agent's first answer.
     pub boot_timeout_seconds: u32,
     /// Kernel command line parameters added to our own.
     pub kernel_parameters: String,
+}
+
+/// How many users a pod has.
+pub const USERS: u32 = 2;
+
+/// The users of a pod, no other living pod's. Each has a group of its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Users {
+    /// The VMM's.
+    pub vmm: u32,
+    /// The file server's.
+    pub file_server: u32,
 }
 
 impl Default for Config {
@@ -232,6 +244,16 @@ impl Config {
     /// A file that was asked for is not there, or its content is wrong.
     pub fn load() -> Result<Self, ConfigError> {
         Ok(Sources::of_node().load()?.config)
+    }
+
+    /// Who the processes of the pod are whose shim has this process id: no two
+    /// shims have the same at once.
+    pub fn users(&self, shim: u32) -> Users {
+        let vmm = self.first_uid.wrapping_add(shim.wrapping_mul(USERS));
+        Users {
+            vmm,
+            file_server: vmm.wrapping_add(1),
+        }
     }
 
     /// How long things may take.

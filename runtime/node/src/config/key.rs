@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use super::USERS;
+
 /// One key.
 #[derive(Clone, Copy, Debug)]
 pub struct Key {
@@ -35,8 +37,8 @@ pub enum Kind {
     },
 }
 
-/// The largest process id there can be (`PID_MAX_LIMIT` of linux/threads.h),
-/// which is added to `first_uid`; the last user id but one means nobody.
+/// The largest process id there can be (`PID_MAX_LIMIT` of linux/threads.h);
+/// each may have users. The last user id but one means nobody.
 const LARGEST_PID: u32 = 1 << 22;
 
 /// All of them, in the order in which they are shown.
@@ -71,11 +73,12 @@ pub const KEYS: [Key; 8] = [
         name: "first_uid",
         kind: Kind::Number {
             least: 65_536,
-            most: u32::MAX - 2 - LARGEST_PID,
+            most: u32::MAX - 2 - LARGEST_PID * USERS,
             unit: "user id",
         },
-        meaning: "Each VMM runs under a user and a group of its own: this number plus the process id \
-                  of its shim. Nothing else on the node should use the 4194304 ids from here on.",
+        meaning: "Each VMM runs under a user and a group of its own: this number plus twice the process \
+                  id of its shim; the pod's file server under the next. Nothing else on the node \
+                  should use the 8388608 ids from here on.",
     },
     Key {
         name: "boot_timeout_seconds",

@@ -1,4 +1,5 @@
 use super::*;
+use std::collections::BTreeSet;
 
 fn sources(dir: &Path) -> Sources {
     Sources {
@@ -75,6 +76,30 @@ fn is_as_patient_as_with_the_boot() {
         let patience = config.patience().of(usual);
         assert_eq!(patience.as_secs(), expected);
     }
+}
+
+#[test]
+fn no_two_processes_are_the_same_user() {
+    let config = Config::default();
+    let pids = [1, 2, 3, 32_767, 32_768, 4_194_302, 4_194_303];
+    let users = pids.map(|pid| config.users(pid));
+    let ids: BTreeSet<u32> = (users.iter())
+        .flat_map(|users| [users.vmm, users.file_server])
+        .collect();
+    assert_eq!(ids.len(), 2 * pids.len());
+    // As docs/configuration.md has it.
+    let range = config.first_uid..config.first_uid + 8_388_608;
+    assert!(ids.iter().all(|id| range.contains(id)), "{ids:?}");
+    // However high the first is.
+    let error = file::parse(Path::new("f"), "first_uid = 4286578686");
+    assert!(error.is_err());
+    let most = "first_uid = 4286578685";
+    assert!(file::parse(Path::new("f"), most).is_ok());
+    let config = Config {
+        first_uid: 4_286_578_685,
+        ..config
+    };
+    assert!(config.users(4_194_303).file_server < u32::MAX - 1);
 }
 
 #[test]
