@@ -1,6 +1,7 @@
 //! The command line. Its texts are the help, the manual pages and the
 //! completions.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -61,11 +62,7 @@ pub enum Command {
     /// (where debugfs is mounted). With --json, each line is an object.
     Top(TopArguments),
     /// Print metrics of the pods in the text format of Prometheus
-    Metrics {
-        /// Replace FILE instead, for node-exporter's textfile collector
-        #[arg(long, value_name = "FILE")]
-        output: Option<PathBuf>,
-    },
+    Metrics(MetricsArguments),
     /// Write an archive for a bug report
     ///
     /// Of containerd's configuration, what looks like a secret is left out. The logs
@@ -117,6 +114,19 @@ pub struct TopArguments {
     /// End after so many looks
     #[arg(long, short = 'n', value_name = "COUNT")]
     pub count: Option<u64>,
+}
+
+/// Where metrics go.
+#[derive(Debug, Args)]
+pub struct MetricsArguments {
+    /// Replace FILE instead, for node-exporter's textfile collector
+    #[arg(long, value_name = "FILE", conflicts_with = "listen")]
+    pub output: Option<PathBuf>,
+    /// Serve them at http://ADDRESS:PORT/metrics until interrupted, with histograms of starts
+    ///
+    /// Whoever can reach it learns the names of pods and what they use.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<SocketAddr>,
 }
 
 /// Which logs.

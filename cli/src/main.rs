@@ -65,7 +65,7 @@ fn run(arguments: Arguments) -> anyhow::Result<Answer> {
         Command::Logs(asked) => logs::run(&asked, json),
         Command::Events { pod } => events::run(pod.as_deref(), json),
         Command::Top(asked) => top::run(&asked, json),
-        Command::Metrics { output } => metrics::run(output.as_deref()),
+        Command::Metrics(asked) => metrics::run(&asked),
         Command::SupportBundle { output, no_logs } => support::run(output, !no_logs),
         Command::Check => check::run(json),
         Command::Config(asked) => config::run(&asked, json),

@@ -8,17 +8,25 @@ use std::path::Path;
 use anyhow::Context;
 
 use crate::answer::Answer;
+use crate::arguments::MetricsArguments;
 use crate::memory::Memory;
 use crate::pods::{self, Pod, Status};
 use crate::timeline;
 
-/// Prints them, or replaces a file by them in one step.
+mod listen;
+mod starts;
+
+/// Serves them, prints them, or replaces a file by them in one step.
 ///
 /// # Errors
-/// The pods are not for this user, or the file cannot be written.
-pub fn run(output: Option<&Path>) -> anyhow::Result<Answer> {
+/// The pods are not for this user, or the file cannot be written, or nobody can be
+/// listened to there.
+pub fn run(asked: &MetricsArguments) -> anyhow::Result<Answer> {
+    if let Some(address) = asked.listen {
+        return Answer::streamed(listen::serve(address));
+    }
     let page = page(&pods::with_memory()?)?;
-    let Some(path) = output else {
+    let Some(path) = &asked.output else {
         return Ok(Answer::done(page));
     };
     replace(path, &page).with_context(|| path.display().to_string())?;

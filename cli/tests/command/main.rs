@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+mod listen;
 mod node;
 mod streams;
 

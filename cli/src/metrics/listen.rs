@@ -1,0 +1,126 @@
+//! An endpoint that Prometheus asks. It watches the pods all the time, so that no
+//! start is missed between two questions.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use rustix::event::PollFlags;
+
+use super::page;
+use super::starts::Starts;
+use crate::events::watch::Watch;
+use crate::events::{self, Known};
+use crate::memory::Memory;
+use crate::pods;
+
+/// Most that ask at once; whoever comes then is sent away.
+const AT_ONCE: usize = 16;
+
+/// Largest question, bytes.
+const LONGEST: usize = 8 << 10;
+
+/// How long a question, and then its answer, may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long nobody is let in after that has failed: for want of descriptors, say.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Answers until it is interrupted.
+///
+/// # Errors
+/// The address cannot be listened at, or the pods cannot be watched.
+pub fn serve(address: SocketAddr) -> anyhow::Result<()> {
+    let state_dir = pods::state_dir()?;
+    let listener = TcpListener::bind(address).with_context(|| format!("listen at {address}"))?;
+    listener.set_nonblocking(true)?;
+    let mut watch = Watch::new(state_dir.clone())?;
+    let mut starts = Starts::default();
+    let mut known: Option<Known> = None;
+    let guests = Arc::new(());
+    let mut output = io::stdout().lock();
+    loop {
+        watch.arm()?;
+        let now = events::look(&state_dir, known.as_ref())?;
+        starts.note(known.as_ref(), &now);
+        if known.is_none() {
+            writeln!(output, "http://{}/metrics", listener.local_addr()?)?;
+            output.flush()?;
+        }
+        let ready = watch.wait(now.values(), listener.as_fd(), PollFlags::IN)?;
+        if ready.contains(PollFlags::IN) {
+            match listener.accept() {
+                Ok((guest, _)) if Arc::strong_count(&guests) <= AT_ONCE => {
+                    answer(guest, text(&now, &starts)?, Arc::clone(&guests))?;
+                }
+                // It is closed.
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(_) => thread::sleep(PAUSE),
+            }
+        }
+        known = Some(now);
+    }
+}
+
+fn text(now: &Known, starts: &Starts) -> Result<String, std::fmt::Error> {
+    let pods = now.values().cloned();
+    let pods: Vec<_> = pods
+        .map(|pod| (pod.clone(), Memory::of(&pod.state)))
+        .collect();
+    Ok(page(&pods)? + &starts.page()?)
+}
+
+/// On a thread, since nobody has to read fast.
+fn answer(guest: TcpStream, page: String, one: Arc<()>) -> io::Result<()> {
+    let thread = thread::Builder::new().name("metrics".into());
+    thread.spawn(move || {
+        // A guest that does not ask, or listen, has its own loss.
+        let _ = speak(guest, &page);
+        drop(one);
+    })?;
+    Ok(())
+}
+
+fn speak(mut guest: TcpStream, page: &str) -> io::Result<()> {
+    guest.set_nonblocking(false)?;
+    guest.set_write_timeout(Some(PATIENCE))?;
+    let question = question(&mut guest)?;
+    let (status, body) = match &question.split(' ').collect::<Vec<_>>()[..] {
+        ["GET", path, _] if path.split('?').next() == Some("/metrics") => ("200 OK", page),
+        ["GET", ..] => ("404 Not Found", "There is only /metrics.\n"),
+        _ => ("405 Method Not Allowed", "Only GET is answered.\n"),
+    };
+    // The format's version, by which Prometheus knows it.
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\
+         Content-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    guest.write_all(head.as_bytes())?;
+    guest.write_all(body.as_bytes())
+}
+
+/// The first line of a question, all of which has come.
+fn question(guest: &mut TcpStream) -> io::Result<String> {
+    let began = Instant::now();
+    let mut text = Vec::new();
+    while !text.windows(4).any(|end| end == b"\r\n\r\n") {
+        let left = PATIENCE.saturating_sub(began.elapsed());
+        if left.is_zero() || text.len() >= LONGEST {
+            return Err(ErrorKind::InvalidInput.into());
+        }
+        guest.set_read_timeout(Some(left))?;
+        let mut block = [0; 1024];
+        match guest.read(&mut block)? {
+            0 => return Err(ErrorKind::UnexpectedEof.into()),
+            length => text.extend_from_slice(&block[..length]),
+        }
+    }
+    let text = String::from_utf8_lossy(&text);
+    Ok(text.lines().next().unwrap_or_default().to_owned())
+}
