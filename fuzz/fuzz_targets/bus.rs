@@ -81,6 +81,7 @@ fn disk(id: &str) -> (DeviceSpec, Descriptors) {
         file: Descriptor(0),
         read_only: false,
         serial: id.into(),
+        rate: Default::default(),
     });
     (spec, Descriptors::from(vec![OwnedFd::from(file)]))
 }

@@ -128,6 +128,7 @@ fn plan() -> Result<(Plan, File)> {
                     file: next,
                     read_only,
                     serial: name,
+                    rate: Default::default(),
                 });
             }
             "--vmm" => plan.vmm = Some(value),

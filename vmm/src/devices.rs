@@ -13,10 +13,11 @@ use husk_virtio::fs::{self, BackEndError, Fs, Shadow};
 use husk_virtio::mem::{Mem, Resize};
 use husk_virtio::net::Net;
 use husk_virtio::pci::{Reporter, VirtioPci};
+use husk_virtio::rate::{Limits, Rate, RateError};
 use husk_virtio::rng::Rng;
 use husk_virtio::vsock::{AddHostPorts, RemoveHostPorts, Vsock};
 use husk_virtio::{GuestMemory, VirtioDevice};
-use husk_vmm_spec::{DeviceId, DeviceSpec, HostPort, SpecError, VsockSpec};
+use husk_vmm_spec::{BucketSpec, DeviceId, DeviceSpec, HostPort, RateSpec, SpecError, VsockSpec};
 use vm_memory::GuestAddressSpace;
 
 use crate::console::ConsoleOutput;
@@ -77,6 +78,9 @@ pub enum PlugError {
         #[source]
         source: BackEndError,
     },
+    /// A rate that cannot be.
+    #[error("rate of device")]
+    Rate(#[from] RateError),
     /// No room on the bus.
     #[error(transparent)]
     Bus(#[from] BusError),
@@ -384,14 +388,18 @@ fn make(
                 When::AtRestore | When::Later => provided.rings.take(),
             };
             let disk = Block::new(file.into(), block.read_only, &block.serial, engine);
-            Ok(Box::new(disk.map_err(|source| PlugError::Disk {
+            let mut disk = disk.map_err(|source| PlugError::Disk {
                 id: block.id.clone(),
                 source,
-            })?))
+            })?;
+            disk.limit(limits(block.rate)?).map_err(failed)?;
+            Ok(Box::new(disk))
         }
         DeviceSpec::Net(net) => {
             let tap = descriptors.take(net.tap).map_err(failed)?;
-            Ok(Box::new(Net::new(tap, net.mac.0, net.mtu).map_err(failed)?))
+            let mut interface = Net::new(tap, net.mac.0, net.mtu).map_err(failed)?;
+            interface.limit(limits(net.rate)?).map_err(failed)?;
+            Ok(Box::new(interface))
         }
         DeviceSpec::Fs(spec) => {
             let socket = descriptors.take(spec.socket).map_err(failed)?;
@@ -412,4 +420,16 @@ fn make(
             Ok(Box::new(device.through(shadow)))
         }
     }
+}
+
+fn limits(rate: RateSpec) -> Result<Limits, RateError> {
+    let bucket = |bucket: Option<BucketSpec>| {
+        bucket
+            .map(|bucket| Rate::new(bucket.per_second, bucket.burst))
+            .transpose()
+    };
+    Ok(Limits {
+        bytes: bucket(rate.bytes)?,
+        operations: bucket(rate.operations)?,
+    })
 }

@@ -13,6 +13,9 @@ pub const SERIAL_BYTES: usize = 20;
 /// Longest virtio-fs tag, bytes (virtio 1.2, 5.11.4).
 pub const TAG_BYTES: usize = 36;
 
+/// Most tokens in a bucket, and most that come in a second: 16 TiB.
+pub const TOKENS_MAX: u64 = 1 << 44;
+
 /// Names a device for as long as it exists; chosen by the shim.
 pub type DeviceId = String;
 
@@ -40,6 +43,30 @@ pub struct BlockSpec {
     pub read_only: bool,
     /// What the guest reads as the disk's serial, at most [`SERIAL_BYTES`].
     pub serial: String,
+    /// What may be read from and written to it, both together.
+    #[serde(default)]
+    pub rate: RateSpec,
+}
+
+/// How much a device may move; by default as much as it can.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RateSpec {
+    /// Bytes.
+    pub bytes: Option<BucketSpec>,
+    /// Requests of a disk, frames of an interface.
+    pub operations: Option<BucketSpec>,
+}
+
+/// A bucket of tokens: what moves takes as many as it is large, and waits while
+/// there are none. Both from 1 to [`TOKENS_MAX`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BucketSpec {
+    /// Tokens that come in a second.
+    pub per_second: u64,
+    /// Tokens that it holds, with which it begins.
+    pub burst: u64,
 }
 
 /// A network interface on a tap.
@@ -55,6 +82,9 @@ pub struct NetSpec {
     pub mac: MacAddress,
     /// Largest frame payload the guest may send, bytes.
     pub mtu: u16,
+    /// What it may receive, and what it may send.
+    #[serde(default)]
+    pub rate: RateSpec,
 }
 
 /// A shared file system served by a vhost-user back end.

@@ -14,8 +14,8 @@ mod vm;
 
 pub use control::{ExitReason, Failure, Message, Reply, Request, Timeline, VmStats};
 pub use device::{
-    BlockSpec, DeviceId, DeviceSpec, FsSpec, HostPort, MacAddress, NetSpec, SERIAL_BYTES,
-    TAG_BYTES, VsockSpec,
+    BlockSpec, BucketSpec, DeviceId, DeviceSpec, FsSpec, HostPort, MacAddress, NetSpec, RateSpec,
+    SERIAL_BYTES, TAG_BYTES, TOKENS_MAX, VsockSpec,
 };
 pub use valid::{
     CID_MIN, COMMAND_LINE_BYTES, MEMORY_MAX_MIB, MEMORY_MIN_MIB, ORIGIN_BYTES, PLUGGABLE_UNIT_MIB,

@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use crate::{
-    BootSpec, Descriptor, DeviceSpec, PACKET_DESCRIPTORS, SERIAL_BYTES, SavedSpec, StartSpec,
-    TAG_BYTES, VmSpec,
+    BootSpec, BucketSpec, Descriptor, DeviceSpec, PACKET_DESCRIPTORS, RateSpec, SERIAL_BYTES,
+    SavedSpec, StartSpec, TAG_BYTES, TOKENS_MAX, VmSpec,
 };
 
 /// Least guest memory, MiB: below it the kernel does not reach its init.
@@ -125,6 +125,20 @@ pub enum SpecError {
         id: String,
         /// As asked.
         mtu: u16,
+    },
+    /// A bucket that never fills, or counts more than can be.
+    #[error(
+        "rate.{bucket} of device {id:?} is {per_second} a second with a burst of {burst}; both must be from 1 to {TOKENS_MAX}"
+    )]
+    Rate {
+        /// The device.
+        id: String,
+        /// Which of its buckets.
+        bucket: &'static str,
+        /// As asked.
+        per_second: u64,
+        /// As asked.
+        burst: u64,
     },
     /// One vsock port given twice.
     #[error("vsock host port {0} is given twice")]
@@ -276,6 +290,24 @@ impl DeviceSpec {
             return Err(SpecError::DeviceId(id.to_owned()));
         }
         let id = id.to_owned();
+        let rate = match self {
+            Self::Block(block) => block.rate,
+            Self::Net(net) => net.rate,
+            Self::Fs(_) => RateSpec::default(),
+        };
+        for (bucket, asked) in [("bytes", rate.bytes), ("operations", rate.operations)] {
+            let fits = |tokens| (1..=TOKENS_MAX).contains(&tokens);
+            if let Some(BucketSpec { per_second, burst }) = asked
+                && !(fits(per_second) && fits(burst))
+            {
+                return Err(SpecError::Rate {
+                    id,
+                    bucket,
+                    per_second,
+                    burst,
+                });
+            }
+        }
         match self {
             Self::Block(block) if !is_label(&block.serial, SERIAL_BYTES) => {
                 Err(SpecError::Serial {
@@ -376,12 +408,20 @@ mod tests {
                 file: Descriptor(3),
                 read_only: true,
                 serial: "root".into(),
+                rate: RateSpec {
+                    bytes: None,
+                    operations: Some(BucketSpec {
+                        per_second: 100,
+                        burst: 1,
+                    }),
+                },
             }],
             nets: vec![NetSpec {
                 id: "eth0".into(),
                 tap: Descriptor(4),
                 mac: MacAddress([2, 0, 0, 0, 0, 1]),
                 mtu: 1500,
+                rate: RateSpec::default(),
             }],
             filesystems: vec![FsSpec {
                 id: "shared".into(),
@@ -400,6 +440,14 @@ mod tests {
     fn survives_json() {
         let text = serde_json::to_string(&spec()).unwrap();
         assert_eq!(serde_json::from_str::<VmSpec>(&text).unwrap(), spec());
+    }
+
+    #[test]
+    fn what_says_nothing_of_rates_has_none() {
+        let mut value = serde_json::to_value(spec()).unwrap();
+        value["blocks"][0].as_object_mut().unwrap().remove("rate");
+        let spec = serde_json::from_value::<VmSpec>(value).unwrap();
+        assert_eq!(spec.blocks[0].rate, RateSpec::default());
     }
 
     #[test]
@@ -449,7 +497,7 @@ mod tests {
 
     #[test]
     fn names_what_is_wrong() {
-        let cases: [(Change, &str); 14] = [
+        let cases: [(Change, &str); 16] = [
             (|s| s.memory.boot_mib = 1, "memory.boot_mib is 1"),
             (|s| s.memory.boot_mib = u32::MAX, "memory.boot_mib"),
             (
@@ -485,6 +533,19 @@ mod tests {
                 "unicast",
             ),
             (|s| s.vsock.as_mut().unwrap().cid = 2, "vsock.cid is 2"),
+            (
+                |s| s.blocks[0].rate.operations.as_mut().unwrap().per_second = 0,
+                "rate.operations of device \"root\" is 0 a second",
+            ),
+            (
+                |s| {
+                    s.nets[0].rate.bytes = Some(BucketSpec {
+                        per_second: 1,
+                        burst: u64::MAX,
+                    });
+                },
+                "rate.bytes of device \"eth0\"",
+            ),
         ];
         for (change, expected) in cases {
             let mut spec = spec();

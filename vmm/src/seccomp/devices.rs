@@ -32,6 +32,8 @@ pub(super) const ALLOWED: &[Allowed] = &[
     any(libc::SYS_fdatasync),
     any(libc::SYS_fallocate),
     only(libc::SYS_ioctl, 1, &[BLKDISCARD]),
+    // A limit: wakes when there are tokens again.
+    any(libc::SYS_timerfd_settime),
     // Disks: requests in flight.
     any(libc::SYS_io_uring_enter),
 ];

@@ -27,6 +27,8 @@ pub(super) const ALLOWED: &[Allowed] = &[
     any(libc::SYS_getpid),
     // A plugged device's notifications and interrupt vectors.
     any(libc::SYS_eventfd2),
+    // The timer of a plugged device's limit.
+    only(libc::SYS_timerfd_create, 0, &[libc::CLOCK_MONOTONIC as u64]),
     // An unplugged device's.
     only(libc::SYS_ioctl, 1, &[KVM_IRQFD, KVM_IOEVENTFD]),
     // A plugged disk: what it is and how large.

@@ -243,6 +243,7 @@ pub fn machine(source: &str) -> TestMachine {
         file,
         read_only: false,
         serial: "disk".into(),
+        rate: Default::default(),
     });
     request.spec.vsock = Some(VsockSpec {
         cid: 3,

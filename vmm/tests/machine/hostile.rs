@@ -126,6 +126,7 @@ fn accesses_at_random_harm_only_the_guest() {
             file,
             read_only: false,
             serial: "disk".into(),
+            rate: Default::default(),
         });
         request.spec.vsock = Some(husk_vmm_spec::VsockSpec {
             cid: 3,

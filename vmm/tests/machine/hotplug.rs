@@ -54,6 +54,7 @@ fn add(machine: &TestMachine, id: &str, files: Vec<OwnedFd>) -> Message {
         file: Descriptor(0),
         read_only: false,
         serial: id.into(),
+        rate: Default::default(),
     };
     machine.request(&Request::AddDevice(DeviceSpec::Block(spec)), &files)
 }

@@ -7,9 +7,11 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use husk_vmm_spec::{
-    BlockSpec, CONTROL_FD, Descriptor, DeviceSpec, ExitReason, Message, Reply, Request,
+    BlockSpec, BucketSpec, CONTROL_FD, Descriptor, DeviceSpec, ExitReason, Message, RateSpec,
+    Reply, Request,
 };
 
+use crate::driver::{self, Attack, BUFFER, NEXT, WRITABLE};
 use crate::harness::{Request0, receive, send, skip, socket_pair};
 use crate::payload;
 use crate::saved::Saved;
@@ -206,6 +208,7 @@ fn a_jailed_vmm_takes_disks_that_come_and_go() {
                 file: Descriptor(0),
                 read_only: false,
                 serial: id.clone(),
+                rate: Default::default(),
             };
             let request = Request::AddDevice(DeviceSpec::Block(spec));
             assert_eq!(vmm.request_with(&request, &[file.into()]), done);
@@ -215,6 +218,76 @@ fn a_jailed_vmm_takes_disks_that_come_and_go() {
             assert_eq!(vmm.request(&Request::RemoveDevice(id)), done);
         }
         assert_eq!(rings(), before);
+    }
+}
+
+/// One byte, and then one a second.
+fn slowly() -> RateSpec {
+    let bucket = BucketSpec {
+        per_second: 1,
+        burst: 1,
+    };
+    RateSpec {
+        bytes: Some(bucket),
+        operations: None,
+    }
+}
+
+#[test]
+fn a_jailed_vmm_holds_a_limited_disk_back() {
+    if skip_unless_root() {
+        return;
+    }
+    // Reads a sector, and another one after a reset of the device.
+    let read = Attack::chain(&[
+        (BUFFER, 16, NEXT, 1),
+        (BUFFER + 0x1000, 512, NEXT | WRITABLE, 2),
+        (BUFFER + 0x2000, 1, WRITABLE, 0),
+    ]);
+    let source = [
+        driver::WORDS.to_owned(),
+        driver::switch_on(4),
+        driver::attack(&read, "first"),
+        driver::attack(&read, "second"),
+        "say '.'\n1: jmp 1b\n".to_owned(),
+    ];
+    let (mut request, mut console) = Request0::new(payload::build(&source.concat()));
+    let disk = || {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        OwnedFd::from(file)
+    };
+    let file = request.give(disk());
+    let spec = |id: &str, file| BlockSpec {
+        id: id.into(),
+        file,
+        read_only: false,
+        serial: id.into(),
+        rate: slowly(),
+    };
+    request.spec.blocks.push(spec("slow", file));
+    let vmm = Jailed::spawn();
+    assert!(matches!(vmm.start(&request), Message::Started(_)));
+    let mut said = [0; 3];
+    console.read_exact(&mut said).unwrap();
+    assert_eq!(said, *b"ut.", "{}", String::from_utf8_lossy(&said));
+    // Pausing and unplugging wait for no tokens; another one can be plugged.
+    let done = Message::Reply(Ok(Reply::Done));
+    assert_eq!(vmm.request(&Request::Pause), done);
+    assert_eq!(vmm.request(&Request::Resume), done);
+    let again = Request::AddDevice(DeviceSpec::Block(spec("again", Descriptor(0))));
+    assert_eq!(vmm.request_with(&again, &[disk()]), done);
+    for id in ["slow", "again"] {
+        assert_eq!(vmm.request(&Request::RemoveDevice(id.into())), done);
+    }
+    let mut never = spec("never", Descriptor(0));
+    never.rate.bytes.as_mut().unwrap().per_second = 0;
+    let never = Request::AddDevice(DeviceSpec::Block(never));
+    match vmm.request_with(&never, &[disk()]) {
+        Message::Reply(Err(failure)) => {
+            assert!(failure.message.contains("is 0 a second"), "{failure}");
+        }
+        other => panic!("{other:?}"),
     }
 }
 

@@ -511,6 +511,7 @@ fn new_devices_come_after_the_saved_ones() {
         file,
         read_only: false,
         serial: "data".into(),
+        rate: Default::default(),
     });
     request.spec.memory.pluggable_mib = 128;
     let mut machine = started(TestMachine::start(request, console));

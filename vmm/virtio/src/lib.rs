@@ -14,6 +14,7 @@ pub mod mem;
 pub mod net;
 pub mod pci;
 pub mod queue;
+pub mod rate;
 pub mod rng;
 #[cfg(test)]
 mod test_driver;

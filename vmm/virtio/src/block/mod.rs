@@ -15,6 +15,7 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 
 use crate::queue::FEATURES;
+use crate::rate::{Limiter, Limits};
 use crate::{ActivateError, Activation, DeviceType, VirtioDevice, Worker, config};
 
 pub use disk::DiskError;
@@ -38,6 +39,8 @@ pub struct Block {
     config: [u8; CONFIG_BYTES],
     /// With the worker while the device is active.
     engine: Option<Engine>,
+    /// Likewise.
+    limiter: Limiter,
 }
 
 impl Block {
@@ -58,7 +61,17 @@ impl Block {
             disk,
             config,
             engine: Some(engine),
+            limiter: Limiter::default(),
         })
+    }
+
+    /// Limits what is read from and written to it, both together.
+    ///
+    /// # Errors
+    /// There is no timer to be had.
+    pub fn limit(&mut self, limits: Limits) -> io::Result<()> {
+        self.limiter = Limiter::new(limits)?;
+        Ok(())
     }
 }
 
@@ -106,13 +119,15 @@ impl VirtioDevice for Block {
             what: "the engine was lost",
             source: io::ErrorKind::NotFound.into(),
         })?;
-        Ok(Box::new(BlockWorker::new(queue, disk, engine, write_back)))
+        let limiter = std::mem::take(&mut self.limiter);
+        let worker = BlockWorker::new(queue, disk, engine, limiter, write_back);
+        Ok(Box::new(worker))
     }
 
     fn reset(&mut self, worker: Box<dyn Worker>) {
         let worker: Box<dyn Any> = worker;
         if let Ok(worker) = worker.downcast::<BlockWorker>() {
-            self.engine = worker.into_engine();
+            (self.engine, self.limiter) = worker.into_parts();
         }
     }
 }

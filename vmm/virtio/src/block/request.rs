@@ -48,6 +48,16 @@ pub(super) enum Request {
 }
 
 impl Request {
+    /// What it moves. Zeroes count, since a disk that has none at hand is written
+    /// to; what is discarded does not.
+    pub(super) fn moved_bytes(&self) -> u64 {
+        match self {
+            Self::Read { len, .. } | Self::Write { len, .. } => *len as u64,
+            Self::WriteZeroes { len, .. } => *len,
+            Self::Flush | Self::Discard { .. } | Self::GetId => 0,
+        }
+    }
+
     /// Reads the request out of `chain`, which has room for the status.
     pub(super) fn parse(chain: &Chain, disk: &Disk) -> Result<Self, Status> {
         let [kind, _, low, high] = chain

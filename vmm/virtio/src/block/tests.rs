@@ -1,3 +1,5 @@
+mod limit;
+
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};

@@ -7,16 +7,22 @@ use super::disk::Disk;
 use super::engine::{Call, Engine};
 use super::request::{HEADER_BYTES, Request, STATUS_BYTES, Status};
 use crate::queue::{Chain, DeviceQueue};
+use crate::rate::Limiter;
 use crate::{DeviceError, Event, Source, Worker};
 
 /// Requests for each event if the loop has to wait for each.
 const WAITING_BUDGET: u16 = 8;
+
+/// The sources.
+const ENGINE: u32 = 0;
+const LIMITER: u32 = 1;
 
 pub(super) struct BlockWorker {
     queue: DeviceQueue,
     disk: Disk,
     /// Only gone when the worker is taken apart.
     engine: Option<Engine>,
+    limiter: Limiter,
     /// The driver does not ask for flushes: writes are durable by themselves.
     durable: bool,
     /// Requests that the engine works on, by token.
@@ -35,24 +41,33 @@ struct Pending {
 }
 
 impl BlockWorker {
-    pub(super) fn new(queue: DeviceQueue, disk: Disk, engine: Engine, write_back: bool) -> Self {
+    pub(super) fn new(
+        queue: DeviceQueue,
+        disk: Disk,
+        engine: Engine,
+        limiter: Limiter,
+        write_back: bool,
+    ) -> Self {
         Self {
             queue,
             disk,
             engine: Some(engine),
+            limiter,
             durable: !write_back,
             slots: (0..QUEUE_SIZE).map(|_| None).collect(),
             free: (0..QUEUE_SIZE).collect(),
         }
     }
 
-    /// Takes the engine back, unless the kernel refused to finish what is in
-    /// flight. The loop has waited for that: who takes the worker apart may not.
-    pub(super) fn into_engine(mut self) -> Option<Engine> {
-        match self.in_flight() {
+    /// Takes the limiter back, and the engine unless the kernel refused to finish
+    /// what is in flight. The loop has waited for that: who takes the worker apart
+    /// may not.
+    pub(super) fn into_parts(mut self) -> (Option<Engine>, Limiter) {
+        let engine = match self.in_flight() {
             true => None,
             false => self.engine.take(),
-        }
+        };
+        (engine, std::mem::take(&mut self.limiter))
     }
 
     /// Takes requests, and ends those that are done, until neither is left.
@@ -71,7 +86,7 @@ impl BlockWorker {
     /// True if there was any.
     fn take_requests(&mut self) -> Result<bool, DeviceError> {
         let mut any = false;
-        while !self.free.is_empty() {
+        while !self.free.is_empty() && self.limiter.allows()? {
             let Some(chain) = self.queue.pop()? else {
                 break;
             };
@@ -79,7 +94,10 @@ impl BlockWorker {
             if chain.readable_len() < HEADER_BYTES || chain.writable_len() < STATUS_BYTES {
                 return Err(self.queue.chain_error("a request without header or status"));
             }
-            match Request::parse(&chain, &self.disk) {
+            let request = Request::parse(&chain, &self.disk);
+            let bytes = request.as_ref().map_or(0, Request::moved_bytes);
+            self.limiter.moved(bytes);
+            match request {
                 Ok(request) => self.begin(chain, request)?,
                 Err(status) => self.end(&chain, status)?,
             }
@@ -235,15 +253,19 @@ impl Worker for BlockWorker {
         let fd = self.engine.as_ref().and_then(Engine::source);
         fd.map(|fd| Source {
             fd,
-            token: 0,
+            token: ENGINE,
             readable: true,
             writable: false,
         })
         .into_iter()
+        .chain(self.limiter.source(LIMITER))
         .collect()
     }
 
-    fn process(&mut self, _event: Event) -> Result<(), DeviceError> {
+    fn process(&mut self, event: Event) -> Result<(), DeviceError> {
+        if matches!(event, Event::Ready { token: LIMITER, .. }) {
+            self.limiter.woken();
+        }
         match self.engine {
             Some(Engine::Waiting) => self.queue.begin_with(WAITING_BUDGET),
             _ => self.queue.begin(),

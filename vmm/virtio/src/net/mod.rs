@@ -22,6 +22,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_S_LINK_UP,
 };
 
+use crate::rate::{Limiter, Limits};
 use crate::{ActivateError, Activation, DeviceType, VirtioDevice, Worker, queue};
 use tap::Tap;
 use worker::NetWorker;
@@ -80,9 +81,18 @@ const UDP_FEATURES: u64 = GUEST_UDP_OFFLOADS | 1 << VIRTIO_NET_F_HOST_USO;
 pub struct Net {
     /// Absent while the working half has it.
     tap: Option<Tap>,
+    /// Likewise.
+    limiters: Limiters,
     features: u64,
     mac: [u8; 6],
     mtu: u16,
+}
+
+/// One for each direction.
+#[derive(Debug, Default)]
+struct Limiters {
+    receive: Limiter,
+    transmit: Limiter,
 }
 
 impl Net {
@@ -104,10 +114,23 @@ impl Net {
     fn on(tap: Tap, features: u64, mac: [u8; 6], mtu: u16) -> Self {
         Self {
             tap: Some(tap),
+            limiters: Limiters::default(),
             features,
             mac,
             mtu,
         }
+    }
+
+    /// Limits what is received and what is transmitted, each by itself.
+    ///
+    /// # Errors
+    /// There is no timer to be had.
+    pub fn limit(&mut self, limits: Limits) -> io::Result<()> {
+        self.limiters = Limiters {
+            receive: Limiter::new(limits)?,
+            transmit: Limiter::new(limits)?,
+        };
+        Ok(())
     }
 }
 
@@ -134,14 +157,15 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
-        let worker = NetWorker::new(&mut self.tap, self.mtu, activation)?;
+        let worker = NetWorker::new(&mut self.tap, &mut self.limiters, self.mtu, activation)?;
         Ok(Box::new(worker))
     }
 
     fn reset(&mut self, worker: Box<dyn Worker>) {
         let worker: Box<dyn Any> = worker;
         if let Ok(worker) = worker.downcast::<NetWorker>() {
-            self.tap = Some(worker.into_tap());
+            let (tap, limiters) = worker.into_parts();
+            (self.tap, self.limiters) = (Some(tap), limiters);
         }
     }
 }

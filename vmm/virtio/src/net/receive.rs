@@ -25,8 +25,8 @@ const BUFFERS_MAX: usize = 1024;
 /// What became of the attempt to receive a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Received {
-    /// One frame came, and went to the driver or was dropped.
-    Frame,
+    /// One frame of so many bytes came, and went to the driver or was dropped.
+    Frame(usize),
     /// The tap has none.
     Nothing,
     /// The driver has to give buffers first.
@@ -92,17 +92,17 @@ impl Receiver {
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Received::Nothing,
                     // The kernel dropped a frame for which virtio's header has no
                     // words (`tun_put_user`), such as some that a NIC merged.
-                    io::ErrorKind::InvalidInput => Received::Frame,
+                    io::ErrorKind::InvalidInput => Received::Frame(0),
                     _ => Received::Gone,
                 });
             }
         };
         if len <= HEADER_BYTES || len > self.longest {
-            return Ok(Received::Frame);
+            return Ok(Received::Frame(len));
         }
         if direct {
             self.use_buffers(len)?;
-            return Ok(Received::Frame);
+            return Ok(Received::Frame(len));
         }
         self.waiting = len;
         self.deliver_waiting()
@@ -170,13 +170,13 @@ impl Receiver {
             }
             self.waiting = 0;
             self.use_buffers(len)?;
-            return Ok(Received::Frame);
+            return Ok(Received::Frame(len));
         }
         let most = usize::from(self.queue.size()).min(BUFFERS_MAX);
         let all = if self.mergeable { most } else { 1 };
         if self.held.len() >= all {
             self.waiting = 0;
-            return Ok(Received::Frame);
+            return Ok(Received::Frame(len));
         }
         Ok(Received::NoBuffers)
     }

@@ -8,8 +8,8 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F
 use super::receive::{Received, Receiver};
 use super::tap::Tap;
 use super::{
-    CONTROL, ETHERNET_BYTES, FRAME_BYTES, GUEST_OFFLOADS, GUEST_SEGMENTS, HEADER_BYTES, RX, TX,
-    control,
+    CONTROL, ETHERNET_BYTES, FRAME_BYTES, GUEST_OFFLOADS, GUEST_SEGMENTS, HEADER_BYTES, Limiters,
+    RX, TX, control,
 };
 use crate::queue::DeviceQueue;
 use crate::{ActivateError, Activation, DeviceError, Event, Source, Worker};
@@ -20,8 +20,10 @@ const FRAMES: usize = 256;
 /// The shortest frame that is passed on: a whole Ethernet header.
 const FRAME_BYTES_MIN: usize = HEADER_BYTES + 14;
 
-/// The only source.
+/// The sources.
 const TAP: u32 = 0;
+const RECEIVE_LIMITER: u32 = 1;
+const TRANSMIT_LIMITER: u32 = 2;
 
 /// A network interface at work.
 pub(super) struct NetWorker {
@@ -31,6 +33,7 @@ pub(super) struct NetWorker {
     control: Option<DeviceQueue>,
     /// What the driver may switch on the control queue.
     switchable: Option<u64>,
+    limiters: Limiters,
     reading: Reading,
     sources_changed: bool,
 }
@@ -42,14 +45,17 @@ enum Reading {
     Frames,
     /// The driver's receive buffers.
     Buffers,
+    /// The limiter.
+    Tokens,
     /// Nothing any more: the tap is gone.
     Nothing,
 }
 
 impl NetWorker {
-    /// Takes the tap on success.
+    /// Takes tap and limiters on success.
     pub(super) fn new(
         tap: &mut Option<Tap>,
+        limiters: &mut Limiters,
         mtu: u16,
         mut activation: Activation,
     ) -> Result<Self, ActivateError> {
@@ -84,21 +90,29 @@ impl NetWorker {
             tx,
             control,
             switchable: switchable.then_some(offloads),
+            limiters: std::mem::take(limiters),
             reading: Reading::Frames,
             sources_changed: false,
         })
     }
 
-    pub(super) fn into_tap(self) -> Tap {
-        self.tap
+    pub(super) fn into_parts(self) -> (Tap, Limiters) {
+        (self.tap, self.limiters)
     }
 
     fn receive(&mut self) -> Result<(), DeviceError> {
         self.rx.queue.begin();
         let mut reading = Reading::Frames;
         for _ in 0..FRAMES {
+            if !self.limiters.receive.allows()? {
+                reading = Reading::Tokens;
+                break;
+            }
             match self.rx.receive(&self.tap)? {
-                Received::Frame => continue,
+                Received::Frame(bytes) => {
+                    self.limiters.receive.moved(bytes as u64);
+                    continue;
+                }
                 Received::Nothing => {}
                 Received::NoBuffers => reading = Reading::Buffers,
                 Received::Gone => reading = Reading::Nothing,
@@ -112,8 +126,12 @@ impl NetWorker {
 
     fn transmit(&mut self) -> Result<(), DeviceError> {
         self.tx.begin();
-        while let Some(frame) = self.tx.pop()? {
+        while self.limiters.transmit.allows()? {
+            let Some(frame) = self.tx.pop()? else {
+                break;
+            };
             let len = frame.readable_len();
+            self.limiters.transmit.moved(len as u64);
             if (FRAME_BYTES_MIN..=FRAME_BYTES).contains(&len) {
                 // What the kernel does not take is lost, as on a wire.
                 let _ = frame.write_to(self.tap.as_fd(), 0, len);
@@ -142,15 +160,19 @@ impl NetWorker {
 impl Worker for NetWorker {
     fn sources(&self) -> Vec<Source<'_>> {
         // Not even for errors while it is not read: nothing could be done.
-        match self.reading {
-            Reading::Frames => vec![Source {
-                fd: self.tap.as_fd(),
-                token: TAP,
-                readable: true,
-                writable: false,
-            }],
-            Reading::Buffers | Reading::Nothing => Vec::new(),
-        }
+        let tap = (self.reading == Reading::Frames).then(|| Source {
+            fd: self.tap.as_fd(),
+            token: TAP,
+            readable: true,
+            writable: false,
+        });
+        let limiters = [
+            self.limiters.receive.source(RECEIVE_LIMITER),
+            self.limiters.transmit.source(TRANSMIT_LIMITER),
+        ];
+        tap.into_iter()
+            .chain(limiters.into_iter().flatten())
+            .collect()
     }
 
     fn sources_changed(&mut self) -> bool {
@@ -163,6 +185,23 @@ impl Worker for NetWorker {
             Event::Queue(CONTROL) => self.control(),
             Event::Queue(_) if self.reading == Reading::Buffers => self.receive(),
             Event::Queue(_) => Ok(()),
+            Event::Ready {
+                token: TRANSMIT_LIMITER,
+                ..
+            } => {
+                self.limiters.transmit.woken();
+                self.transmit()
+            }
+            Event::Ready {
+                token: RECEIVE_LIMITER,
+                ..
+            } => {
+                self.limiters.receive.woken();
+                match self.reading {
+                    Reading::Tokens => self.receive(),
+                    _ => Ok(()),
+                }
+            }
             Event::Ready { .. } => self.receive(),
         }
     }

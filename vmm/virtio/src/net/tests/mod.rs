@@ -1,4 +1,5 @@
 mod frames;
+mod limit;
 mod real_tap;
 
 use std::collections::BTreeMap;
