@@ -186,7 +186,6 @@ impl Ring {
     fn make() -> io::Result<IoUring> {
         let ring = IoUring::builder()
             .setup_r_disabled()
-            .dontfork()
             .build(QUEUE_SIZE.into())?;
         let submitter = ring.submitter();
         let mut allowed = [
