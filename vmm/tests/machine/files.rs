@@ -43,6 +43,8 @@ fn serve(top: &Path) -> OwnedFd {
             reference_budget: 100,
         })
         .unwrap();
+        // What the program may not do, the thread may not do either.
+        husk_fs::seccomp::install().unwrap();
         let _ = husk_fs::vhost_user::serve(theirs, &mut server);
     });
     ours.into()

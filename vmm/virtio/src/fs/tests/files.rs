@@ -43,6 +43,8 @@ fn serve(socket: UnixStream, top: &Path) -> JoinHandle<()> {
             reference_budget: 100,
         })
         .unwrap();
+        // What the program may not do, the thread may not do either.
+        husk_fs::seccomp::install().unwrap();
         husk_fs::vhost_user::serve(socket, &mut server).unwrap();
     })
 }
