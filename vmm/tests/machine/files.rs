@@ -218,6 +218,17 @@ fn a_jailed_vmm_shares_files_with_a_restored_guest() {
     let answer = vmm.start(&request);
     assert!(matches!(answer, Message::Started(_)), "{answer:?}");
     assert_eq!(found(&mut console), "il");
+    // It holds the template, and memory for this file system and for another one.
+    let entries = std::fs::read_dir(vmm.proc("fd")).unwrap();
+    let links = entries.map(|entry| std::fs::read_link(entry.unwrap().path()).unwrap());
+    let mut files: Vec<_> = links
+        .filter_map(|link| {
+            let name = link.to_str()?.strip_prefix("/memfd:")?;
+            Some(name.strip_suffix(" (deleted)")?.to_owned())
+        })
+        .collect();
+    files.sort();
+    assert_eq!(files, ["saved-memory", "shadow", "shadow"]);
     for request in [
         Request::Pause,
         Request::Resume,

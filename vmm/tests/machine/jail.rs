@@ -67,7 +67,7 @@ impl Jailed {
         receive(&self.shim).expect("the VMM hung up")
     }
 
-    fn proc(&self, name: &str) -> String {
+    pub fn proc(&self, name: &str) -> String {
         format!("/proc/{}/{name}", self.child.id())
     }
 }
