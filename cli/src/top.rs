@@ -118,7 +118,9 @@ fn busiest_first(rows: &mut [Row]) {
 }
 
 fn table(time: &str, rows: &[Row]) -> String {
-    let cpu: f64 = rows.iter().filter_map(|row| row.rates.cpu_percent).sum();
+    // The sum of no numbers is -0, which would be shown.
+    let cpu = rows.iter().filter_map(|row| row.rates.cpu_percent);
+    let cpu = cpu.fold(0.0, |sum, one| sum + one);
     let memory = rows.iter().filter_map(|row| row.memory);
     let memory = memory.map(|memory| memory.sum_kib()).sum();
     let unknown = || "-".to_owned();
@@ -263,6 +265,8 @@ mod tests {
         ];
         assert_eq!(words, expected);
         assert!(lines[4].contains("  a  "), "{table}");
+        let empty = super::table("now", &[]);
+        assert!(empty.starts_with("now  pods: 0, CPU: 0.0%, memory used: 0.0 MiB\n"));
         let json = value("now", Duration::from_secs(2), &rows);
         assert_eq!(json["pods"][0]["cpu_percent"], 150.25);
         assert_eq!(json["pods"][2]["cpu_percent"], Value::Null);
