@@ -206,6 +206,31 @@ proptest! {
     }
 
     #[test]
+    fn fs_and_its_server(
+        acts in prop::collection::vec(any_act(), 1..300),
+        lies in prop::collection::vec((prop::option::of((0..300_u32, any::<u32>())), 0..3_u16), 1..20),
+    ) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (server, thread) = server::start(theirs, server::FEATURES);
+        // Every other answer is the right one.
+        let mut lies = lies.into_iter().cycle();
+        let mut honest = false;
+        server.lock().unwrap().mischief = Some(Box::new(move |_, head, written| {
+            honest = !honest;
+            match lies.next() {
+                Some((lie, leap)) if !honest => (lie.into_iter().collect(), leap),
+                _ => (vec![(head, written)], 0),
+            }
+        }));
+        let device = Fs::new(ours.into(), "x", fs::PATIENCE).unwrap();
+        let mut driver = run(device.through(Shadow::new().unwrap()), acts);
+        driver.set_status(0);
+        prop_assert_eq!(driver.status(), 0);
+        drop(driver);
+        thread.join().unwrap();
+    }
+
+    #[test]
     fn vsock(acts in prop::collection::vec(any_act(), 1..300)) {
         let (_shim, ours) = UnixStream::pair().unwrap();
         let mut driver = run(Vsock::new(3, vec![(1, ours.into())]), acts);
