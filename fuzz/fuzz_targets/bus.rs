@@ -25,7 +25,7 @@ use husk_vmm::pci::{HostBridge, PciBus, PvPanic};
 use husk_vmm_spec::{BlockSpec, Descriptor, DeviceSpec, HostPort, VsockSpec};
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::MemfdFlags;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion};
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
 enum Port {
@@ -67,7 +67,7 @@ struct Machine {
     space: AddressSpace,
     devices: Devices,
     event_loop: EventLoop,
-    _memory: GuestMemoryAtomic<vm_memory::GuestMemoryMmap>,
+    memory: GuestMemoryAtomic<vm_memory::GuestMemoryMmap>,
     _vm: Vm,
 }
 
@@ -132,12 +132,13 @@ fn machine() -> Machine {
     devices
         .add(&spec, &mut descriptors, When::AtBoot)
         .expect("a device");
+    devices.provide_for_later(0).expect("memory");
     let space = AddressSpace::new(bus, Legacy::new(console, exit));
     Machine {
         space,
         devices,
         event_loop,
-        _memory: memory,
+        memory,
         _vm: vm,
     }
 }
@@ -219,4 +220,11 @@ fuzz_target!(init: husk_fuzz::start(), |acts: Vec<Act>| {
         }
     }
     machine.event_loop.handle().pause().expect("the loop lives");
+    let memory = machine.memory.memory();
+    drop(machine);
+    for region in memory.iter() {
+        // SAFETY: nobody is left who knows these addresses, which a VMM keeps as
+        // long as it lives.
+        let _ = unsafe { rustix::mm::munmap(region.as_ptr().cast(), region.len() as usize) };
+    }
 });

@@ -47,5 +47,8 @@ fuzz_target!(init: husk_fuzz::start(), |data: &[u8]| {
     if let Ok(Request::AddDevice(device)) = packet.parse() {
         let _ = device.check(count);
     }
+    if let Ok(Request::Save(saved)) = packet.parse() {
+        let _ = saved.check(count);
+    }
     let _ = packet.parse::<Message>();
 });

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use arbitrary::Arbitrary;
 use husk_fuzz::driver::{Act, drive};
+use husk_virtio::VirtioDevice;
 use husk_virtio::vsock::{AddHostPorts, RemoveHostPorts, Vsock};
 use libfuzzer_sys::fuzz_target;
 
@@ -24,7 +25,8 @@ enum Shim {
 /// Streams that the shim keeps.
 const STREAMS: usize = 16;
 
-fuzz_target!(init: husk_fuzz::start(), |acts: Vec<Act<Shim>>| {
+fuzz_target!(init: husk_fuzz::start(), |input: (bool, Vec<Act<Shim>>)| {
+    let (restored, acts) = input;
     let mut streams = Vec::new();
     let pair = || {
         let (near, far) = UnixStream::pair().expect("a pair");
@@ -36,7 +38,10 @@ fuzz_target!(init: husk_fuzz::start(), |acts: Vec<Act<Shim>>| {
         streams.push(near);
         (port, far.into())
     });
-    let device = Vsock::new(3, ports.collect());
+    let mut device = Vsock::new(3, ports.collect());
+    if restored {
+        device.restored();
+    }
     drive(device, acts, |function, act| match act {
         Shim::Write(stream, bytes) => {
             if let Some(mut stream) = streams.get(usize::from(stream)) {

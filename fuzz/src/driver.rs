@@ -5,7 +5,7 @@ use std::sync::{Arc, LazyLock};
 
 use arbitrary::Arbitrary;
 use husk_virtio::event_loop::EventLoop;
-use husk_virtio::pci::{PciFunction, VirtioPci};
+use husk_virtio::pci::{FunctionState, PciFunction, VirtioPci};
 use husk_virtio::{GuestMemory, VirtioDevice};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -57,7 +57,8 @@ pub enum Act<Host> {
     Publish(u8, u8),
     /// Sets the available index.
     Jump(u8, u16),
-    /// Notifies a queue.
+    /// Notifies a queue. Here and in requests, the highest bit says not to wait for
+    /// the device: what comes next meets it at work.
     Notify(u8),
     /// Resets, negotiates these features, sets all queues up and starts.
     Start(u64),
@@ -182,6 +183,9 @@ const RINGS: u64 = 0x1000;
 const RING_BYTES: u64 = 0x4000;
 const BUFFERS: u64 = 0x2_0000;
 
+/// Not to wait, in the number of a queue.
+const AT_WORK: u8 = 0x80;
+
 /// Rounds of work that one input may ask for.
 const ACTS_MAX: usize = 256;
 
@@ -215,43 +219,106 @@ static MEMORY: LazyLock<GuestMemory> = LazyLock::new(guest_memory);
 pub fn drive<Host>(
     device: impl VirtioDevice + 'static,
     acts: Vec<Act<Host>>,
-    mut host: impl FnMut(&mut VirtioPci, Host),
+    host: impl FnMut(&mut VirtioPci, Host),
 ) {
-    clear(&MEMORY);
-    let vectors = Vectors::new(VirtioPci::vectors_for(&device));
-    let function = VirtioPci::new(
+    let mut driver = Driver::of(device);
+    driver.run(acts, host);
+    driver.end();
+}
+
+/// Has a driver do `before` to a device, saves that, makes `changes` to what was
+/// saved (bytes at places), and has the driver do `after` to another device that
+/// goes on from there, if it takes it.
+pub fn drive_saved(
+    mut make: impl FnMut() -> Box<dyn VirtioDevice>,
+    before: Vec<Act<()>>,
+    changes: &[(u16, u8)],
+    after: Vec<Act<()>>,
+) {
+    let mut driver = Driver::of_boxed(make());
+    driver.run(before, |_, ()| {});
+    LOOP.handle().pause().expect("the loop lives");
+    let saved = driver.function.save();
+    LOOP.handle().resume().expect("the loop lives");
+    let saved = saved.expect("the loop lives");
+    driver.function.retire();
+    let bytes = postcard::to_allocvec(&saved).expect("it can be written");
+    // What does not fit its format any more is the file's affair.
+    let saved: FunctionState = postcard::from_bytes(&changed(bytes, changes)).unwrap_or(saved);
+    driver.function = function(make());
+    if driver.function.restore(&saved).is_ok() {
+        assert_eq!(
+            driver.function.save().expect("the loop lives").config.len(),
+            256
+        );
+    }
+    driver.settle();
+    driver.run(after, |_, ()| {});
+    driver.end();
+}
+
+/// `bytes`, with those at some places replaced.
+pub fn changed(mut bytes: Vec<u8>, changes: &[(u16, u8)]) -> Vec<u8> {
+    for (at, byte) in changes {
+        let at = usize::from(*at) % bytes.len().max(1);
+        if let Some(place) = bytes.get_mut(at) {
+            *place = *byte;
+        }
+    }
+    bytes
+}
+
+fn function(device: Box<dyn VirtioDevice>) -> VirtioPci {
+    let vectors = Vectors::new(VirtioPci::vectors_for(&*device));
+    VirtioPci::new(
         "fuzzed",
-        Box::new(device),
+        device,
         MEMORY.clone(),
         LOOP.handle(),
         Box::new(vectors),
         Arc::new(|_, _| {}),
     )
-    .expect("a function");
-    let mut driver = Driver {
-        function,
-        memory: MEMORY.clone(),
-        rings: Vec::new(),
-        buffer: BUFFERS,
-    };
-    driver.switch_on();
-    driver.start(u64::MAX);
-    for act in acts.into_iter().take(ACTS_MAX) {
-        match act {
-            Act::Host(act) => {
-                host(&mut driver.function, act);
-                driver.settle();
-            }
-            act => driver.act(act),
-        }
-    }
-    driver.settle();
-    driver.set(Field::Status, 0);
-    assert_eq!(driver.status(), 0, "a reset is done at once");
-    driver.function.retire();
+    .expect("a function")
 }
 
 impl Driver {
+    /// Switches it on.
+    fn of(device: impl VirtioDevice + 'static) -> Self {
+        Self::of_boxed(Box::new(device))
+    }
+
+    fn of_boxed(device: Box<dyn VirtioDevice>) -> Self {
+        clear(&MEMORY);
+        let mut driver = Self {
+            function: function(device),
+            memory: MEMORY.clone(),
+            rings: Vec::new(),
+            buffer: BUFFERS,
+        };
+        driver.switch_on();
+        driver.start(u64::MAX);
+        driver
+    }
+
+    fn run<Host>(&mut self, acts: Vec<Act<Host>>, mut host: impl FnMut(&mut VirtioPci, Host)) {
+        for act in acts.into_iter().take(ACTS_MAX) {
+            match act {
+                Act::Host(act) => {
+                    host(&mut self.function, act);
+                    self.settle();
+                }
+                act => self.act(act),
+            }
+        }
+    }
+
+    fn end(mut self) {
+        self.settle();
+        self.set(Field::Status, 0);
+        assert_eq!(self.status(), 0, "a reset is done at once");
+        self.function.retire();
+    }
+
     /// Memory decoding, bus mastering and MSI-X on.
     fn switch_on(&mut self) {
         let _ = self
@@ -403,6 +470,7 @@ impl Driver {
 
     /// A chain as a good driver makes it.
     fn request(&mut self, queue: u8, readable: &[Vec<u8>], writable: &[u16], indirect: bool) {
+        let (notified, queue) = (queue, queue & !AT_WORK);
         let Some(ring) = self.rings.get(usize::from(queue)) else {
             return;
         };
@@ -439,7 +507,7 @@ impl Driver {
             ring.next = (head + used) % size;
         }
         self.publish(queue, head);
-        self.notify(queue);
+        self.notify(notified);
     }
 
     fn publish(&mut self, queue: u8, head: u16) {
@@ -456,11 +524,15 @@ impl Driver {
         self.write(at, &index.to_le_bytes());
     }
 
-    /// As KVM does for an ioeventfd; returns when the device is through with it.
+    /// As KVM does for an ioeventfd; returns when the device is through with it,
+    /// unless it is to be met at work.
     fn notify(&mut self, queue: u8) {
-        if let Some(notification) = self.function.notifications().get(usize::from(queue)) {
+        let number = usize::from(queue & !AT_WORK);
+        if let Some(notification) = self.function.notifications().get(number) {
             let _ = notification.event.write(1);
-            self.settle();
+            if queue & AT_WORK == 0 {
+                self.settle();
+            }
         }
     }
 

@@ -24,10 +24,11 @@ use crate::legacy::SavedSerial;
 use crate::machine::Machine;
 use crate::pci::{BusState, SlotError};
 
-const MAGIC: [u8; 8] = *b"husk-vm\0";
+/// The first bytes of a file.
+pub const MAGIC: [u8; 8] = *b"husk-vm\0";
 
 /// Raised with every change of [`MachineState`], or of what its parts mean.
-const VERSION: u32 = 2;
+pub const VERSION: u32 = 2;
 
 /// Longest file. A processor takes some 8 KiB, and there are at most 240.
 const STATE_BYTES: u64 = 4 << 20;
@@ -109,7 +110,8 @@ impl MachineState {
         Ok(state)
     }
 
-    fn parse(bytes: &[u8]) -> Option<Self> {
+    /// Reads a whole file.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
         if bytes.len() as u64 > STATE_BYTES {
             return None;
         }
