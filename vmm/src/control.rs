@@ -49,6 +49,13 @@ fn start(
     let spec =
         ValidVmSpec::new(spec, packet.descriptors.count()).map_err(|error| describe(&error))?;
     let spec_ns = monotonic_ns();
+    let limited = confinement.limit_threads(spec.spec().vcpus.max);
+    limited.map_err(|source| {
+        describe(&BootError::Host {
+            what: "limit of threads",
+            source,
+        })
+    })?;
     let mut machine = boot::start(&spec, &mut packet.descriptors, confinement)
         .map_err(|error| describe(&error))?;
     drop(packet);

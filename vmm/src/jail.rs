@@ -3,7 +3,7 @@
 //! comes over the control socket.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use husk_vmm_spec::{CONTROL_FD, JailSpec};
 use landlock::{
@@ -11,12 +11,24 @@ use landlock::{
     Scope,
 };
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
-use rustix::thread::{CapabilitySet, CapabilitySets, Gid, Uid, UnshareFlags};
+use rustix::thread::{
+    CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid, UnshareFlags,
+};
 
 /// Most descriptors: each vsock stream, queue and interrupt vector has one.
 pub const DESCRIPTORS: u64 = 8192;
+
+/// Most threads beside the processors': the main one, the devices', KVM's that
+/// splits large pages, and io_uring's of either thread that has a ring, eight that
+/// end and one that need not (`vmm/virtio/src/block/engine.rs`).
+const OTHER_THREADS: u64 = 2 + 1 + 2 * (8 + 1);
+
+/// Most locked memory, bytes: Linux 6.18 counts io_uring's rings as such, of which
+/// there is one for each slot of the bus, of 16 KiB here and with room to grow.
+const LOCKED: u64 = 32 * (32 << 10);
 
 /// Highest capability that a kernel may know of; there are 41 in 2026.
 const CAPABILITIES: u32 = 63;
@@ -34,7 +46,7 @@ pub struct JailError {
     source: io::Error,
 }
 
-fn failed(step: &'static str) -> impl Fn(rustix::io::Errno) -> JailError {
+fn failed(step: &'static str) -> impl Fn(Errno) -> JailError {
     move |source| JailError {
         step,
         source: source.into(),
@@ -48,11 +60,23 @@ fn failed(step: &'static str) -> impl Fn(rustix::io::Errno) -> JailError {
 /// The host refuses a step; the process is then half shut in and of no use.
 pub fn enter(spec: JailSpec) -> Result<(), JailError> {
     keep_only_the_control_socket()?;
+    let this_thread = this_thread()?;
     leave_namespaces()?;
     leave_file_systems()?;
     limit_resources()?;
-    drop_privileges(spec)?;
+    become_somebody(spec)?;
+    leave_users(spec, this_thread)?;
+    drop_privileges()?;
     rule_out()
+}
+
+/// Lets the process have no more threads than a machine of `vcpus` processors
+/// needs.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn limit_threads(vcpus: u8) -> Result<(), JailError> {
+    limit(Resource::Nproc, u64::from(vcpus) + OTHER_THREADS)
 }
 
 /// Standard streams lead nowhere; whatever else was inherited is closed.
@@ -114,37 +138,87 @@ fn leave_file_systems() -> Result<(), JailError> {
     rustix::process::chdir("/").map_err(failed("stand in the empty root"))
 }
 
+/// The size of files stays without a limit: a disk may be a file, of any size, and
+/// may come at any time, while a limit could never be raised again.
 fn limit_resources() -> Result<(), JailError> {
     let limits = [
         (Resource::Nofile, DESCRIPTORS),
         // Guest memory must not land in a file. A core_pattern that is a
         // program ignores 0 and leaves alone what has 1 (fs/coredump.c).
         (Resource::Core, 1),
+        (Resource::Memlock, LOCKED),
     ];
-    for (resource, most) in limits {
-        let limit = Rlimit {
-            current: Some(most),
-            maximum: Some(most),
-        };
-        rustix::process::setrlimit(resource, limit).map_err(failed("set resource limits"))?;
+    limits
+        .into_iter()
+        .try_for_each(|(resource, most)| limit(resource, most))
+}
+
+fn limit(resource: Resource, most: u64) -> Result<(), JailError> {
+    let limit = Rlimit {
+        current: Some(most),
+        maximum: Some(most),
+    };
+    rustix::process::setrlimit(resource, limit).map_err(failed("set resource limits"))
+}
+
+/// The directory of this thread in /proc, through which it can be reached when
+/// nothing has a name any more.
+fn this_thread() -> Result<OwnedFd, JailError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open("/proc/thread-self", flags, Mode::empty())
+        .map_err(failed("open /proc/thread-self"))
+}
+
+/// Changes the user and keeps the capabilities, for one step more.
+fn become_somebody(spec: JailSpec) -> Result<(), JailError> {
+    let (uid, gid) = (Uid::from_raw(spec.uid), Gid::from_raw(spec.gid));
+    rustix::thread::set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP)
+        .map_err(failed("keep capabilities"))?;
+    rustix::thread::set_thread_groups(&[]).map_err(failed("leave groups"))?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(failed("change group"))?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(failed("change user"))
+}
+
+/// A user namespace in which there is nobody else: a capability that is won back
+/// is one over nothing, as the other namespaces belong to the node's. A node may
+/// have none to give; the shim says so then.
+fn leave_users(spec: JailSpec, this_thread: OwnedFd) -> Result<(), JailError> {
+    // Otherwise the files that are to be written are root's. Nobody else is this
+    // user, who could trace it.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable)
+        .map_err(failed("become dumpable"))?;
+    // SAFETY: this is the only thread, and shares nothing.
+    match unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER) } {
+        Ok(()) => {}
+        // Not in this kernel; none left, or forbidden, on this node.
+        Err(Errno::INVAL | Errno::NOSPC | Errno::PERM | Errno::ACCESS) => return Ok(()),
+        Err(error) => return Err(failed("leave the host's users")(error)),
+    }
+    // user_namespaces(7): in this order, in one write each.
+    let JailSpec { uid, gid } = spec;
+    for (name, text) in [
+        ("uid_map", format!("{uid} {uid} 1")),
+        ("setgroups", "deny".to_owned()),
+        ("gid_map", format!("{gid} {gid} 1")),
+    ] {
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+        rustix::fs::openat(this_thread.as_fd(), name, flags, Mode::empty())
+            .and_then(|file| rustix::io::write(file, text.as_bytes()))
+            .map_err(failed("be the only user"))?;
     }
     Ok(())
 }
 
-fn drop_privileges(spec: JailSpec) -> Result<(), JailError> {
-    let (uid, gid) = (Uid::from_raw(spec.uid), Gid::from_raw(spec.gid));
+fn drop_privileges() -> Result<(), JailError> {
     for bit in 0..=CAPABILITIES {
         let capability = CapabilitySet::from_bits_retain(1 << bit);
         match rustix::thread::remove_capability_from_bounding_set(capability) {
             Ok(()) => {}
             // The kernel knows none from here on.
-            Err(rustix::io::Errno::INVAL) => break,
+            Err(Errno::INVAL) => break,
             Err(error) => return Err(failed("empty the bounding set")(error)),
         }
     }
-    rustix::thread::set_thread_groups(&[]).map_err(failed("leave groups"))?;
-    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(failed("change group"))?;
-    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(failed("change user"))?;
     let none = CapabilitySets {
         effective: CapabilitySet::empty(),
         permitted: CapabilitySet::empty(),
@@ -152,7 +226,6 @@ fn drop_privileges(spec: JailSpec) -> Result<(), JailError> {
     };
     rustix::thread::set_capabilities(None, none).map_err(failed("drop capabilities"))?;
     rustix::thread::set_no_new_privs(true).map_err(failed("set no_new_privs"))?;
-    // Changing the user made it so already, unless fs.suid_dumpable says else.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(failed("become undumpable"))
 }

@@ -73,6 +73,18 @@ impl Confinement {
         }
     }
 
+    /// Lets the process have no more threads than `vcpus` processors need.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn limit_threads(self, vcpus: u8) -> io::Result<()> {
+        match self {
+            // The tests' process has others.
+            Self::None => Ok(()),
+            Self::Filters => jail::limit_threads(vcpus).map_err(io::Error::other),
+        }
+    }
+
     /// Confines the calling thread to `role` for the rest of its life.
     ///
     /// # Errors

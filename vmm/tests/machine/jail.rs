@@ -5,10 +5,16 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::thread;
 
 use husk_vmm_spec::{
     BlockSpec, BucketSpec, CONTROL_FD, Descriptor, DeviceSpec, ExitReason, Message, RateSpec,
     Reply, Request,
+};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
 };
 
 use crate::driver::{self, Attack, BUFFER, NEXT, WRITABLE};
@@ -47,7 +53,13 @@ impl Jailed {
                 _ => Ok(()),
             });
         }
-        let child = command.spawn().unwrap();
+        let spawn = move || {
+            // As the shim does it: the first process of a PID namespace.
+            // SAFETY: descriptors stay shared.
+            unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.unwrap();
+            command.spawn().unwrap()
+        };
+        let child = thread::spawn(spawn).join().unwrap();
         Self { child, shim }
     }
 
@@ -132,11 +144,29 @@ fn a_running_vmm_holds_nothing_of_the_host() {
     assert!(mounts.contains("tmpfs"), "{mounts}");
     assert_eq!(fs::read_dir(vmm.proc("root")).unwrap().count(), 0);
 
-    // Namespaces are its own.
-    for name in ["mnt", "net", "ipc", "uts", "cgroup"] {
+    // Namespaces are its own, and there is nobody else in that of users.
+    for name in ["mnt", "net", "ipc", "uts", "cgroup", "pid", "user"] {
         let theirs = fs::read_link(vmm.proc(&format!("ns/{name}"))).unwrap();
         let ours = fs::read_link(format!("/proc/self/ns/{name}")).unwrap();
         assert_ne!(theirs, ours);
+    }
+    for (name, id) in [("uid_map", UID), ("gid_map", GID)] {
+        let map = fs::read_to_string(vmm.proc(name)).unwrap();
+        let id = id.to_string();
+        assert_eq!(map.split_whitespace().collect::<Vec<_>>(), [&id, &id, "1"]);
+    }
+
+    // It has what it needs: descriptors, its threads and the kernel's for it.
+    let limits = fs::read_to_string(vmm.proc("limits")).unwrap();
+    for (name, most) in [
+        ("Max open files", "8192"),
+        ("Max processes", "23"),
+        ("Max locked memory", "1048576"),
+        ("Max core file size", "1"),
+    ] {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name));
+        let values = line.unwrap().split_whitespace().take(2);
+        assert_eq!(values.collect::<Vec<_>>(), [most; 2], "{name}");
     }
 
     // Descriptors: streams to nowhere, and nothing that names a file. They are
@@ -180,6 +210,42 @@ fn a_running_vmm_holds_nothing_of_the_host() {
     assert!(vmm.child.wait().unwrap().success());
 }
 
+/// On a node where `user.max_user_namespaces` is 0, for instance.
+#[test]
+fn a_vmm_does_without_a_user_namespace() {
+    if skip_unless_root() {
+        return;
+    }
+    let none_left = || {
+        let new_user = SeccompCmpOp::MaskedEq(libc::CLONE_NEWUSER as u64);
+        let flags = libc::CLONE_NEWUSER as u64;
+        let condition = SeccompCondition::new(0, SeccompCmpArgLen::Qword, new_user, flags);
+        let rule = SeccompRule::new(vec![condition.unwrap()]).unwrap();
+        let filter: BpfProgram = SeccompFilter::new(
+            [(libc::SYS_unshare, vec![rule])].into(),
+            SeccompAction::Allow,
+            SeccompAction::Errno(libc::ENOSPC as u32),
+            TargetArch::x86_64,
+        )
+        .unwrap()
+        .try_into()
+        .unwrap();
+        // It stays with this thread and what it starts.
+        seccompiler::apply_filter(&filter).unwrap();
+        Jailed::spawn()
+    };
+    let vmm = thread::spawn(none_left).join().unwrap();
+    let (request, _console) = Request0::new(payload::build("1: jmp 1b"));
+    assert!(matches!(vmm.start(&request), Message::Started(_)));
+    let users = fs::read_link(vmm.proc("ns/user")).unwrap();
+    assert_eq!(users, fs::read_link("/proc/self/ns/user").unwrap());
+    let status = fs::read_to_string(vmm.proc("status")).unwrap();
+    assert_eq!(field(&status, "Uid"), [UID.to_string().as_str(); 4]);
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(field(&status, set), ["0000000000000000"], "{set}");
+    }
+}
+
 #[test]
 fn a_jailed_vmm_takes_disks_that_come_and_go() {
     if skip_unless_root() {
@@ -219,6 +285,43 @@ fn a_jailed_vmm_takes_disks_that_come_and_go() {
         }
         assert_eq!(rings(), before);
     }
+}
+
+/// The kernel flushes by a thread of its own, which counts among the VMM's.
+#[test]
+fn a_jailed_vmm_flushes_a_disk() {
+    if skip_unless_root() {
+        return;
+    }
+    const FLUSH: u8 = 4;
+    const STATUS: u64 = BUFFER + 0x2000;
+    let mut flush = Attack::chain(&[(BUFFER, 16, NEXT, 1), (STATUS, 1, WRITABLE, 0)]);
+    let mut header = vec![0; 16];
+    header[0] = FLUSH;
+    flush.memory = vec![(BUFFER, header), (STATUS, vec![9])];
+    let source = [
+        driver::WORDS.to_owned(),
+        driver::switch_on(4),
+        driver::attack(&flush, "flush"),
+        format!("mov rsi, {STATUS}\n mov al, [rsi]\n add al, '0'\n"),
+        "mov dx, COM1\n out dx, al\n 1: jmp 1b\n".to_owned(),
+    ];
+    let (mut request, mut console) = Request0::new(payload::build(&source.concat()));
+    let disk = tempfile::tempfile().unwrap();
+    disk.set_len(4096).unwrap();
+    let file = request.give(disk.into());
+    request.spec.blocks.push(BlockSpec {
+        id: "d".into(),
+        file,
+        read_only: false,
+        serial: "d".into(),
+        rate: RateSpec::default(),
+    });
+    let vmm = Jailed::spawn();
+    assert!(matches!(vmm.start(&request), Message::Started(_)));
+    let mut said = [0; 2];
+    console.read_exact(&mut said).unwrap();
+    assert_eq!(said, *b"u0");
 }
 
 /// One byte, and then one a second.
