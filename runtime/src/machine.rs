@@ -26,6 +26,7 @@ use crate::growth::{Fitter, Growth};
 use crate::id_map::IdMaps;
 use crate::interfaces::{Interfaces, Known};
 use crate::network::{Netns, NetworkError, PodNetwork};
+use crate::second_line;
 use crate::shared_tree::SharedTree;
 use crate::state_dir::{State, StateDir};
 use crate::vm_plan::{self, Disk, HostFacts, Room, VmParts, VmSize};
@@ -94,6 +95,7 @@ impl MachineParts {
         let initramfs = open("initramfs", &config.initramfs, false)?;
         let tree = SharedTree::create(&request.state_dir.shared())?;
 
+        second_line::warn_of_kernel();
         let users = config.users(std::process::id());
         let (vmm, network) = tokio::join!(
             Vmm::spawn(&config.vmm, users.vmm),
@@ -195,6 +197,7 @@ impl MachineParts {
                 return Err(error.into());
             }
         };
+        second_line::warn_of_users(vm.process());
         state.timeline.vmm_exec_ns = timeline.exec_ns;
         state.timeline.vmm_spec_ns = timeline.spec_ns;
         state.timeline.guest_entered_ns = timeline.entered_ns;

@@ -47,6 +47,7 @@ mod pod_config;
 mod ports;
 mod rootfs;
 mod sandbox_service;
+mod second_line;
 mod serve;
 mod shared_tree;
 mod shared_volume;

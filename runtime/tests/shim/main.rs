@@ -20,6 +20,7 @@ mod lifecycle;
 mod names;
 mod program;
 mod sandbox;
+mod second_line;
 mod users;
 mod vmm;
 
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         users::CASES,
         liar::CASES,
         hostile::CASES,
+        second_line::CASES,
     ]
     .concat();
     if !rustix::process::geteuid().is_root() {
