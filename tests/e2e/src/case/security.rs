@@ -4,12 +4,13 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Bench, Case, case};
+use super::{Bench, Case, case, husk_case};
 use crate::cri::Cri;
 use crate::cri::api::{
     Capability, ContainerConfig, Int64Value, LinuxContainerSecurityContext, ProfileType,
     SecurityProfile,
 };
+use crate::footprint;
 use crate::node::Runtime;
 use crate::pod::Pod;
 
@@ -22,6 +23,7 @@ pub const CASES: &[Case] = &[
     case("security/paths", 40, paths),
     case("security/devices", 40, devices),
     case("security/privileged", 40, privileged),
+    husk_case("security/jail", 40, jail),
 ];
 
 /// A container that sleeps, with a security context of its own.
@@ -392,4 +394,118 @@ fn privileged(bench: &Bench) -> Result<()> {
         ensure!(disks.is_empty(), "block devices: {disks}");
     }
     pod.remove(&cri)
+}
+
+/// What a program's process of a pod is held by.
+struct Jail {
+    program: &'static str,
+    /// Its capabilities, as a number.
+    capabilities: &'static str,
+    /// Limits that `/proc/PID/limits` has, both soft and hard.
+    limits: &'static [(&'static str, &'static str)],
+    /// Namespaces that are not the node's.
+    namespaces: &'static [&'static str],
+}
+
+/// The threads of a VMM depend on its processors, so they are not here.
+const JAILS: [Jail; 2] = [
+    Jail {
+        program: "husk-vmm",
+        capabilities: "0000000000000000",
+        limits: &[
+            ("Max open files", "8192"),
+            ("Max locked memory", "1048576"),
+            ("Max core file size", "1"),
+        ],
+        namespaces: &["mnt", "net", "ipc", "uts", "cgroup", "pid", "user"],
+    },
+    Jail {
+        program: "husk-fs",
+        capabilities: "00000000880000db",
+        limits: &[
+            ("Max processes", "1"),
+            ("Max locked memory", "0"),
+            ("Max core file size", "1"),
+        ],
+        namespaces: &["mnt", "net", "ipc", "uts", "cgroup", "pid"],
+    },
+];
+
+/// The processes that the guest speaks to, while it runs: users of their own,
+/// namespaces, limits, capabilities, filters.
+fn jail(bench: &Bench) -> Result<()> {
+    let cri = bench.cri()?;
+    let pods = [
+        Pod::run(bench, &cri, |_| {})?,
+        Pod::run(bench, &cri, |_| {})?,
+    ];
+    let mut users = Vec::new();
+    for pod in &pods {
+        let container = sleeper(&cri, pod, |_| {})?;
+        // What the file server does takes its capabilities.
+        let script =
+            "mknod /tmp/a c 1 3 && chown 1234 /tmp/a && mv /tmp/a /var/b && stat -c %u /var/b";
+        let seen = shell(&cri, &container, script)?;
+        ensure!(seen == "1234", "{seen:?}");
+        let processes = footprint::of_pod(&pod.id)?;
+        for jail in &JAILS {
+            let found = processes.iter().find(|found| found.name == jail.program);
+            let pid = found.with_context(|| format!("no {}", jail.program))?.pid;
+            let user = jail.holds(pid).with_context(|| jail.program)?;
+            users.push(user);
+        }
+    }
+    let count = users.len();
+    users.sort_unstable();
+    users.dedup();
+    ensure!(
+        users.len() == count && users[0] > 65_535,
+        "users are shared: {users:?}"
+    );
+    for pod in pods {
+        pod.remove(&cri)?;
+    }
+    Ok(())
+}
+
+impl Jail {
+    /// Fails unless the process is held; its user.
+    fn holds(&self, pid: i32) -> Result<u32> {
+        let proc = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}"));
+        let status = proc("status")?;
+        let field = |name: &str| {
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.map(str::trim).with_context(|| format!("no {name}"))
+        };
+        for set in ["CapPrm", "CapEff", "CapBnd"] {
+            let seen = field(set)?;
+            ensure!(seen == self.capabilities, "{set}: {seen}");
+        }
+        for (name, expected) in [("NoNewPrivs", "1"), ("Seccomp", FILTERED), ("Groups", "")] {
+            let seen = field(name)?;
+            ensure!(seen == expected, "{name}: {seen}");
+        }
+        // Real, effective and saved; on files a server acts for others.
+        let users: Vec<&str> = field("Uid")?.split_whitespace().collect();
+        let groups: Vec<&str> = field("Gid")?.split_whitespace().collect();
+        let of_all = users.iter().take(3).chain(groups.iter().take(3));
+        let is_same = of_all.clone().all(|id| Some(id) == users.first());
+        ensure!(is_same && of_all.count() == 6, "{users:?} {groups:?}");
+
+        let limits = proc("limits")?;
+        for (name, most) in self.limits {
+            let line = limits.lines().find_map(|line| line.strip_prefix(name));
+            let values = line.with_context(|| format!("no {name}"))?;
+            let values: Vec<&str> = values.split_whitespace().take(2).collect();
+            ensure!(values == [*most; 2], "{name}: {values:?}");
+        }
+        for name in self.namespaces {
+            let theirs = fs::read_link(format!("/proc/{pid}/ns/{name}"))?;
+            let ours = fs::read_link(format!("/proc/self/ns/{name}"))?;
+            ensure!(theirs != ours, "{name} is the node's");
+        }
+        Ok(users[0].parse()?)
+    }
 }
