@@ -55,7 +55,11 @@ pub fn serve(address: SocketAddr) -> anyhow::Result<()> {
         if ready.contains(PollFlags::IN) {
             match listener.accept() {
                 Ok((guest, _)) if Arc::strong_count(&guests) <= AT_ONCE => {
-                    answer(guest, text(&now, &starts)?, Arc::clone(&guests))?;
+                    let page = text(&now, &starts)?;
+                    // For want of threads: the next one may find some.
+                    if answer(guest, page, Arc::clone(&guests)).is_err() {
+                        thread::sleep(PAUSE);
+                    }
                 }
                 // It is closed.
                 Ok(_) => {}
