@@ -150,6 +150,44 @@ fn each_error_of_the_shim_is_explained() {
     );
 }
 
+/// The words in a text that begin so, up to what is no small letter or `_`.
+fn names<'a>(text: &'a str, begin: &str) -> BTreeSet<&'a str> {
+    let is_in = |c: char| c.is_ascii_lowercase() || c == '_';
+    let found = text.match_indices(begin).map(|(at, _)| {
+        let word = text[at..].trim_start_matches(['"', '`']);
+        let end = word.find(|c| !is_in(c)).unwrap_or(word.len());
+        &word[..end]
+    });
+    found.collect()
+}
+
+#[test]
+fn each_metric_and_event_is_documented() {
+    let page = fs::read_to_string(root().join("docs/operations.md")).unwrap();
+    let (events, metrics) = page.split_once("## Metrics").unwrap();
+    let sources: String = ["metrics.rs", "metrics/starts.rs"]
+        .map(|name| plain(&fs::read_to_string(root().join("cli/src").join(name)).unwrap()))
+        .concat();
+    let made = names(&sources, "\"husk_");
+    assert!(made.len() > 5, "{made:?}");
+    assert_eq!(made, names(metrics, "`husk_"));
+    // Those of queries, too.
+    for name in names(metrics, "husk_") {
+        let family = ["_bucket", "_sum", "_count"];
+        let family = family.iter().find_map(|end| name.strip_suffix(end));
+        assert!(made.contains(family.unwrap_or(name)), "{name}");
+    }
+
+    let source = fs::read_to_string(root().join("cli/src/events.rs")).unwrap();
+    let (_, words) = source.split_once("pub fn word(self)").unwrap();
+    let (words, _) = words.split_once("\n    }\n").unwrap();
+    let told: Vec<&str> = words.split('"').skip(1).step_by(2).collect();
+    let rows = events.lines().filter_map(|line| line.strip_prefix("| `"));
+    let rows: Vec<&str> = rows.map(|row| row.split_once('`').unwrap().0).collect();
+    assert_eq!(told, rows);
+    assert!(told.len() > 5, "{told:?}");
+}
+
 /// The targets of a page's links, without those to other hosts.
 fn links(page: &str) -> Vec<String> {
     let mut found = Vec::new();
