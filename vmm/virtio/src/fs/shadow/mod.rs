@@ -19,10 +19,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::pipe::PipeFlags;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use self::arena::PAGE_BYTES;
 use self::relay::Place;
@@ -138,6 +138,20 @@ impl Shadow {
             });
         }
         Ok(shadow)
+    }
+
+    /// Lets go of the pages that requests have used. None is under way.
+    fn release(&self) {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        for file in self.memory.iter().filter_map(|region| region.file_offset()) {
+            // What cannot be let go of stays.
+            let _ = rustix::fs::fallocate(
+                file.file(),
+                flags,
+                HIGH_PRIORITY - BASE,
+                END - HIGH_PRIORITY,
+            );
+        }
     }
 }
 

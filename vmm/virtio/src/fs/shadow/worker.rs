@@ -142,10 +142,13 @@ impl Worker for ShadowWorker {
         if std::mem::take(&mut self.serving) {
             let stopped = self.back_end.stop(&mut self.shadow.served);
             // If it fails the connection is cut, which is all that can be done.
-            if stopped.is_ok()
-                && let Err(DeviceError::BackEnd(_)) = self.finish()
-            {
-                self.back_end.fail();
+            if stopped.is_ok() {
+                if let Err(DeviceError::BackEnd(_)) = self.finish() {
+                    self.back_end.fail();
+                }
+                if !self.relays.iter().any(Relay::in_flight) {
+                    self.shadow.release();
+                }
             }
         }
     }

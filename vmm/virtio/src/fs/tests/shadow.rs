@@ -1,6 +1,7 @@
 //! File systems whose server does not see the guest's memory.
 
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::server::{self, Mischief, Server};
 use crate::fs::{Fs, PATIENCE, Shadow};
@@ -53,6 +54,17 @@ impl Machine {
 
     fn served(&self) -> usize {
         self.server.lock().unwrap().served
+    }
+
+    /// Waits until so many requests of the second queue have got to the server's
+    /// ring.
+    fn wait_passed_on(&self, count: u16) {
+        // Its available ring's index.
+        let index = GuestAddress((1 << 32) + 4096 + 2048 + 2);
+        wait_until("requests are passed on", || {
+            let server = self.server.lock().unwrap();
+            server.memory.read_obj::<u16>(index).unwrap() == count
+        });
     }
 
     fn misbehave(&self, mischief: Option<Mischief>) {
@@ -183,6 +195,41 @@ fn large_requests_wait_for_room_and_lose_nothing() {
 }
 
 #[test]
+fn a_pause_lets_go_of_pages() {
+    let mut machine = Machine::new(u64::MAX);
+    let pages = |machine: &Machine| {
+        let server = machine.server.lock().unwrap();
+        let region = server.memory.iter().next().unwrap();
+        let file = region.file_offset().unwrap().file();
+        file.metadata().unwrap().blocks() / 8
+    };
+    for _ in 0..2 {
+        machine.driver.forget_buffers();
+        assert_eq!(machine.ask(1, &[7; 1 << 20], 4), [7; 4]);
+        assert!(pages(&machine) >= 256);
+        let handle = machine.driver.event_loop.handle();
+        handle.pause().unwrap();
+        // The rings are left.
+        assert!(pages(&machine) <= 2);
+        handle.resume().unwrap();
+    }
+    // What the server still has stays.
+    machine.driver.forget_buffers();
+    machine.server.lock().unwrap().turn = Some(0);
+    let request = machine.driver.allocate_with(&[9; 1 << 20]);
+    machine.queues[1].add(&[request, Buffer::writable(ANSWERS, 4)]);
+    machine.driver.notify(1);
+    machine.wait_passed_on(3);
+    let handle = machine.driver.event_loop.handle();
+    handle.pause().unwrap();
+    assert!(pages(&machine) >= 256);
+    machine.server.lock().unwrap().turn = None;
+    handle.resume().unwrap();
+    assert_eq!(machine.returned(1).1, 4);
+    assert_eq!(machine.driver.read(ANSWERS, 4), [9; 4]);
+}
+
+#[test]
 fn one_queue_does_not_wait_for_the_other() {
     let mut machine = Machine::new(u64::MAX);
     // What is asked of the second is never answered.
@@ -246,6 +293,7 @@ fn what_the_server_has_not_begun_survives_a_pause_and_not_a_reset() {
             machine.driver.notify(1);
         };
         ask(&mut machine);
+        machine.wait_passed_on(10);
         handle.pause().unwrap();
         assert_eq!(machine.queues[1].used_index(), 0);
         machine.server.lock().unwrap().turn = Some(3);
@@ -263,6 +311,7 @@ fn what_the_server_has_not_begun_survives_a_pause_and_not_a_reset() {
 
         machine.server.lock().unwrap().turn = Some(0);
         ask(&mut machine);
+        machine.wait_passed_on(20);
         machine.driver.set_status(0);
         machine.driver.write(ANSWERS, &[7; 160]);
         machine.server.lock().unwrap().turn = None;
@@ -280,6 +329,7 @@ fn the_server_dies_with_requests() {
     let request = machine.driver.allocate_with(b"abc");
     machine.queues[1].add(&[request, Buffer::writable(ANSWERS, 3)]);
     machine.driver.notify(1);
+    machine.wait_passed_on(1);
     machine
         .connection
         .shutdown(std::net::Shutdown::Both)
@@ -339,6 +389,7 @@ fn one_that_returns_a_request_twice_does_so_as_well() {
         machine.queues[1].add(&[request, Buffer::writable(ANSWERS, 4)]);
     }
     machine.driver.notify(1);
+    machine.wait_passed_on(2);
     machine.misbehave(Some(Box::new(|_, _, w| (vec![(0, w), (0, w)], 0))));
     machine.server.lock().unwrap().turn = None;
     let handle = machine.driver.event_loop.handle();
