@@ -6,6 +6,7 @@ mod driver;
 mod tree;
 
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::fs::{self, File, Permissions};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
@@ -20,6 +21,7 @@ use husk_fs::abi::{EntryOut, LinkIn, MkdirIn, MknodIn, Opcode, Rename2In, WriteI
 use husk_fs::jail;
 use rustix::fs::FileType;
 use rustix::io::Errno;
+use rustix::mount::MountFlags;
 use rustix::thread::UnshareFlags;
 use tree::{Tree, lookup, open, tmpfs, walk};
 use vm_memory::ByteValued;
@@ -147,6 +149,21 @@ fn late_volumes_are_as_free_as_early_ones() {
     let mut guest = Guest::start(&tree.path(""));
     guest.init();
     tmpfs(&tree.path("web/mounts/0"));
+    // A root as containerd mounts it.
+    let root = tree.path("web/mounts/1");
+    let layers = tree.path("web/.layers");
+    for dir in [&root, &layers] {
+        fs::create_dir(dir).unwrap();
+    }
+    tmpfs(&layers);
+    let layer = |name| {
+        fs::create_dir(layers.join(name)).unwrap();
+        layers.join(name).display().to_string()
+    };
+    let (lower, upper, work) = (layer("lower"), layer("upper"), layer("work"));
+    let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+    let options = CString::new(options).unwrap();
+    rustix::mount::mount("overlay", &root, "overlay", MountFlags::empty(), &*options).unwrap();
     // A file that is a volume, as Kubernetes mounts /etc/hosts.
     fs::write(tree.path("web/rootfs/hosts"), "localhost").unwrap();
     fs::write(tree.path("web/mounts/0/hosts"), "").unwrap();
@@ -155,7 +172,7 @@ fn late_volumes_are_as_free_as_early_ones() {
         tree.path("web/mounts/0/hosts"),
     )
     .unwrap();
-    for place in ["web/rootfs", "web/mounts/0"] {
+    for place in ["web/rootfs", "web/mounts/0", "web/mounts/1"] {
         let top = walk(&mut guest, place).nodeid;
         let mkdir = MkdirIn {
             mode: 0o755,
