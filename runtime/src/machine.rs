@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_node::rates::Rates;
 use husk_node::state::{DiskFacts, MachineFacts, NicFacts};
 use husk_protocol::agent::{
     CreateSandboxRequest, CreateSandboxResponse, Network, Storage, VirtioFsStorage,
@@ -171,6 +172,8 @@ impl MachineParts {
         for nic in &nics {
             tracing::info!(name = nic.link.name, mac = %nic.mac, mtu = nic.mtu, "interface");
         }
+        let rates = Rates::of_node(&request.config);
+        let rates = request.pod.overrides.rates.or(rates);
         let parts = VmParts {
             kvm: self.kvm,
             kernel: self.kernel,
@@ -180,6 +183,7 @@ impl MachineParts {
             nics,
             file_server: Some(self.file_server_socket),
             disks,
+            rates,
         };
         let (size, room) = (self.size, self.room);
         let mut facts = machine_facts(size, room, &parts);
@@ -188,7 +192,13 @@ impl MachineParts {
         let (spec, descriptors) = vm_plan::plan(size, room, line, parts)?;
         let (vm, timeline) = match self
             .vmm
-            .start(&spec, descriptors, patience, request.config.patience())
+            .start(
+                &spec,
+                descriptors,
+                patience,
+                request.config.patience(),
+                rates,
+            )
             .await
         {
             Ok(started) => started,

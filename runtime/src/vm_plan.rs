@@ -3,11 +3,12 @@
 
 use std::os::fd::OwnedFd;
 
+use husk_node::rates::{DeviceRates, Rates};
 use husk_protocol::{path, port};
 use husk_vmm_spec::{
-    BlockSpec, BootSpec, ConsoleSpec, Descriptor, DeviceId, FsSpec, HostPort, MEMORY_MAX_MIB,
-    MacAddress, MemorySpec, NetSpec, PLUGGABLE_UNIT_MIB, SpecError, StartSpec, VCPU_MAX,
-    ValidVmSpec, VcpuSpec, VmSpec, VsockSpec,
+    BlockSpec, BootSpec, BucketSpec, ConsoleSpec, Descriptor, DeviceId, FsSpec, HostPort,
+    MEMORY_MAX_MIB, MacAddress, MemorySpec, NetSpec, PLUGGABLE_UNIT_MIB, RateSpec, SpecError,
+    StartSpec, VCPU_MAX, ValidVmSpec, VcpuSpec, VmSpec, VsockSpec,
 };
 use ttrpc::Code;
 
@@ -82,6 +83,8 @@ pub struct VmParts {
     pub file_server: Option<OwnedFd>,
     /// Its disks.
     pub disks: Vec<Disk>,
+    /// What disks and interfaces may move.
+    pub rates: Rates,
 }
 
 /// A disk of the machine.
@@ -266,12 +269,12 @@ pub fn plan(
         blocks: parts
             .disks
             .into_iter()
-            .map(|disk| descriptors.disk(disk))
+            .map(|disk| descriptors.disk(disk, parts.rates))
             .collect(),
         nets: parts
             .nics
             .into_iter()
-            .map(|nic| descriptors.nic(nic))
+            .map(|nic| descriptors.nic(nic, parts.rates))
             .collect(),
         filesystems: parts
             .file_server
@@ -297,22 +300,24 @@ impl Descriptors {
     }
 
     /// A disk as the VMM wants it.
-    pub fn disk(&mut self, disk: Disk) -> BlockSpec {
+    pub fn disk(&mut self, disk: Disk, rates: Rates) -> BlockSpec {
         BlockSpec {
             id: disk.serial.clone(),
             file: self.push(disk.file),
             read_only: disk.read_only,
             serial: disk.serial,
+            rate: rate(rates.disk),
         }
     }
 
     /// An interface as the VMM wants it.
-    pub fn nic(&mut self, nic: Nic) -> NetSpec {
+    pub fn nic(&mut self, nic: Nic, rates: Rates) -> NetSpec {
         NetSpec {
             id: nic_id(nic.mac),
             tap: self.push(nic.tap),
             mac: nic.mac,
             mtu: nic.mtu,
+            rate: rate(rates.network),
         }
     }
 
@@ -322,6 +327,20 @@ impl Descriptors {
             socket: self.push(socket),
             tag: path::SHARED_TAG.to_owned(),
         }
+    }
+}
+
+/// As the VMM counts. Any numbers fit: they have 32 bits.
+fn rate(rates: DeviceRates) -> RateSpec {
+    let bucket = |per_second: Option<u32>, burst: Option<u32>, unit: u64| {
+        per_second.map(|per_second| BucketSpec {
+            per_second: u64::from(per_second) * unit,
+            burst: u64::from(burst.unwrap_or(per_second)) * unit,
+        })
+    };
+    RateSpec {
+        bytes: bucket(rates.kib_per_second, rates.burst_kib, 1 << 10),
+        operations: bucket(rates.operations_per_second, rates.burst_operations, 1),
     }
 }
 
@@ -366,6 +385,7 @@ mod tests {
         let some = Overrides {
             vcpus: Some(8),
             memory_mib: Some(300),
+            ..none
         };
         for (memory, cpu, overrides, memory_mib, vcpus) in [
             (None, None, none, 512, 1),
@@ -460,6 +480,18 @@ mod tests {
             nics: vec![nic],
             file_server: Some(null()),
             disks: vec![disk],
+            rates: Rates {
+                disk: DeviceRates {
+                    kib_per_second: Some(u32::MAX),
+                    ..DeviceRates::default()
+                },
+                network: DeviceRates {
+                    operations_per_second: Some(100),
+                    burst_operations: Some(7),
+                    burst_kib: Some(1),
+                    ..DeviceRates::default()
+                },
+            },
         };
         let size = VmSize {
             memory_mib: 128,
@@ -479,6 +511,12 @@ mod tests {
         let boot = spec.start.boot().unwrap();
         assert!(boot.command_line.contains(" maxcpus=2 "));
         assert!(boot.command_line.ends_with(" a=b"));
+        let bucket = |per_second, burst| Some(BucketSpec { per_second, burst });
+        let most = u64::from(u32::MAX) << 10;
+        assert_eq!(spec.blocks[0].rate.bytes, bucket(most, most));
+        assert_eq!(spec.blocks[0].rate.operations, None);
+        assert_eq!(spec.nets[0].rate.bytes, None);
+        assert_eq!(spec.nets[0].rate.operations, bucket(100, 7));
         assert_eq!(spec.filesystems[0].tag, "husk");
         assert_eq!(spec.vsock.as_ref().unwrap().host_ports[0].port, 1024);
     }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use husk_node::rates::Rates;
 use husk_vmm_spec::{
     DeviceId, DeviceSpec, ExitReason, Failure, HostPort, Message, Reply, Request, Timeline,
     ValidVmSpec,
@@ -57,6 +58,8 @@ pub struct Vm {
     process: Process,
     /// Longest time for the VMM to answer a request.
     request_limit: Duration,
+    /// Of what is plugged later.
+    rates: Rates,
     calls: mpsc::Sender<Call>,
     /// Apart from the calls, which may have to wait.
     kill: Arc<Notify>,
@@ -136,7 +139,8 @@ impl Vmm {
     }
 
     /// Starts the machine, which may take as long as `limit`; later requests are
-    /// waited for with `patience`.
+    /// waited for with `patience`, and what is plugged then may move as much as
+    /// `rates` say.
     ///
     /// # Errors
     /// The VMM could not, or did not answer in time; it has ended then.
@@ -146,6 +150,7 @@ impl Vmm {
         descriptors: Vec<OwnedFd>,
         limit: Duration,
         patience: Patience,
+        rates: Rates,
     ) -> Result<(Vm, Timeline), VmError> {
         let process = self.process();
         self.control
@@ -176,6 +181,7 @@ impl Vmm {
         let vm = Vm {
             process,
             request_limit,
+            rates,
             calls,
             kill,
             end,
@@ -242,7 +248,7 @@ impl Vm {
     /// The VMM could not.
     pub async fn add_disk(&self, disk: Disk) -> Result<(), VmError> {
         let mut descriptors = Descriptors::default();
-        let device = DeviceSpec::Block(descriptors.disk(disk));
+        let device = DeviceSpec::Block(descriptors.disk(disk, self.rates));
         self.request("plug a disk", Request::AddDevice(device), descriptors.0)
             .await
     }
@@ -254,7 +260,7 @@ impl Vm {
     pub async fn add_nic(&self, nic: Nic) -> Result<(), VmError> {
         let mut descriptors = Descriptors::default();
         let id = nic_id(nic.mac);
-        let device = Request::AddDevice(DeviceSpec::Net(descriptors.nic(nic)));
+        let device = Request::AddDevice(DeviceSpec::Net(descriptors.nic(nic, self.rates)));
         let added = self.request("plug an interface", device, descriptors.0);
         let added = added.await;
         if matches!(added, Err(VmError::Deadline { .. })) {

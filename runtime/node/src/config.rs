@@ -25,6 +25,9 @@ pub const DROP_INS: &str = "/etc/husk/conf.d";
 /// Environment variable that names another file, which is then the only one.
 pub const VARIABLE: &str = "HUSK_CONFIG";
 
+/// What is shown of a key that has no value.
+pub const NO_VALUE: &str = "none";
+
 /// What is in effect: values of the files, or their defaults. The keys are
 /// described in [`key::KEYS`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +50,23 @@ pub struct Config {
     pub boot_timeout_seconds: u32,
     /// Kernel command line parameters added to our own.
     pub kernel_parameters: String,
+    /// Of each disk, reading and writing together; like the others below, none
+    /// limits nothing.
+    pub disk_kib_per_second: Option<u32>,
+    /// At once.
+    pub disk_burst_kib: Option<u32>,
+    /// Of each disk.
+    pub disk_requests_per_second: Option<u32>,
+    /// At once.
+    pub disk_burst_requests: Option<u32>,
+    /// Of each interface, in each direction.
+    pub network_kib_per_second: Option<u32>,
+    /// At once.
+    pub network_burst_kib: Option<u32>,
+    /// Of each interface, in each direction.
+    pub network_frames_per_second: Option<u32>,
+    /// At once.
+    pub network_burst_frames: Option<u32>,
 }
 
 /// How many users a pod has.
@@ -72,6 +92,14 @@ impl Default for Config {
             first_uid: 1_000_000_000,
             boot_timeout_seconds: 60,
             kernel_parameters: String::new(),
+            disk_kib_per_second: None,
+            disk_burst_kib: None,
+            disk_requests_per_second: None,
+            disk_burst_requests: None,
+            network_kib_per_second: None,
+            network_burst_kib: None,
+            network_frames_per_second: None,
+            network_burst_frames: None,
         }
     }
 }
@@ -263,11 +291,11 @@ impl Config {
         }
     }
 
-    /// The value of a key, as a file would say it.
+    /// The value of a key, as a file would say it; [`NO_VALUE`] where it has none.
     pub fn value(&self, key: &str) -> Value {
         let table = Table::try_from(self).unwrap_or_default();
         let value = table.get(key).cloned();
-        value.unwrap_or_else(|| Value::String(String::new()))
+        value.unwrap_or_else(|| Value::String(NO_VALUE.to_owned()))
     }
 }
 

@@ -5,4 +5,5 @@
 pub mod config;
 pub mod pod_log;
 pub mod process;
+pub mod rates;
 pub mod state;

@@ -6,6 +6,8 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
+use husk_node::config::key::{self, Kind};
+use husk_node::rates::Rates;
 use husk_vmm_spec::{MEMORY_MAX_MIB, VCPU_MAX};
 
 use super::{BundleError, Limits, Role};
@@ -13,6 +15,9 @@ use crate::id::Id;
 
 /// Keys that are ours begin so.
 const PREFIX: &str = "io.husk.";
+
+/// Before a key of the configuration that a pod may have otherwise.
+const KEY_PREFIX: &str = "io.husk.vm.";
 
 const VCPUS: &str = "io.husk.vm.vcpus";
 const MEMORY_MIB: &str = "io.husk.vm.memory_mib";
@@ -42,19 +47,23 @@ pub struct Overrides {
     pub vcpus: Option<u8>,
     /// Memory of the guest, MiB.
     pub memory_mib: Option<u32>,
+    /// What disks and interfaces may move.
+    pub rates: Rates,
 }
 
 /// An annotation that cannot be.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AnnotationError {
     /// No annotation of ours has this key.
-    #[error("annotation {0} is not known; known are {VCPUS} and {MEMORY_MIB}")]
+    #[error(
+        "annotation {0} is not known; known are {VCPUS}, {MEMORY_MIB}, and {KEY_PREFIX} before a key of the configuration that limits disks or networks"
+    )]
     Unknown(String),
     /// A value that is no number in the range.
     #[error("annotation {key} is {value:?}; it must be a number from {least} to {most}")]
     Number {
         /// The annotation.
-        key: &'static str,
+        key: String,
         /// As given.
         value: String,
         /// Least that may be.
@@ -89,10 +98,21 @@ impl Overrides {
                     let range = MEMORY_MIN_MIB..=MEMORY_MAX_MIB;
                     overrides.memory_mib = Some(number(MEMORY_MIB, value, range)?);
                 }
-                _ => return Err(AnnotationError::Unknown(key.clone())),
+                _ => overrides.read_rate(key, value)?,
             }
         }
         Ok(overrides)
+    }
+
+    fn read_rate(&mut self, annotation: &str, value: &str) -> Result<(), AnnotationError> {
+        let unknown = || AnnotationError::Unknown(annotation.to_owned());
+        let name = annotation.strip_prefix(KEY_PREFIX).ok_or_else(unknown)?;
+        let place = self.rates.named(name).ok_or_else(unknown)?;
+        let Some(Kind::Number { least, most, .. }) = key::find(name).map(|key| key.kind) else {
+            return Err(unknown());
+        };
+        *place = Some(number(annotation, value, least..=most)?);
+        Ok(())
     }
 }
 
@@ -148,7 +168,7 @@ fn plain<T: FromStr>(
         .transpose()
 }
 
-fn number<T>(key: &'static str, value: &str, range: RangeInclusive<T>) -> Result<T, AnnotationError>
+fn number<T>(key: &str, value: &str, range: RangeInclusive<T>) -> Result<T, AnnotationError>
 where
     T: FromStr + PartialOrd + Display + Copy + Into<u64>,
 {
@@ -157,7 +177,7 @@ where
         .ok()
         .filter(|number| range.contains(number))
         .ok_or_else(|| AnnotationError::Number {
-            key,
+            key: key.to_owned(),
             value: value.to_owned(),
             least: (*range.start()).into(),
             most: (*range.end()).into(),

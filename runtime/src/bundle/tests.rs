@@ -79,6 +79,8 @@ fn sizes_a_pod_by_its_annotations() {
             "io.kubernetes.cri.sandbox-cpu-period": "100000",
             "io.husk.vm.vcpus": "4",
             "io.husk.vm.memory_mib": "1024",
+            "io.husk.vm.disk_kib_per_second": "10240",
+            "io.husk.vm.network_burst_frames": "5",
         },
         "linux": {"namespaces": [{"type": "network"}], "sysctl": {"a.b": "1"}},
     }));
@@ -87,6 +89,8 @@ fn sizes_a_pod_by_its_annotations() {
     assert_eq!(spec.limits.cpu_millis, Some(2000));
     assert_eq!(spec.overrides.vcpus, Some(4));
     assert_eq!(spec.overrides.memory_mib, Some(1024));
+    assert_eq!(spec.overrides.rates.disk.kib_per_second, Some(10240));
+    assert_eq!(spec.overrides.rates.network.burst_operations, Some(5));
     assert_eq!(spec.sysctls["a.b"], "1");
 }
 
@@ -98,6 +102,12 @@ fn names_a_wrong_annotation() {
         ("io.husk.vm.vcpus", "many"),
         ("io.husk.vm.memory_mib", "1"),
         ("io.husk.vm.memory_mib", "99999999"),
+        ("io.husk.vm.disk_kib_per_second", "0"),
+        ("io.husk.vm.network_kib_per_second", "4294967296"),
+        ("io.husk.vm.disk_burst_requests", "-1"),
+        // A key that is none of these.
+        ("io.husk.vm.first_uid", "1"),
+        ("io.husk.disk_kib_per_second", "1"),
     ] {
         let bundle = bundle(json!({
             "annotations": {key: value},

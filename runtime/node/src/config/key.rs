@@ -42,7 +42,7 @@ pub enum Kind {
 const LARGEST_PID: u32 = 1 << 22;
 
 /// All of them, in the order in which they are shown.
-pub const KEYS: [Key; 8] = [
+pub const KEYS: [Key; 16] = [
     Key {
         name: "vmm",
         kind: Kind::Path,
@@ -94,6 +94,85 @@ pub const KEYS: [Key; 8] = [
         name: "kernel_parameters",
         kind: Kind::Text { longest: 1024 },
         meaning: "Added to the guest kernel's command line.",
+    },
+    Key {
+        name: "disk_kib_per_second",
+        kind: Kind::Number {
+            least: 1,
+            most: u32::MAX,
+            unit: "KiB a second",
+        },
+        meaning: "What the guest may read from and write to each disk of its machine, both together; without a value \
+                  as much as it can. What it asks for beyond that waits. Disks are block devices and images; \
+                  what the file server serves is not limited. A pod's annotation `io.husk.vm.` with this \
+                  name behind it wins, as for all keys below, where the operator lets annotations through.",
+    },
+    Key {
+        name: "disk_burst_kib",
+        kind: Kind::Number {
+            least: 1,
+            most: u32::MAX,
+            unit: "KiB",
+        },
+        meaning: "What may be read and written at once before that rate holds; without a value as much as in a \
+                  second. Without the rate it has no effect, like the bursts below.",
+    },
+    Key {
+        name: "disk_requests_per_second",
+        kind: Kind::Number {
+            least: 1,
+            most: u32::MAX,
+            unit: "requests a second",
+        },
+        meaning: "The requests that each disk takes, of whatever size.",
+    },
+    Key {
+        name: "disk_burst_requests",
+        kind: Kind::Number {
+            least: 1,
+            most: u32::MAX,
+            unit: "requests",
+        },
+        meaning: "How many of them at once; without a value as many as in a second.",
+    },
+    Key {
+        name: "network_kib_per_second",
+        kind: Kind::Number {
+            least: 1,
+            most: u32::MAX,
+            unit: "KiB a second",
+        },
+        meaning: "What each interface may receive, and what it may send. What comes beyond that waits on the node, \
+                  where the queue of the interface's tap drops it when full; what the guest sends waits in \
+                  the guest. Annotations of Kubernetes about bandwidth are the CNI plugin's and not looked at.",
+    },
+    Key {
+        name: "network_burst_kib",
+        kind: Kind::Number {
+            least: 1,
+            most: u32::MAX,
+            unit: "KiB",
+        },
+        meaning: "How much of it at once; without a value as much as in a second.",
+    },
+    Key {
+        name: "network_frames_per_second",
+        kind: Kind::Number {
+            least: 1,
+            most: u32::MAX,
+            unit: "frames a second",
+        },
+        meaning: "The frames that each interface may receive, and those that it may send. A large frame that the \
+                  node takes apart counts once.",
+    },
+    Key {
+        name: "network_burst_frames",
+        kind: Kind::Number {
+            least: 1,
+            most: u32::MAX,
+            unit: "frames",
+        },
+        meaning: "How many of them at once; without a value as many as in a second.",
     },
 ];
 

@@ -1,7 +1,7 @@
 //! `docs/configuration.md`, made from the keys.
 
 use super::key::{KEYS, Kind};
-use super::{CONFIG_FILE, Config, DROP_INS, VARIABLE};
+use super::{CONFIG_FILE, Config, DROP_INS, NO_VALUE, VARIABLE};
 
 /// The page.
 pub fn page() -> String {
@@ -32,6 +32,7 @@ then that one is read, and nothing else.
     for key in KEYS {
         let default = match defaults.value(key.name).to_string() {
             text if text == "\"\"" => "empty".to_owned(),
+            text if text.trim_matches('"') == NO_VALUE => NO_VALUE.to_owned(),
             text => format!("`{text}`"),
         };
         let value = match key.kind {
