@@ -42,6 +42,7 @@ mod mount_copy;
 mod mounts_below;
 mod names;
 mod network;
+mod pace;
 mod pod;
 mod pod_config;
 mod ports;

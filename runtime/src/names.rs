@@ -15,12 +15,19 @@ use tokio::time::timeout;
 use crate::agent_client::Agent;
 use crate::error::Error;
 use crate::network::{Netns, NetworkError, resolver};
+use crate::pace::{Pace, Rate};
 use crate::ports;
 use crate::stdio::StdioError;
 use crate::vm_process::Vm;
 
 /// Most questions of a pod at a time.
 const QUESTIONS: usize = 64;
+
+/// How many are asked: the server is the whole node's.
+const ASKED: Rate = Rate {
+    burst: 1000,
+    per_second: 200,
+};
 
 /// How long an answer may take: Docker asks others in turn.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -90,8 +97,11 @@ async fn carry(guest: UnixStream, netns: Netns) {
     let (mut from_guest, mut to_guest) = guest.into_split();
     let (answers, mut answered) = mpsc::channel::<Message>(1);
     let places = Arc::new(Semaphore::new(QUESTIONS));
+    let mut pace = Pace::new(ASKED);
     let listen = async {
         while let Ok(question) = read(&mut from_guest).await {
+            pace.ready().await;
+            pace.take(1);
             let Ok(place) = Arc::clone(&places).acquire_owned().await else {
                 return;
             };

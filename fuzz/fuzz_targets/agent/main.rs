@@ -13,6 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 // The shim is a program, so its modules come as they are, by symbolic links.
 mod agent_client;
 mod clock;
+mod pace;
 mod config {
     use std::time::Duration;
 

@@ -2,23 +2,36 @@
 //! asked something gives up while the question is half written, and with the
 //! agent's connection the pod ends. An agent may not read for a while: its guest
 //! is short of processors. So here a question is written at once, whatever the
-//! agent does; what it has not read yet waits in memory, up to a bound.
+//! agent does; what it has not read yet waits in memory, up to a bound. And what it
+//! answers is read no faster than an honest agent speaks: the rest waits with it.
 
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use husk_protocol::limit;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
+use tokio::time::{Sleep, sleep};
+
+use crate::pace::{Pace, Rate};
 
 /// Most that waits, bytes. An agent that lets more come together is none.
 const WAITING: usize = 8 * limit::MESSAGE_BYTES;
+
+/// What of its answers is read, bytes: two of the largest at once.
+const ANSWERS: Rate = Rate {
+    burst: 2 * limit::MESSAGE_BYTES as u32,
+    per_second: 256 << 10,
+};
+
+/// What a read costs at least, as bytes: an answer may be tiny.
+const READ_COST: usize = 64;
 
 /// The stream.
 #[derive(Debug)]
@@ -26,6 +39,9 @@ pub struct Outbox {
     answers: OwnedReadHalf,
     questions: mpsc::UnboundedSender<Vec<u8>>,
     waiting: Arc<AtomicUsize>,
+    pace: Pace,
+    /// Too much was read.
+    pause: Option<Pin<Box<Sleep>>>,
 }
 
 impl Outbox {
@@ -43,6 +59,8 @@ impl Outbox {
             answers,
             questions,
             waiting,
+            pace: Pace::new(ANSWERS),
+            pause: None,
         })
     }
 }
@@ -67,7 +85,22 @@ impl AsyncRead for Outbox {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.answers).poll_read(context, buffer)
+        let this = &mut *self;
+        loop {
+            if let Some(pause) = &mut this.pause {
+                ready!(pause.as_mut().poll(context));
+                this.pause = None;
+            }
+            match this.pace.wait() {
+                Some(wait) => this.pause = Some(Box::pin(sleep(wait))),
+                None => break,
+            }
+        }
+        let before = buffer.filled().len();
+        let read = ready!(Pin::new(&mut this.answers).poll_read(context, buffer));
+        let bytes = buffer.filled().len() - before;
+        this.pace.take(bytes.max(READ_COST));
+        Poll::Ready(read)
     }
 }
 
@@ -146,6 +179,32 @@ mod tests {
         std::thread::spawn(|| answer(far));
         agent.create_sandbox(&large(), LONG).await.unwrap();
         agent.pause("c").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_answered_is_read_no_faster_than_that() {
+        for frame in [vec![0; 64 << 10], vec![0; 10]] {
+            let (near, mut far) = StdUnixStream::pair().unwrap();
+            let _agent = agent(near);
+            far.set_write_timeout(Some(LONG)).unwrap();
+            let mut response = frame;
+            let [l0, l1, l2, l3] = (response.len() as u32 - 10).to_be_bytes();
+            // Of a question that nobody asked.
+            response[..10].copy_from_slice(&[l0, l1, l2, l3, 0, 9, 9, 9, 2, 0]);
+            let unit = response.len().max(READ_COST);
+            let burst = ANSWERS.burst as usize / unit;
+            let more = 2 * ANSWERS.per_second as usize / unit;
+            // What the socket holds at most.
+            let ahead = 212_992 / response.len().max(500) + 1;
+            let began = std::time::Instant::now();
+            let flood = tokio::task::spawn_blocking(move || {
+                for _ in 0..burst + more + ahead {
+                    far.write_all(&response).unwrap();
+                }
+            });
+            flood.await.unwrap();
+            assert!(began.elapsed() >= Duration::from_secs(2), "{unit}");
+        }
     }
 
     #[tokio::test]

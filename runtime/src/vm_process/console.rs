@@ -8,6 +8,8 @@ use tokio::net::unix::pipe;
 use tokio::task::yield_now;
 use tokio::time::Instant;
 
+use crate::pace::{Pace, Rate};
+
 /// How much is kept, bytes.
 const KEPT: usize = 64 << 10;
 
@@ -22,6 +24,16 @@ const LINE: usize = 1024;
 const BURST: u32 = 1000;
 const EACH_SECOND: u32 = 50;
 
+/// What is read, bytes: the rest waits in the pipe, and the VMM drops what does
+/// not fit.
+const OUTPUT: Rate = Rate {
+    burst: 1 << 20,
+    per_second: 256 << 10,
+};
+
+/// What a read costs at least, as bytes: a guest may write them one by one.
+const READ_COST: usize = 64;
+
 /// How many lines an error shows.
 const SHOWN: usize = 5;
 
@@ -32,6 +44,7 @@ pub struct Console {
     kept: VecDeque<u8>,
     line: Vec<u8>,
     budget: Budget,
+    pace: Pace,
 }
 
 /// How much may be logged.
@@ -50,16 +63,19 @@ impl Console {
             kept: VecDeque::new(),
             line: Vec::new(),
             budget: Budget::new(),
+            pace: Pace::new(OUTPUT),
         }
     }
 
     /// Waits for output and takes it. Never returns once nobody can write any
     /// more. Nothing is lost when the future is dropped.
     pub async fn read(&mut self) {
-        match &self.pipe {
+        self.pace.ready().await;
+        let read = match &self.pipe {
             Some(pipe) if pipe.readable().await.is_ok() => self.read_once(),
             _ => std::future::pending().await,
         };
+        self.pace.take(read.max(READ_COST));
         // A guest may write for ever, and the runtime does not count this as work.
         yield_now().await;
     }
@@ -209,6 +225,25 @@ mod tests {
         flood.abort();
     }
 
+    #[tokio::test]
+    async fn reads_a_flood_in_part() {
+        let (sender, receiver) = pipe::pipe().unwrap();
+        let mut console = Console::new(receiver);
+        let mut read = 0;
+        let began = std::time::Instant::now();
+        // Before each read there is something, until all is read that may be.
+        let flood = async {
+            while read < OUTPUT.burst as usize + OUTPUT.per_second as usize {
+                sender.writable().await.unwrap();
+                let _ = sender.try_write(&[b'x'; READ]);
+                console.read().await;
+                read += READ;
+            }
+        };
+        flood.await;
+        assert!(began.elapsed() >= std::time::Duration::from_millis(900));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn logs_a_flood_in_part() {
         let mut budget = Budget::new();
@@ -227,6 +262,7 @@ mod tests {
             kept: VecDeque::new(),
             line: Vec::new(),
             budget: Budget::new(),
+            pace: Pace::new(OUTPUT),
         };
         console.take(&vec![b'a'; KEPT - 1]);
         console.take(b"bc");
