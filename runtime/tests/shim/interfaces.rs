@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::Case;
 use crate::case::{Bundle, Node, Shim, block_on};
@@ -19,6 +19,7 @@ pub const CASES: &[Case] = &[
     ("interface_that_fails_hides_no_other", fails),
     ("interface_may_become_another", becomes_another),
     ("start_fails_for_what_came_for_it_alone", missed),
+    ("devices_may_move_what_the_node_and_the_pod_say", rates),
 ];
 
 /// A network namespace of its own.
@@ -106,12 +107,17 @@ async fn expect(shim: &Shim, bundle: &Bundle, wanted: &[&str]) {
 
 /// A container that is created and has one interface, and where others may lead.
 async fn created(node: &Node) -> (Bundle, Shim, Netns, Netns) {
+    created_with(node, json!({})).await
+}
+
+async fn created_with(node: &Node, annotations: Value) -> (Bundle, Shim, Netns, Netns) {
     let (netns, other) = (Netns::new(), Netns::new());
     netns.add(&other, "eth0", 1);
     netns.ip("route add default via 10.1.0.1");
     let bundle = node.bundle("n", &["sleep"]).with(|spec| {
         spec["linux"]["namespaces"] =
             json!([{"type": "pid"}, {"type": "network", "path": netns.path()}]);
+        spec["annotations"] = annotations;
     });
     let shim = node.start(&bundle).await;
     shim.create(&bundle.request()).await.unwrap();
@@ -247,6 +253,33 @@ fn missed() {
         shim.run("n", "").await.unwrap();
         netns.add(&other, "eth2", 2);
         expect(&shim, &bundle, &["eth2:10.2.0.2/24"]).await;
+        end(&node, &shim).await;
+    });
+}
+
+fn rates() {
+    block_on(async {
+        let node = Node::new().await;
+        node.configure(
+            "network_kib_per_second = 1000\nnetwork_burst_kib = 10\ndisk_kib_per_second = 5\n",
+        );
+        let annotations = json!({
+            "io.husk.vm.network_kib_per_second": "2000",
+            "io.husk.vm.network_frames_per_second": "300",
+        });
+        let (bundle, shim, netns, other) = created_with(&node, annotations).await;
+        // One at boot, one later.
+        netns.add(&other, "eth1", 2);
+        shim.run("n", "").await.unwrap();
+        let both = ["net-00000001", "net-00000002"].map(|id| format!("{id}:2048000+10240:300+300"));
+        assert_eq!(ask(&shim, &bundle, "r", "rates").await, both.join(" "));
+        end(&node, &shim).await;
+        // Without a word of it, nothing is limited.
+        node.configure("");
+        let (bundle, shim, _netns, _other) = created(&node).await;
+        shim.run("n", "").await.unwrap();
+        let rates = ask(&shim, &bundle, "again", "rates").await;
+        assert_eq!(rates, "net-00000001:-:-");
         end(&node, &shim).await;
     });
 }

@@ -4,6 +4,7 @@
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{StateRequest, StatsRequest, WaitRequest};
@@ -24,6 +25,8 @@ pub const CASES: &[Case] = &[
     ("a_lying_agent_floods", floods),
     ("a_lying_agent_tells_impossible_numbers", numbers),
     ("a_lying_agent_ends_what_never_ran", early),
+    ("a_lying_agent_talks_much_in_little_pieces", tiny),
+    ("a_lying_guest_floods_its_console", console),
 ];
 
 /// Kernel parameter that has the agent lie, and how.
@@ -39,7 +42,9 @@ const RESPONSE: u8 = 2;
 const METHODS: [&str; 5] = ["Stats", "Wait", "NextEvent", "Signal", "Shutdown"];
 
 /// Tells the truth until it is asked for statistics; then it lies as `how` says.
+/// A flood is counted in the file that stands behind an `@`.
 pub fn serve(mut connection: UnixStream, how: &str) {
+    let (how, file) = how.split_once('@').unwrap_or((how, ""));
     connection.set_nonblocking(false).unwrap();
     let mut waits = Vec::new();
     let mut events = Vec::new();
@@ -110,6 +115,22 @@ pub fn serve(mut connection: UnixStream, how: &str) {
                 std::thread::spawn(move || while more.write_all(&response).is_ok() {});
                 continue;
             }
+            ("tiny", "Stats") => {
+                answer(stream, b"");
+                let mut more = connection.try_clone().unwrap();
+                let file = file.to_owned();
+                std::thread::spawn(move || {
+                    let response = frame(0, 999_999);
+                    let mut pieces = 0_u64;
+                    while more.write_all(&response).is_ok() {
+                        pieces += 1;
+                        if pieces.is_multiple_of(256) {
+                            tally(&file, pieces);
+                        }
+                    }
+                });
+                continue;
+            }
             ("events", "NextEvent") if lies => events.push(stream),
             ("events", "Stats") => answer(stream, b""),
             ("numbers", "Stats") => answer(stream, &impossible()),
@@ -139,6 +160,33 @@ pub fn serve(mut connection: UnixStream, how: &str) {
             event.mut_oom().container_id = "x".repeat(3 << 20);
             let event = event.write_to_bytes().unwrap();
             events.drain(..).for_each(|wanted| answer(wanted, &event));
+        }
+    }
+}
+
+/// Notes for the test how much of a flood has been taken.
+fn tally(file: &str, count: u64) {
+    let _ = std::fs::write(file, count.to_string());
+}
+
+/// What was noted last.
+fn tallied(file: &Path) -> u64 {
+    let text = std::fs::read_to_string(file);
+    text.unwrap_or_default().parse().unwrap_or(0)
+}
+
+/// Writes to the console for ever, as a device that drops what does not fit.
+pub fn flood_console(file: &str) {
+    let line = [&[b'x'; 62][..], b"\n"].concat();
+    let mut bytes = 0_u64;
+    loop {
+        // Standard error is the console as well.
+        match rustix::io::write(rustix::stdio::stderr(), &line.repeat(64)) {
+            Ok(count) => {
+                bytes += count as u64;
+                tally(file, bytes);
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
         }
     }
 }
@@ -198,7 +246,9 @@ fn frame(length: u32, stream: u32) -> Vec<u8> {
 /// A pod whose agent lies once it is asked for statistics, and its answer.
 async fn lied_to(how: &str) -> (Node, Shim, Option<Code>) {
     let node = Node::new().await;
-    node.configure(&format!("kernel_parameters = '{PARAMETER}{how}'\n"));
+    let file = node.path("tally");
+    let parameter = format!("{PARAMETER}{how}@{}", file.display());
+    node.configure(&format!("kernel_parameters = '{parameter}'\n"));
     let bundle = node.bundle(how, &["sleep"]);
     let shim = node.start(&bundle).await;
     shim.create(&bundle.request()).await.unwrap();
@@ -303,5 +353,39 @@ fn early() {
         assert_eq!(shim.wait("early", "").await.unwrap().exit_status, 7);
         assert!(shim.run("early", "").await.is_err());
         finish(&node, &shim, "early").await;
+    });
+}
+
+/// More than this was never taken of a flood that began so long ago.
+async fn assert_paced(node: &Node, began: Instant, burst: u64, per_second: u64) {
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let taken = tallied(&node.path("tally"));
+        let most = burst + per_second * (began.elapsed().as_secs() + 1);
+        assert!((1..=most).contains(&taken), "{taken} of {most}");
+    }
+}
+
+fn tiny() {
+    block_on(async {
+        let began = Instant::now();
+        let (node, shim, code) = lied_to("tiny").await;
+        assert_eq!(code, None);
+        // Each counts for 64 bytes; some hundred are in the socket.
+        let (burst, per_second) = ((8 << 20) / 64 + 1000, (256 << 10) / 64);
+        assert_paced(&node, began, burst, per_second).await;
+        assert_state_is_told(&shim, "tiny").await;
+        remove(&node, &shim, "tiny").await;
+    });
+}
+
+fn console() {
+    block_on(async {
+        let began = Instant::now();
+        let (node, shim, _) = lied_to("console").await;
+        // And what is in the pipe.
+        assert_paced(&node, began, (1 << 20) + (1 << 17), 256 << 10).await;
+        assert_state_is_told(&shim, "console").await;
+        remove(&node, &shim, "console").await;
     });
 }

@@ -12,6 +12,7 @@ mod crio;
 mod devices;
 mod ends;
 mod errors;
+mod faults;
 mod hostile;
 mod interfaces;
 mod joined;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
     let cases: Vec<Case> = [
         program::CASES,
         errors::CASES,
+        faults::CASES,
         lifecycle::CASES,
         ends::CASES,
         sandbox::CASES,

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, UdpSocket};
 use std::process::{Child, Command};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -13,7 +14,10 @@ use crate::Case;
 use crate::case::{Node, block_on};
 use crate::sandbox::{kill, remove};
 
-pub const CASES: &[Case] = &[("names_are_asked_of_the_server_in_the_namespace", asked)];
+pub const CASES: &[Case] = &[
+    ("names_are_asked_of_the_server_in_the_namespace", asked),
+    ("names_are_asked_no_faster_than_that", curious),
+];
 
 const ADDRESS: &str = "127.0.0.11:53";
 
@@ -80,6 +84,50 @@ fn asked() {
         let next = || told.recv_timeout(Duration::from_secs(10)).unwrap();
         assert_eq!(next(), b"who");
         assert_eq!(next(), b"who?");
+        kill(&shim, "web").await;
+        remove(&node, &shim, "web").await;
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+    });
+}
+
+/// The guest asks without end; the server answers at once, and counts.
+fn curious() {
+    block_on(async {
+        let node = Node::new().await;
+        let (mut holder, path) = namespace();
+        let bundle = node.bundle("web", &["sleep"]).with(|spec| {
+            spec["hostname"] = "curious".into();
+            spec["linux"]["namespaces"] =
+                json!([{"type": "pid"}, {"type": "network", "path": path}]);
+        });
+        let shim = node.start(&bundle).await;
+        shim.create(&bundle.request()).await.unwrap();
+        let netns = File::open(&path).unwrap();
+        let (began, count) = (Instant::now(), Arc::new(AtomicU64::new(0)));
+        let counted = Arc::clone(&count);
+        let (ready, is_ready) = mpsc::channel();
+        std::thread::spawn(move || {
+            nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            let udp = UdpSocket::bind(ADDRESS).unwrap();
+            // The shim looks for both.
+            let _tcp = TcpListener::bind(ADDRESS).unwrap();
+            ready.send(()).unwrap();
+            let mut buffer = [0; 100];
+            while let Ok((length, asker)) = udp.recv_from(&mut buffer) {
+                let _ = udp.send_to(&buffer[..length], asker);
+                counted.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        is_ready.recv().unwrap();
+        shim.run("web", "").await.unwrap();
+        for _ in 0..4 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let most = 1000 + 200 * (began.elapsed().as_secs() + 1);
+            let asked = count.load(Ordering::Relaxed);
+            assert!(asked <= most, "{asked} of {most}");
+        }
+        assert!(count.load(Ordering::Relaxed) > 0);
         kill(&shim, "web").await;
         remove(&node, &shim, "web").await;
         holder.kill().unwrap();

@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use husk_vmm_spec::{
-    CONTROL_FD, ExitReason, Failure, HostPort, Message, PACKET_BYTES, PACKET_DESCRIPTORS, Reply,
-    Request, Timeline, ValidVmSpec, VmSpec,
+    BucketSpec, CONTROL_FD, DeviceSpec, ExitReason, Failure, HostPort, Message, PACKET_BYTES,
+    PACKET_DESCRIPTORS, Reply, Request, Timeline, ValidVmSpec, VmSpec,
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
 
-use crate::{agent, liar};
+use crate::{agent, faults, liar};
 
 /// Streams of host ports that were opened and not yet dialled.
 pub type Ports = Arc<Mutex<HashMap<u32, UnixStream>>>;
@@ -35,22 +35,54 @@ const UNWANTED: &str = "66";
 /// How often it did.
 pub static REFUSED: AtomicU32 = AtomicU32::new(0);
 
+/// What each device may move, as `rates` in the guest tells.
+pub static RATES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+fn note_rate(device: &DeviceSpec) {
+    let rate = match device {
+        DeviceSpec::Block(block) => block.rate,
+        DeviceSpec::Net(net) => net.rate,
+        DeviceSpec::Fs(_) => return,
+    };
+    let bucket = |bucket: Option<BucketSpec>| match bucket {
+        Some(bucket) => format!("{}+{}", bucket.per_second, bucket.burst),
+        None => "-".to_owned(),
+    };
+    let (bytes, operations) = (bucket(rate.bytes), bucket(rate.operations));
+    let line = format!("{}:{bytes}:{operations}", device.id());
+    RATES.lock().unwrap().push(line);
+}
+
 /// Lives as long as its control socket, like the real one.
 pub fn run() {
     let (text, descriptors) = receive().expect("no specification");
     let count = descriptors.len();
     let spec: VmSpec = serde_json::from_slice(&text).unwrap();
     let spec = ValidVmSpec::new(spec, count).unwrap().spec().clone();
+    let line = spec.start.boot().unwrap().command_line.clone();
+    let mut words = line.split(' ');
+    let fault = words.find_map(|word| word.strip_prefix(faults::PARAMETER));
+    if fault == Some("spec") {
+        return;
+    }
     tell(&Message::Started(Timeline {
         exec_ns: 1,
         spec_ns: 2,
         entered_ns: 3,
     }));
-    let line = spec.start.boot().unwrap().command_line.clone();
+    if fault == Some("started") {
+        return;
+    }
     if line.contains(PANIC) {
         eprintln!("Kernel panic - not syncing: pretended");
         tell(&Message::Exited(ExitReason::Panic));
         return;
+    }
+    for device in &spec.blocks {
+        note_rate(&DeviceSpec::Block(device.clone()));
+    }
+    for device in &spec.nets {
+        note_rate(&DeviceSpec::Net(device.clone()));
     }
     let ports = Ports::default();
     let mut descriptors: Vec<_> = descriptors.into_iter().map(Some).collect();
@@ -63,10 +95,17 @@ pub fn run() {
     }
     keep(&ports, spec.vsock.unwrap().host_ports, descriptors);
     let connection = ports.lock().unwrap().remove(&1024).unwrap();
+    if fault == Some("hang_up") {
+        connection.shutdown(std::net::Shutdown::Both).unwrap();
+    }
     let agents = Arc::clone(&ports);
     let mut words = line.split(' ');
     let how = words.find_map(|word| word.strip_prefix(liar::PARAMETER));
     let how = how.map(str::to_owned);
+    if let Some(file) = how.as_deref().and_then(|how| how.strip_prefix("console@")) {
+        let file = file.to_owned();
+        std::thread::spawn(move || liar::flood_console(&file));
+    }
     std::thread::spawn(move || {
         if let Some(how) = how {
             // The machine goes on without it.
@@ -106,6 +145,7 @@ pub fn run() {
                     tell(&Message::Reply(Err(Failure { message })));
                     continue;
                 }
+                note_rate(&device);
                 let before = devices.insert(device.id().to_owned(), descriptors);
                 let is_new = before.is_none();
                 expect(is_new, "a device is plugged twice", device.id());
