@@ -180,6 +180,9 @@ fn restore(
 
     // Processors come first: devices may interrupt them as soon as they go on.
     let vcpus = vcpu::create_all(&vm, spec.vcpus.max, Begin::Saved(&state.processors))?;
+    // The guest does not see how long it was away. At once: the processors' counters
+    // have just been set, and a clock that differs from them is not trusted.
+    vm.set_clock(state.clock_ns)?;
 
     // The bus and the devices on it.
     let memory = GuestMemoryAtomic::new(memory);
@@ -193,8 +196,6 @@ fn restore(
 
     let console = Arc::clone(&board.console);
     let legacy = Legacy::restored(console, Arc::clone(&board.exit), &state.serial);
-    // The guest does not see how long it was away.
-    vm.set_clock(state.clock_ns)?;
     board.finish(vm, memory, vcpus, legacy, confinement)
 }
 

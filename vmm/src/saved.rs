@@ -151,11 +151,13 @@ pub fn save(
         return Err(SavedError::Device(id.to_owned()));
     }
     let processors = machine.vcpus.save(&machine.vm.msr_indices()?)?;
+    // At once: the processors' counters have just been read, and go on.
+    let clock_ns = machine.vm.clock()?;
     let memory = vm_memory::GuestAddressSpace::memory(&machine.memory);
     let filled = saved_memory::save(&memory, memory_file).map_err(file_error("memory"))?;
     let state = MachineState {
         origin: origin.to_owned(),
-        clock_ns: machine.vm.clock()?,
+        clock_ns,
         processors,
         serial: machine.space.legacy().save(),
         bus: machine.space.pci().save()?,
