@@ -166,7 +166,10 @@ pub fn serve(mut connection: UnixStream, how: &str) {
 
 /// Notes for the test how much of a flood has been taken.
 fn tally(file: &str, count: u64) {
-    let _ = std::fs::write(file, count.to_string());
+    // Whole at any moment.
+    let new = format!("{file}.new");
+    let _ = std::fs::write(&new, count.to_string());
+    let _ = std::fs::rename(&new, file);
 }
 
 /// What was noted last.
