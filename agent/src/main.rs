@@ -149,6 +149,9 @@ async fn serve_one(
 ) -> Result<Option<Ending>, Error> {
     let socket = dialler.dial(port::AGENT).await;
     let socket = socket.doing("dial host port", port::AGENT)?;
+    let breaks = socket
+        .break_watch()
+        .doing("watch", "the shim's connection")?;
     let shutdown = Arc::new(Notify::new());
     let service = Service {
         sandbox: Arc::clone(sandbox),
@@ -170,6 +173,7 @@ async fn serve_one(
             log::info!("the shim is gone");
             Ok(Some(ending))
         }
+        () = breaks.wait() => Ok(Some(Ending::Broken)),
         () = shutdown.notified() => {
             log::info!("asked to end");
             Ok(None)

@@ -16,6 +16,7 @@ use crate::clock;
 use crate::container::attempt::{Attempt, Underway, attempt};
 use crate::container::cgroup::machine_grows_to;
 use crate::container::{Container, DeviceNumbers, Order, PidSource, Surroundings};
+use crate::device;
 use crate::entropy;
 use crate::error::{Doing, Error, OsError};
 use crate::events::{Event, EventQueue, Events};
@@ -140,10 +141,15 @@ impl Sandbox {
         }
         if self.settings.guest {
             // Before anything that uses a random number.
-            if !request.entropy.is_empty() {
+            let is_copy = !request.entropy.is_empty();
+            if is_copy {
                 entropy::renew(&request.entropy)?;
             }
             clock::correct(request.wall_clock_ns)?;
+            if is_copy {
+                // What the pod has and the template had not.
+                device::rescan()?;
+            }
         }
         if !request.uid_mappings.is_empty() || !request.gid_mappings.is_empty() {
             let users = PodUsers::make(&request).await?;

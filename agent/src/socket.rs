@@ -12,7 +12,7 @@ use nix::sys::socket::{
 };
 use rustix::net::{SendFlags, Shutdown};
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 
 /// The host's context id.
 const HOST_CID: u32 = 2;
@@ -73,11 +73,33 @@ pub fn registered(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 pub struct Socket(AsyncFd<OwnedFd>);
 
 impl Socket {
+    /// What tells of its end by an error.
+    pub fn break_watch(&self) -> io::Result<BreakWatch> {
+        let fd = self.0.get_ref().try_clone()?;
+        // SAFETY: as in `registered`.
+        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::ERROR) };
+        Ok(BreakWatch(fd?))
+    }
+
     /// Waits until there is something to read, end of file included, without
     /// holding a buffer.
     pub async fn readable(&self) -> io::Result<()> {
         self.0.readable().await?.retain_ready();
         Ok(())
+    }
+}
+
+/// Tells when a connection breaks, which is not to be read from it: the kernel
+/// ends the streams of a vsock device that was restored with an error alone, and
+/// tokio wakes no reader for that.
+#[derive(Debug)]
+pub struct BreakWatch(AsyncFd<OwnedFd>);
+
+impl BreakWatch {
+    /// Waits for it.
+    pub async fn wait(&self) {
+        // Without the runtime nobody waits.
+        let _ = self.0.ready(Interest::ERROR).await;
     }
 }
 

@@ -119,6 +119,11 @@ fn machine_facts(machine: &MachineFacts) -> Vec<(&'static str, String)> {
         let how = if disk.read_only { " read-only" } else { "" };
         facts.push(("disk", format!("{}{how}", disk.serial)));
     }
+    let began = match machine.from_template {
+        true => "as a copy of the node's template",
+        false => "by booting",
+    };
+    facts.push(("began", began.to_owned()));
     let installed = env!("CARGO_PKG_VERSION");
     let older = match machine.shim_version == installed {
         true => String::new(),
@@ -143,6 +148,7 @@ mod tests {
             vcpus_max: 4,
             memory_mib: 512,
             pluggable_mib: 2048,
+            from_template: true,
             nics: vec![NicFacts {
                 name: "eth0".into(),
                 mac: "02:00:00:00:00:01".into(),

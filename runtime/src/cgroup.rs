@@ -99,10 +99,15 @@ impl PodCgroup {
         self.is_ours.then_some(&self.path)
     }
 
+    /// `cgroup.procs` of the cgroup that this process came from.
+    pub fn procs_of_origin(&self) -> PathBuf {
+        under_mount(&self.origin).join("cgroup.procs")
+    }
+
     /// Moves this process back and removes the cgroup, if it was made for this
     /// pod.
     pub fn leave(self) {
-        let procs = under_mount(&self.origin).join("cgroup.procs");
+        let procs = self.procs_of_origin();
         if let Err(error) = fs::write(&procs, std::process::id().to_string()) {
             tracing::warn!(path = %procs.display(), %error, "the shim stays in the pod's cgroup");
             return;

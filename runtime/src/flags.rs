@@ -14,6 +14,8 @@ pub enum Invocation {
     Start(Flags),
     /// Clean up after a shim that died.
     Delete(Flags),
+    /// Make the node's template.
+    Template,
     /// Be the shim of a pod.
     Serve(Flags),
 }
@@ -106,6 +108,9 @@ pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Invocation, 
     }
     if info {
         return Ok(Invocation::Info);
+    }
+    if action.as_deref() == Some("template") {
+        return Ok(Invocation::Template);
     }
     if flags.namespace.is_empty() {
         return Err(FlagError::Missing("namespace"));

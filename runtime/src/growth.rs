@@ -26,6 +26,8 @@ pub struct Target {
 #[derive(Clone, Copy, Debug)]
 pub struct Growth {
     boot: VmSize,
+    /// What its pod has at least.
+    least: Target,
     room: Room,
     host: HostFacts,
     /// The pod's cgroup leaves it so, too.
@@ -33,10 +35,15 @@ pub struct Growth {
 }
 
 impl Growth {
-    /// For the machine of `pod`, which began as `boot`.
-    pub fn new(pod: &PodSpec, boot: VmSize, room: Room, host: HostFacts) -> Self {
+    /// For the machine of `pod`, which began as `boot` and is to be at least
+    /// `size`.
+    pub fn new(pod: &PodSpec, boot: VmSize, size: VmSize, room: Room, host: HostFacts) -> Self {
         Self {
             boot,
+            least: Target {
+                vcpus: size.vcpus,
+                plugged_mib: size.memory_mib.saturating_sub(boot.memory_mib),
+            },
             room,
             host,
             unlimited: pod.unlimited,
@@ -57,7 +64,7 @@ impl Growth {
         let limits = sum(containers);
         let huge = limits.huge_page_bytes > 0;
         if limits.memory_bytes.is_none() && limits.cpu_millis.is_none() && !huge {
-            return self.start();
+            return self.least;
         }
         let unlimited = Unlimited {
             memory: self.unlimited.memory && any(|one| one.memory_bytes.is_none()),
@@ -74,8 +81,10 @@ impl Growth {
         };
         let beyond = memory_mib.saturating_sub(self.boot.memory_mib);
         Target {
-            vcpus: needed.vcpus.clamp(self.boot.vcpus, self.room.vcpus),
-            plugged_mib: beyond.min(self.room.pluggable_mib),
+            vcpus: needed.vcpus.min(self.room.vcpus).max(self.least.vcpus),
+            plugged_mib: beyond
+                .min(self.room.pluggable_mib)
+                .max(self.least.plugged_mib),
         }
     }
 }
@@ -189,7 +198,7 @@ impl Fitter {
     pub fn new(growth: Growth) -> Self {
         Self {
             growth,
-            wanted: Arc::new(Mutex::new(growth.start())),
+            wanted: Arc::new(Mutex::new(growth.least)),
             is: Arc::new(tokio::sync::Mutex::new(growth.start())),
         }
     }
@@ -257,7 +266,7 @@ mod tests {
             },
             ..PodSpec::default()
         };
-        Growth::new(&pod, boot, room, host)
+        Growth::new(&pod, boot, boot, room, host)
     }
 
     #[test]
@@ -279,6 +288,30 @@ mod tests {
         // One without limits gets what one alone would get.
         let target = growth().target(&[one, limits(None, None)]);
         assert_eq!((target.vcpus, target.plugged_mib), (3, 512 + 96 + 16));
+    }
+
+    #[test]
+    fn a_machine_from_a_template_is_what_its_pod_needs() {
+        let mut growth = growth();
+        growth.boot.memory_mib = 128;
+        growth.least = Target {
+            vcpus: 2,
+            plugged_mib: 384,
+        };
+        assert_eq!(growth.target(&[limits(None, None)]), growth.least);
+        let small = limits(Some(1), Some(100));
+        assert_eq!(
+            growth.target(&[small, limits(None, None)]).plugged_mib,
+            1 + 512 + 9 + 96 - 128
+        );
+        growth.unlimited = Unlimited::default();
+        assert_eq!(growth.target(&[small]), growth.least);
+        let one = limits(Some(1024), Some(2500));
+        let target = growth.target(&[one]);
+        assert_eq!(
+            (target.vcpus, target.plugged_mib),
+            (3, 1024 + 16 + 96 - 128)
+        );
     }
 
     #[test]

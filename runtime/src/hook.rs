@@ -207,7 +207,10 @@ pub fn keep_node_mounts() -> io::Result<()> {
 }
 
 /// Has a program run among the node's mounts, in the same directory.
-fn among_node_mounts(command: &mut Command) -> io::Result<()> {
+///
+/// # Errors
+/// The directory is gone.
+pub fn among_node_mounts(command: &mut Command) -> io::Result<()> {
     let Some(mounts) = NODE_MOUNTS.get() else {
         return Ok(());
     };

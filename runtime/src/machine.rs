@@ -1,7 +1,8 @@
 //! A pod's machine: everything on the node that belongs to it, from start to
 //! end.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -30,12 +31,16 @@ use crate::network::{Netns, NetworkError, PodNetwork};
 use crate::second_line;
 use crate::shared_tree::SharedTree;
 use crate::state_dir::{State, StateDir};
-use crate::vm_plan::{self, Disk, HostFacts, Room, VmParts, VmSize};
+use crate::template::TemplateKey;
+use crate::vm_plan::{self, Disk, HostFacts, Room, Start, VmParts, VmSize};
 use crate::vm_process::{Vm, VmEnd, VmError, Vmm};
 use crate::volume;
 
 /// How long a machine whose agent has gone may take to say why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What the guest's kernel gets of the host's to tell it from its template.
+const ENTROPY_BYTES: usize = 64;
 
 /// What a machine is made from.
 #[derive(Debug)]
@@ -56,17 +61,27 @@ pub struct MachineRequest {
 #[derive(Debug)]
 pub struct MachineParts {
     request: MachineRequest,
+    /// As the pod needs it.
     size: VmSize,
-    room: Room,
+    plan: StartPlan,
     host: HostFacts,
     kvm: OwnedFd,
-    kernel: OwnedFd,
-    initramfs: OwnedFd,
     tree: SharedTree,
     vmm: Vmm,
     file_server: FileServer,
     file_server_socket: OwnedFd,
     network: Option<(Netns, PodNetwork)>,
+}
+
+/// How a machine is to begin.
+#[derive(Debug)]
+struct StartPlan {
+    /// What it begins with.
+    size: VmSize,
+    room: Room,
+    start: Start,
+    /// The template that it could begin as.
+    template: Option<TemplateKey>,
 }
 
 /// A machine whose agent has set the sandbox up.
@@ -78,6 +93,7 @@ pub struct Machine {
     netns: Option<Netns>,
     interfaces: Interfaces,
     fitter: Fitter,
+    lacks_template: bool,
 }
 
 impl MachineParts {
@@ -89,11 +105,9 @@ impl MachineParts {
         let config = &request.config;
         let host = host_facts();
         let size = vm_plan::size(&request.pod, host)?;
-        let room = vm_plan::room(&request.pod, size, host);
         // Whatever is missing is told before anything has begun.
         let kvm = open("KVM", Path::new("/dev/kvm"), true)?;
-        let kernel = open("guest kernel", &config.kernel, false)?;
-        let initramfs = open("initramfs", &config.initramfs, false)?;
+        let plan = StartPlan::new(&request, size, host)?;
         let tree = SharedTree::create(&request.state_dir.shared())?;
 
         second_line::warn_of_kernel();
@@ -121,11 +135,9 @@ impl MachineParts {
         };
         Ok(Self {
             size,
-            room,
+            plan,
             host,
             kvm,
-            kernel,
-            initramfs,
             tree,
             vmm,
             file_server,
@@ -176,8 +188,7 @@ impl MachineParts {
         let rates = request.pod.overrides.rates.or(rates);
         let parts = VmParts {
             kvm: self.kvm,
-            kernel: self.kernel,
-            initramfs: self.initramfs,
+            start: self.plan.start,
             console: self.vmm.console_input()?,
             agent: far.into(),
             nics,
@@ -185,11 +196,15 @@ impl MachineParts {
             disks,
             rates,
         };
-        let (size, room) = (self.size, self.room);
-        let mut facts = machine_facts(size, room, &parts);
-        let extra = &request.config.kernel_parameters;
-        let line = vm_plan::command_line(size, room, extra, request.debug);
-        let (spec, descriptors) = vm_plan::plan(size, room, line, parts)?;
+        let StartPlan {
+            size,
+            room,
+            template,
+            ..
+        } = self.plan;
+        let restored = matches!(parts.start, Start::Restore { .. });
+        let mut facts = machine_facts(self.size, size, room, &parts);
+        let (spec, descriptors) = vm_plan::plan(size, room, parts)?;
         let (vm, timeline) = match self
             .vmm
             .start(
@@ -203,6 +218,7 @@ impl MachineParts {
         {
             Ok(started) => started,
             Err(error) => {
+                discard_used(template.as_ref(), restored);
                 self.file_server.end().await;
                 return Err(error.into());
             }
@@ -227,12 +243,24 @@ impl MachineParts {
             tree: self.tree,
             file_server: Arc::new(self.file_server),
             netns,
-            fitter: Fitter::new(Growth::new(&request.pod, size, room, self.host)),
+            fitter: Fitter::new(Growth::new(&request.pod, size, self.size, room, self.host)),
+            lacks_template: !restored && template.as_ref().is_some_and(|key| key.is_worth_making()),
         };
         let mut sandbox = sandbox_request(&request.pod, network, request.config.patience());
         sandbox.memory_max_mib = (size.memory_mib + room.pluggable_mib).into();
+        if restored {
+            let mut entropy = vec![0; ENTROPY_BYTES];
+            File::open("/dev/urandom")
+                .and_then(|mut random| random.read_exact(&mut entropy))
+                .map_err(|source| VmError::Io {
+                    what: "/dev/urandom",
+                    source,
+                })?;
+            sandbox.entropy = entropy;
+        }
         match machine.set_up(&sandbox, patience).await {
             Ok(guest) => {
+                machine.fitter.fit(&machine.vm, &machine.agent).await;
                 state.timeline.agent_ready_ns = clock::monotonic_ns();
                 facts.agent_version = guest.agent_version;
                 facts.kernel_release = guest.kernel_release;
@@ -240,10 +268,57 @@ impl MachineParts {
                 Ok((machine, state))
             }
             Err(error) => {
+                discard_used(template.as_ref(), restored);
                 machine.end().await;
                 Err(error)
             }
         }
+    }
+}
+
+/// A template whose copy did not start may be damaged: the next pod boots, and
+/// has another made.
+fn discard_used(template: Option<&TemplateKey>, was_used: bool) {
+    if let Some(template) = template.filter(|_| was_used) {
+        template.discard();
+    }
+}
+
+impl StartPlan {
+    /// From a template where there is one that fits the pod.
+    fn new(request: &MachineRequest, size: VmSize, host: HostFacts) -> Result<Self, Error> {
+        let (config, pod) = (&request.config, &request.pod);
+        let room = vm_plan::room(pod, size, host);
+        // One that is to tell more is told so as it boots.
+        let key = (!request.debug).then(|| TemplateKey::of_node(config, host));
+        let template = key.flatten().and_then(|key| {
+            let shape = key.shape(pod, size, room)?;
+            Some((key, shape))
+        });
+        if let Some((key, shape)) = &template
+            && let Some(files) = key.open()
+        {
+            return Ok(Self {
+                size: shape.size,
+                room: shape.room,
+                start: Start::Restore {
+                    template: files,
+                    origin: key.origin().to_owned(),
+                },
+                template: Some(key.clone()),
+            });
+        }
+        let extra = &config.kernel_parameters;
+        Ok(Self {
+            size,
+            room,
+            start: Start::Boot {
+                kernel: open("guest kernel", &config.kernel, false)?,
+                initramfs: open("initramfs", &config.initramfs, false)?,
+                command_line: vm_plan::command_line(size, room, extra, request.debug),
+            },
+            template: template.map(|(key, _)| key),
+        })
     }
 }
 
@@ -283,6 +358,11 @@ impl Machine {
         &self.fitter
     }
 
+    /// It has booted for want of a template.
+    pub fn lacks_template(&self) -> bool {
+        self.lacks_template
+    }
+
     /// Ends the machine at once, and all that belongs to it.
     pub async fn end(self) {
         self.vm.kill().await;
@@ -319,7 +399,8 @@ impl Machine {
 }
 
 /// What others may know of a machine; what its guest says comes later.
-fn machine_facts(size: VmSize, room: Room, parts: &VmParts) -> MachineFacts {
+fn machine_facts(size: VmSize, boot: VmSize, room: Room, parts: &VmParts) -> MachineFacts {
+    let all_mib = boot.memory_mib + room.pluggable_mib;
     let nics = parts.nics.iter().map(|nic| NicFacts {
         name: nic.link.name.clone(),
         mac: nic.mac.to_string(),
@@ -333,7 +414,8 @@ fn machine_facts(size: VmSize, room: Room, parts: &VmParts) -> MachineFacts {
         vcpus: size.vcpus,
         vcpus_max: room.vcpus,
         memory_mib: size.memory_mib,
-        pluggable_mib: room.pluggable_mib,
+        pluggable_mib: all_mib.saturating_sub(size.memory_mib),
+        from_template: matches!(parts.start, Start::Restore { .. }),
         nics: nics.collect(),
         disks: disks.collect(),
         shim_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -401,7 +483,11 @@ async fn attach(path: Option<PathBuf>) -> Result<Option<(Netns, PodNetwork)>, Er
     }
 }
 
-fn open(what: &'static str, path: &Path, write: bool) -> Result<OwnedFd, VmError> {
+/// Opens a file that a machine is made of.
+///
+/// # Errors
+/// It is not there, or not for this user.
+pub fn open(what: &'static str, path: &Path, write: bool) -> Result<OwnedFd, VmError> {
     OpenOptions::new()
         .read(true)
         .write(write)
@@ -414,7 +500,8 @@ fn open(what: &'static str, path: &Path, write: bool) -> Result<OwnedFd, VmError
         })
 }
 
-fn host_facts() -> HostFacts {
+/// What this node has.
+pub fn host_facts() -> HostFacts {
     let info = rustix::system::sysinfo();
     let bytes = info.totalram.saturating_mul(u64::from(info.mem_unit));
     // Not what this process may use: it is in the pod's cgroup, whose quota is to

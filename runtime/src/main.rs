@@ -58,6 +58,7 @@ mod start;
 mod state_dir;
 mod stdio;
 mod task_service;
+mod template;
 mod vm_plan;
 mod vm_process;
 mod volume;
@@ -82,6 +83,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         Invocation::Info => info::print()?,
         Invocation::Start(flags) => start::start(&flags)?,
         Invocation::Delete(flags) => cleanup::delete(&flags)?,
+        Invocation::Template => template::make::run()?,
         Invocation::Serve(flags) => serve::serve(&flags)?,
     }
     Ok(())

@@ -7,13 +7,14 @@ use husk_node::rates::{DeviceRates, Rates};
 use husk_protocol::{path, port};
 use husk_vmm_spec::{
     BlockSpec, BootSpec, BucketSpec, ConsoleSpec, Descriptor, DeviceId, FsSpec, HostPort,
-    MEMORY_MAX_MIB, MacAddress, MemorySpec, NetSpec, PLUGGABLE_UNIT_MIB, RateSpec, SpecError,
-    StartSpec, VCPU_MAX, ValidVmSpec, VcpuSpec, VmSpec, VsockSpec,
+    MEMORY_MAX_MIB, MacAddress, MemorySpec, NetSpec, PLUGGABLE_UNIT_MIB, RateSpec, SavedSpec,
+    SpecError, StartSpec, VCPU_MAX, ValidVmSpec, VcpuSpec, VmSpec, VsockSpec,
 };
 use ttrpc::Code;
 
 use crate::bundle::{Limits, PodSpec, Unlimited};
 use crate::network::Nic;
+use crate::template::Template;
 
 /// Guest memory where nothing limits the pod, MiB. Only what is touched costs.
 const DEFAULT_MEMORY_MIB: u32 = 512;
@@ -69,10 +70,8 @@ pub struct Room {
 pub struct VmParts {
     /// `/dev/kvm`.
     pub kvm: OwnedFd,
-    /// The kernel.
-    pub kernel: OwnedFd,
-    /// The initramfs.
-    pub initramfs: OwnedFd,
+    /// How it begins.
+    pub start: Start,
     /// Where the console's output goes.
     pub console: OwnedFd,
     /// The far end of the agent's connection.
@@ -85,6 +84,27 @@ pub struct VmParts {
     pub disks: Vec<Disk>,
     /// What disks and interfaces may move.
     pub rates: Rates,
+}
+
+/// How a machine begins.
+#[derive(Debug)]
+pub enum Start {
+    /// A kernel boots.
+    Boot {
+        /// The kernel.
+        kernel: OwnedFd,
+        /// The initramfs.
+        initramfs: OwnedFd,
+        /// What the kernel is told.
+        command_line: String,
+    },
+    /// A template goes on.
+    Restore {
+        /// Its files.
+        template: Template,
+        /// What it must have been made from.
+        origin: String,
+    },
 }
 
 /// A disk of the machine.
@@ -164,8 +184,8 @@ fn vcpus_for(limits: Limits, unlimited: Unlimited, host: HostFacts) -> u8 {
 /// Memory that may be plugged costs nothing, but the guest could use it unasked:
 /// only pods get it, in whose cgroup the node counts it.
 pub fn room(pod: &PodSpec, boot: VmSize, host: HostFacts) -> Room {
-    let most = boot.vcpus.saturating_mul(2).max(USUAL_VCPUS);
-    let most = most.min(host.cpus).min(VCPU_MAX);
+    let most = boot.vcpus.saturating_mul(2).min(host.cpus).min(VCPU_MAX);
+    let most = most.max(usual_vcpus(host));
     let memory = boot.memory_mib.saturating_mul(PLUGGABLE_FACTOR);
     let memory = memory
         .min(host.memory_mib)
@@ -175,6 +195,11 @@ pub fn room(pod: &PodSpec, boot: VmSize, host: HostFacts) -> Room {
         vcpus: most.max(boot.vcpus),
         pluggable_mib: if pod.limits_are_a_sum { whole } else { 0 },
     }
+}
+
+/// vCPUs to which every machine may grow here.
+pub fn usual_vcpus(host: HostFacts) -> u8 {
+    USUAL_VCPUS.min(host.cpus).max(1)
 }
 
 /// Memory in which what the limits allow fits, MiB.
@@ -237,7 +262,6 @@ pub fn command_line(size: VmSize, room: Room, extra: &str, debug: bool) -> Strin
 pub fn plan(
     size: VmSize,
     room: Room,
-    command_line: String,
     parts: VmParts,
 ) -> Result<(ValidVmSpec, Vec<OwnedFd>), PlanError> {
     let mut descriptors = Descriptors(Vec::new());
@@ -251,11 +275,7 @@ pub fn plan(
             boot_mib: size.memory_mib,
             pluggable_mib: room.pluggable_mib,
         },
-        start: StartSpec::Boot(BootSpec {
-            kernel: descriptors.push(parts.kernel),
-            initramfs: Some(descriptors.push(parts.initramfs)),
-            command_line,
-        }),
+        start: descriptors.start(parts.start),
         console: Some(ConsoleSpec {
             output: descriptors.push(parts.console),
         }),
@@ -318,6 +338,25 @@ impl Descriptors {
             mac: nic.mac,
             mtu: nic.mtu,
             rate: rate(rates.network),
+        }
+    }
+
+    fn start(&mut self, start: Start) -> StartSpec {
+        match start {
+            Start::Boot {
+                kernel,
+                initramfs,
+                command_line,
+            } => StartSpec::Boot(BootSpec {
+                kernel: self.push(kernel),
+                initramfs: Some(self.push(initramfs)),
+                command_line,
+            }),
+            Start::Restore { template, origin } => StartSpec::Restore(SavedSpec {
+                state: self.push(template.state),
+                memory: self.push(template.memory),
+                origin,
+            }),
         }
     }
 
@@ -456,6 +495,14 @@ mod tests {
 
     #[test]
     fn plans_a_machine_the_vmm_takes() {
+        let size = VmSize {
+            memory_mib: 128,
+            vcpus: 2,
+        };
+        let room = Room {
+            vcpus: 4,
+            pluggable_mib: 256,
+        };
         let nic = Nic {
             link: LinkId {
                 index: 2,
@@ -473,8 +520,11 @@ mod tests {
         };
         let parts = VmParts {
             kvm: null(),
-            kernel: null(),
-            initramfs: null(),
+            start: Start::Boot {
+                kernel: null(),
+                initramfs: null(),
+                command_line: command_line(size, room, "a=b", false),
+            },
             console: null(),
             agent: null(),
             nics: vec![nic],
@@ -493,16 +543,7 @@ mod tests {
                 },
             },
         };
-        let size = VmSize {
-            memory_mib: 128,
-            vcpus: 2,
-        };
-        let room = Room {
-            vcpus: 4,
-            pluggable_mib: 256,
-        };
-        let line = command_line(size, room, "a=b", false);
-        let (spec, descriptors) = plan(size, room, line, parts).unwrap();
+        let (spec, descriptors) = plan(size, room, parts).unwrap();
         let spec = spec.spec();
         assert_eq!(descriptors.len(), 8);
         assert_eq!(spec.memory.boot_mib, 128);

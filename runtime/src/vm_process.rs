@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use husk_node::rates::Rates;
 use husk_vmm_spec::{
-    DeviceId, DeviceSpec, ExitReason, Failure, HostPort, Message, Reply, Request, Timeline,
-    ValidVmSpec,
+    DeviceId, DeviceSpec, ExitReason, Failure, HostPort, Message, Reply, Request, SavedSpec,
+    Timeline, ValidVmSpec,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::net::unix::pipe;
@@ -287,6 +287,23 @@ impl Vm {
     /// The VMM could not.
     pub async fn plug_memory(&self, mib: u32) -> Result<(), VmError> {
         self.request("plug memory", Request::PlugMemory(mib), Vec::new())
+            .await
+    }
+
+    /// Pauses the machine and writes it into two files.
+    ///
+    /// # Errors
+    /// The VMM could not.
+    pub async fn save(&self, origin: &str, state: OwnedFd, memory: OwnedFd) -> Result<(), VmError> {
+        self.request("pause the machine", Request::Pause, Vec::new())
+            .await?;
+        let mut descriptors = Descriptors::default();
+        let saved = SavedSpec {
+            state: descriptors.push(state),
+            memory: descriptors.push(memory),
+            origin: origin.to_owned(),
+        };
+        self.request("save the machine", Request::Save(saved), descriptors.0)
             .await
     }
 

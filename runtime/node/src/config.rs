@@ -43,6 +43,10 @@ pub struct Config {
     pub initramfs: PathBuf,
     /// One directory a pod below it, while the pod exists.
     pub state_dir: PathBuf,
+    /// Where templates are.
+    pub template_dir: PathBuf,
+    /// Oldest template that is used; 0: none is.
+    pub template_max_age_seconds: u32,
     /// Each VMM and each file server runs under a user and group of its own, see
     /// [`Config::users`].
     pub first_uid: u32,
@@ -89,6 +93,8 @@ impl Default for Config {
             kernel: "/usr/share/husk/vmlinux".into(),
             initramfs: "/usr/share/husk/initramfs.cpio".into(),
             state_dir: "/run/husk".into(),
+            template_dir: "/run/husk-templates".into(),
+            template_max_age_seconds: 86_400,
             first_uid: 1_000_000_000,
             boot_timeout_seconds: 60,
             kernel_parameters: String::new(),

@@ -62,6 +62,8 @@ pub struct MachineFacts {
     pub nics: Vec<NicFacts>,
     /// Its disks.
     pub disks: Vec<DiskFacts>,
+    /// It began as a template.
+    pub from_template: bool,
     /// Version of the shim that made it.
     pub shim_version: String,
     /// The agent's version, as the guest tells it.

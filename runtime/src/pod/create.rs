@@ -26,6 +26,7 @@ use crate::shared_tree::SharedTree;
 use crate::stand_in::StandIn;
 use crate::state_dir::State;
 use crate::stdio::{OnFirstOutput, StdioPaths};
+use crate::template;
 
 mod prepare;
 mod processes;
@@ -362,6 +363,10 @@ impl Pod {
     fn machine_ready(&mut self, machine: Machine, state: State) {
         self.state = state;
         self.write_state();
+        if machine.lacks_template() {
+            let procs = self.cgroup.as_ref().map(PodCgroup::procs_of_origin);
+            template::make::start(procs.as_deref());
+        }
         self.follow_machine(machine);
     }
 

@@ -128,6 +128,12 @@ impl Guest {
                 exit.send_replace(Some(0));
                 return Ok(());
             }
+            ["plugged"] => {
+                let plugged = vmm::PLUGGED.load(Ordering::Relaxed).to_string();
+                stdout.unwrap().write_all(plugged.as_bytes()).unwrap();
+                exit.send_replace(Some(0));
+                return Ok(());
+            }
             ["die"] => std::process::exit(1),
             ["network"] => {
                 let told = self.network.lock().unwrap().join(" ");
@@ -244,6 +250,11 @@ impl Agent for Guest {
         self.is_curious.store(is_curious, Ordering::Relaxed);
         if request.hostname == "refused" {
             return Err(status(Code::INTERNAL, "the sandbox is refused"));
+        }
+        // A copy needs what tells it from the others; who has booted does not.
+        let is_new = request.entropy.iter().any(|byte| *byte != 0) && request.entropy.len() >= 32;
+        if is_new != vmm::RESTORED.load(Ordering::Relaxed) {
+            return Err(status(Code::INVALID_ARGUMENT, "the entropy is wrong"));
         }
         let ids = [&request.uid_mappings, &request.gid_mappings];
         let roots = ids.map(|maps| maps.first().map(|map| map.host_id));

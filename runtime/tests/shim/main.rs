@@ -22,6 +22,7 @@ mod names;
 mod program;
 mod sandbox;
 mod second_line;
+mod template;
 mod users;
 mod vmm;
 
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         interfaces::CASES,
         devices::CASES,
         users::CASES,
+        template::CASES,
         liar::CASES,
         hostile::CASES,
         second_line::CASES,

@@ -2,16 +2,18 @@
 //! agent's port and keeps the other ports for it.
 
 use std::collections::HashMap;
-use std::io::{IoSliceMut, Read};
+use std::fs::File;
+use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use husk_vmm_spec::{
-    BucketSpec, CONTROL_FD, DeviceSpec, ExitReason, Failure, HostPort, Message, PACKET_BYTES,
-    PACKET_DESCRIPTORS, Reply, Request, Timeline, ValidVmSpec, VmSpec,
+    BucketSpec, CONTROL_FD, Descriptor, DeviceSpec, ExitReason, Failure, HostPort, Message,
+    PACKET_BYTES, PACKET_DESCRIPTORS, Reply, Request, SavedSpec, StartSpec, Timeline, ValidVmSpec,
+    VmSpec,
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
 
@@ -28,6 +30,9 @@ const DEAF: &str = "fake.deaf";
 
 /// Kernel parameter that makes this VMM answer twice when it opens ports.
 const CHATTY: &str = "fake.chatty";
+
+/// Kernel parameter that makes this VMM save nothing.
+const UNSAVED: &str = "fake.unsaved";
 
 /// How the name of a device ends that this VMM refuses.
 const UNWANTED: &str = "66";
@@ -53,13 +58,28 @@ fn note_rate(device: &DeviceSpec) {
     RATES.lock().unwrap().push(line);
 }
 
+/// How much memory was plugged last, MiB.
+pub static PLUGGED: AtomicU32 = AtomicU32::new(0);
+
+/// It goes on from what was saved.
+pub static RESTORED: AtomicBool = AtomicBool::new(false);
+
 /// Lives as long as its control socket, like the real one.
 pub fn run() {
     let (text, descriptors) = receive().expect("no specification");
     let count = descriptors.len();
     let spec: VmSpec = serde_json::from_slice(&text).unwrap();
     let spec = ValidVmSpec::new(spec, count).unwrap().spec().clone();
-    let line = spec.start.boot().unwrap().command_line.clone();
+    let line = match &spec.start {
+        StartSpec::Boot(boot) => boot.command_line.clone(),
+        StartSpec::Restore(saved) => match restore(saved, &descriptors) {
+            Ok(line) => line,
+            Err(message) => {
+                tell(&Message::Exited(ExitReason::Failed(Failure { message })));
+                return;
+            }
+        },
+    };
     let mut words = line.split(' ');
     let fault = words.find_map(|word| word.strip_prefix(faults::PARAMETER));
     if fault == Some("spec") {
@@ -154,10 +174,44 @@ pub fn run() {
                 let removed = devices.remove(&id).is_some();
                 expect(removed, "an unknown device is unplugged", &id);
             }
+            Request::PlugMemory(mib) => PLUGGED.store(mib, Ordering::Relaxed),
+            Request::Save(_) if line.contains(UNSAVED) => {
+                let message = "it is not to be saved".to_owned();
+                tell(&Message::Reply(Err(Failure { message })));
+                continue;
+            }
+            Request::Save(saved) => {
+                let mut files = descriptors.into_iter().map(File::from);
+                let (mut state, memory) = (files.next().unwrap(), files.next().unwrap());
+                write!(state, "{}\n{line}", saved.origin).unwrap();
+                let mib = memory.metadata().unwrap().len() >> 20;
+                let boot_mib = u64::from(spec.memory.boot_mib);
+                expect(mib == boot_mib, "saved memory has another size", "");
+            }
             _ => {}
         }
         tell(&Message::Reply(Ok(Reply::Done)));
     }
+}
+
+/// The command line of what was saved for the same origin.
+fn restore(saved: &SavedSpec, descriptors: &[OwnedFd]) -> Result<String, String> {
+    let file = |descriptor: Descriptor| descriptors[descriptor.0 as usize].try_clone().unwrap();
+    for part in [saved.state, saved.memory] {
+        let flags = rustix::fs::fcntl_getfl(file(part)).unwrap();
+        if flags & rustix::fs::OFlags::RWMODE != rustix::fs::OFlags::RDONLY {
+            return Err("the descriptor can write".into());
+        }
+    }
+    let state = std::io::read_to_string(File::from(file(saved.state))).unwrap();
+    let Some((origin, line)) = state.split_once('\n') else {
+        return Err("the file holds no saved machine".into());
+    };
+    if origin != saved.origin {
+        return Err("the machine was saved from something else".into());
+    }
+    RESTORED.store(true, Ordering::Relaxed);
+    Ok(line.to_owned())
 }
 
 /// Nobody would see a panic.

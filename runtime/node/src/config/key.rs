@@ -42,7 +42,7 @@ pub enum Kind {
 const LARGEST_PID: u32 = 1 << 22;
 
 /// All of them, in the order in which they are shown.
-pub const KEYS: [Key; 16] = [
+pub const KEYS: [Key; 18] = [
     Key {
         name: "vmm",
         kind: Kind::Path,
@@ -68,6 +68,22 @@ pub const KEYS: [Key; 16] = [
         kind: Kind::Path,
         meaning: "Where the state of running pods is, one directory a pod. It must be gone after a \
                   reboot. Change it only while no pod runs.",
+    },
+    Key {
+        name: "template_dir",
+        kind: Kind::Path,
+        meaning: "Where the booted machine is kept from which pods begin: some 40 MiB, on tmpfs. It must \
+                  be gone after a reboot.",
+    },
+    Key {
+        name: "template_max_age_seconds",
+        kind: Kind::Number {
+            least: 0,
+            most: 31_536_000,
+            unit: "seconds",
+        },
+        meaning: "The oldest template from which a pod begins; then another is made. 0: there are no \
+                  templates, and every pod boots.",
     },
     Key {
         name: "first_uid",

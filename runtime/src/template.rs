@@ -1,0 +1,222 @@
+//! Templates: machines that have booted and wait, saved once, from which many
+//! pods begin (docs/decisions/templates.md).
+//!
+//! A template is a directory below `template_dir`, named by what it was made from:
+//!
+//! ```text
+//! KEY/state    processors and devices
+//! KEY/memory   guest memory
+//! ```
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+
+use crate::bundle::PodSpec;
+use crate::config::Config;
+use crate::vm_plan::{self, HostFacts, Room, VmSize};
+
+pub mod make;
+
+/// What a template's machine begins with. Kernel and agent fit, and the least
+/// limits; what a pod has beyond it is plugged.
+const SIZE: VmSize = VmSize {
+    memory_mib: 128,
+    vcpus: 1,
+};
+
+/// Largest pod that begins as a template: what the guest's kernel keeps about each
+/// page that is plugged (`struct page`) comes from the memory it began with.
+const LARGEST_MIB: u32 = 2048;
+
+/// How long nobody tries again after a template could not be made.
+const AFTER_FAILURE: Duration = Duration::from_secs(600);
+
+/// File beside the templates that says why the last could not be made.
+const FAILED_FILE: &str = "failed";
+
+/// What a template of this node is made from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TemplateKey {
+    /// Beside the other templates.
+    dir: PathBuf,
+    /// What the saved machine must have been made from.
+    origin: String,
+    /// What its kernel was told.
+    command_line: String,
+    max_age: Duration,
+    size: VmSize,
+    vcpus_max: u8,
+}
+
+/// A template, opened.
+#[derive(Debug)]
+pub struct Template {
+    /// Processors and devices.
+    pub state: OwnedFd,
+    /// Guest memory.
+    pub memory: OwnedFd,
+}
+
+/// How a pod's machine is made from a template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// As the template is.
+    pub size: VmSize,
+    /// What may be added, of which some is at once.
+    pub room: Room,
+}
+
+impl TemplateKey {
+    /// That of this node, as it is configured. None where templates are off, or
+    /// something that they are made from is missing.
+    pub fn of_node(config: &Config, host: HostFacts) -> Option<Self> {
+        let max_age = Duration::from_secs(config.template_max_age_seconds.into());
+        if max_age.is_zero() {
+            return None;
+        }
+        let room = Room {
+            vcpus: vm_plan::usual_vcpus(host),
+            // It is plugged or not; the kernel is told what to do with it.
+            pluggable_mib: LARGEST_MIB,
+        };
+        let command_line = vm_plan::command_line(SIZE, room, &config.kernel_parameters, false);
+        let mut digest = Sha256::new();
+        let mut add = |part: &str| {
+            digest.update(part);
+            digest.update([0]);
+        };
+        add(env!("CARGO_PKG_VERSION"));
+        for path in [&config.vmm, &config.kernel, &config.initramfs] {
+            add(&identity(path).ok()?);
+        }
+        add(&command_line);
+        add(&format!("{SIZE:?} {}", room.vcpus));
+        let origin: String = digest
+            .finalize()
+            .iter()
+            .map(|b| format!("{b:02x}"))
+            .collect();
+        let name = origin.get(..32).unwrap_or(&origin);
+        Some(Self {
+            dir: config.template_dir.join(name),
+            origin,
+            command_line,
+            max_age,
+            size: SIZE,
+            vcpus_max: room.vcpus,
+        })
+    }
+
+    /// What the saved machine must have been made from.
+    pub fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// How the machine of `pod`, of `size` and with `room` to grow, is made from a
+    /// template; none where it must boot.
+    pub fn shape(&self, pod: &PodSpec, size: VmSize, room: Room) -> Option<Shape> {
+        let fits = (self.size.memory_mib..=LARGEST_MIB).contains(&size.memory_mib)
+            && size.vcpus <= self.vcpus_max
+            && room.vcpus <= self.vcpus_max;
+        let unit = husk_vmm_spec::PLUGGABLE_UNIT_MIB;
+        let beyond = size.memory_mib.checked_sub(self.size.memory_mib)?;
+        let pluggable_mib = (beyond + room.pluggable_mib).next_multiple_of(unit);
+        // What is not plugged the guest could use unasked, and only in a pod's
+        // cgroup the node counts it.
+        let is_counted = pod.limits_are_a_sum || beyond.is_multiple_of(unit);
+        (fits && is_counted).then_some(Shape {
+            size: self.size,
+            room: Room {
+                vcpus: self.vcpus_max,
+                pluggable_mib,
+            },
+        })
+    }
+
+    /// Opens the template, unless there is none or it is too old.
+    pub fn open(&self) -> Option<Template> {
+        match self.try_open() {
+            Ok(template) => template,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => {
+                tracing::warn!(template = %self.dir.display(), %error, "not used");
+                None
+            }
+        }
+    }
+
+    fn try_open(&self) -> io::Result<Option<Template>> {
+        trusted(&std::fs::symlink_metadata(&self.dir)?)?;
+        let (state, memory) = (self.file("state")?, self.file("memory")?);
+        let age = state.metadata()?.modified()?.elapsed();
+        // A clock that was set back says nothing about the age.
+        if age.is_ok_and(|age| age > self.max_age) {
+            tracing::info!(template = %self.dir.display(), "too old");
+            return Ok(None);
+        }
+        Ok(Some(Template {
+            state: state.into(),
+            memory: memory.into(),
+        }))
+    }
+
+    fn file(&self, name: &str) -> io::Result<File> {
+        let no_follow = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(no_follow)
+            .open(self.dir.join(name))?;
+        trusted(&file.metadata()?)?;
+        Ok(file)
+    }
+
+    /// Forgets a template from which a pod could not begin.
+    pub fn discard(&self) {
+        tracing::warn!(template = %self.dir.display(), "discarded");
+        if let Err(error) = std::fs::remove_dir_all(&self.dir) {
+            tracing::warn!(template = %self.dir.display(), %error, "stays");
+        }
+    }
+
+    /// Whether to try to make one.
+    pub fn is_worth_making(&self) -> bool {
+        let parent = self.dir.parent().unwrap_or(Path::new("/"));
+        let failed = std::fs::metadata(parent.join(FAILED_FILE));
+        let since = failed
+            .and_then(|file| file.modified())
+            .map(|at| at.elapsed());
+        !matches!(since, Ok(Ok(since)) if since < AFTER_FAILURE)
+    }
+}
+
+/// Which file it is, and since when.
+fn identity(path: &Path) -> io::Result<String> {
+    let file = std::fs::metadata(path)?;
+    Ok(format!(
+        "{} {}:{} {} {}.{:09}",
+        path.display(),
+        file.dev(),
+        file.ino(),
+        file.size(),
+        file.ctime(),
+        file.ctime_nsec()
+    ))
+}
+
+/// Only who may run the shim can have put it there: it is code of every guest.
+fn trusted(file: &Metadata) -> io::Result<()> {
+    let user = rustix::process::geteuid().as_raw();
+    match file.uid() == user && file.mode() & 0o022 == 0 {
+        true => Ok(()),
+        false => Err(io::Error::other("others can write to it")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

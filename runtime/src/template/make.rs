@@ -1,0 +1,274 @@
+//! Makes the node's template: boots a machine of no pod, waits for its agent, and
+//! saves it. A process of its own, which the first shim that could have used a
+//! template leaves behind.
+
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use husk_node::rates::Rates;
+use rustix::fs::{FlockOperation, flock};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::Command;
+use tokio::time::{sleep, timeout};
+
+use super::{FAILED_FILE, TemplateKey};
+use crate::config::{Config, ConfigError};
+use crate::hook;
+use crate::machine::{host_facts, open};
+use crate::vm_plan::{self, PlanError, Room, Start, VmParts};
+use crate::vm_process::{Vm, VmEnd, VmError, Vmm};
+
+/// How long the pod that wanted it goes first.
+const OTHERS_FIRST: Duration = Duration::from_secs(2);
+
+/// A ttrpc request without a service (message type 1, stream 1, no data): the
+/// agent answers it and changes nothing.
+const REQUEST: [u8; 10] = [0, 0, 0, 0, 0, 0, 0, 1, 1, 0];
+
+/// What a guest still does when its agent has answered for the first time.
+const SETTLING: Duration = Duration::from_millis(500);
+
+/// As much nicer than others (setpriority(2)).
+const NICE: i32 = 10;
+
+/// A template that could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MakeError {
+    /// The node's configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A file or directory.
+    #[error("{path}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The machine.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// Its specification.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// Something of the system's.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> MakeError {
+    move |source| MakeError::Io { what, source }
+}
+
+fn file_error(path: &Path) -> impl FnOnce(io::Error) -> MakeError {
+    let path = path.to_owned();
+    move |source| MakeError::File { path, source }
+}
+
+/// Starts this program to make one, in the cgroup whose `cgroup.procs` is
+/// `procs`, and waits for nothing.
+pub fn start(procs: Option<&Path>) {
+    let started = std::env::current_exe().and_then(|program| {
+        let mut command = Command::new(program);
+        command
+            .arg("template")
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        // It outlives this pod: it must keep none of its mounts.
+        hook::among_node_mounts(&mut command)?;
+        command.spawn()
+    });
+    match started {
+        Ok(child) => {
+            let pid = child.id().unwrap_or_default();
+            tracing::info!(pid, "a template is made");
+            if let Some(procs) = procs
+                && let Err(error) = fs::write(procs, pid.to_string())
+            {
+                tracing::warn!(%error, "the template is made in the pod's cgroup");
+            }
+        }
+        Err(error) => tracing::warn!(%error, "no template is made"),
+    }
+}
+
+/// Makes the template of this node where there is none, and nobody else does.
+///
+/// # Errors
+/// What failed; it is also noted beside the templates.
+pub fn run() -> Result<(), MakeError> {
+    let _ = rustix::process::setsid();
+    std::env::set_current_dir("/").map_err(io_error("root directory"))?;
+    let _ = rustix::process::nice(NICE);
+    let config = Config::load()?;
+    let Some(key) = TemplateKey::of_node(&config, host_facts()) else {
+        return Ok(());
+    };
+    let all = &config.template_dir;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(all)
+        .map_err(file_error(all))?;
+    let lock = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(all.join("lock"))
+        .map_err(file_error(&all.join("lock")))?;
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return Ok(());
+    }
+    if key.open().is_some() {
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(io_error("runtime"))?;
+    let made = runtime.block_on(make(&config, &key));
+    let failed = all.join(FAILED_FILE);
+    match &made {
+        // What else there is was made from something that is no more, or has been
+        // left half done.
+        Ok(()) => remove_all_but(all, &[&key.dir, &all.join("lock")]),
+        Err(error) => {
+            remove_all_but(all, &[&all.join("lock")]);
+            let _ = fs::write(&failed, format!("{}\n", crate::error::chain(error)));
+        }
+    }
+    made
+}
+
+fn remove_all_but(dir: &Path, kept: &[&Path]) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if kept.contains(&&*path) {
+            continue;
+        }
+        let _ = match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            true => fs::remove_dir_all(&path),
+            false => fs::remove_file(&path),
+        };
+    }
+}
+
+async fn make(config: &Config, key: &TemplateKey) -> Result<(), MakeError> {
+    sleep(OTHERS_FIRST).await;
+    let new = key.dir.with_extension("new");
+    // Of one that was interrupted.
+    let _ = fs::remove_dir_all(&new);
+    DirBuilder::new()
+        .mode(0o700)
+        .create(&new)
+        .map_err(file_error(&new))?;
+    let state = create(&new.join("state"), 0)?;
+    let memory = create(&new.join("memory"), u64::from(key.size.memory_mib) << 20)?;
+
+    let (vm, _agent) = boot(config, key).await?;
+    let saved = vm.save(key.origin(), state, memory).await;
+    // Nobody holds the files for writing when they get their name.
+    vm.kill().await;
+    saved?;
+    let _ = fs::remove_dir_all(&key.dir);
+    fs::rename(&new, &key.dir).map_err(file_error(&key.dir))
+}
+
+fn create(path: &Path, bytes: u64) -> Result<OwnedFd, MakeError> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(file_error(path))?;
+    file.set_len(bytes)
+        .and_then(|()| file.set_permissions(Permissions::from_mode(0o400)))
+        .map_err(file_error(path))?;
+    Ok(file.into())
+}
+
+/// Boots the machine and waits until its agent waits. The guest ends when the
+/// agent's connection does.
+async fn boot(
+    config: &Config,
+    key: &TemplateKey,
+) -> Result<(Vm, tokio::net::UnixStream), MakeError> {
+    let patience = Duration::from_secs(config.boot_timeout_seconds.into());
+    let start = Start::Boot {
+        kernel: open("guest kernel", &config.kernel, false)?,
+        initramfs: open("initramfs", &config.initramfs, false)?,
+        command_line: key.command_line.clone(),
+    };
+    let kvm = open("KVM", Path::new("/dev/kvm"), true)?;
+    let uid = config.users(std::process::id()).vmm;
+    let vmm = Vmm::spawn(&config.vmm, uid).await?;
+    let (near, far) = UnixStream::pair().map_err(io_error("agent's socket"))?;
+    let parts = VmParts {
+        kvm,
+        start,
+        console: vmm.console_input()?,
+        agent: far.into(),
+        nics: Vec::new(),
+        file_server: None,
+        disks: Vec::new(),
+        rates: Rates::default(),
+    };
+    let room = Room {
+        vcpus: key.vcpus_max,
+        pluggable_mib: 0,
+    };
+    let (spec, descriptors) = vm_plan::plan(key.size, room, parts)?;
+    let (vm, _) = vmm
+        .start(
+            &spec,
+            descriptors,
+            patience,
+            config.patience(),
+            Rates::default(),
+        )
+        .await?;
+    let answered = tokio::select! {
+        answered = timeout(patience, answer(near)) => answered,
+        end = vm.ended() => return Err(VmError::Ended(end).into()),
+    };
+    match answered {
+        Ok(Ok(agent)) => {
+            sleep(SETTLING).await;
+            Ok((vm, agent))
+        }
+        Ok(Err(source)) => {
+            vm.kill().await;
+            Err(io_error("the agent's answer")(source))
+        }
+        Err(_) => {
+            let VmEnd { console, .. } = vm.kill().await;
+            let seconds = patience.as_secs();
+            Err(VmError::NotReady { seconds, console }.into())
+        }
+    }
+}
+
+async fn answer(stream: UnixStream) -> io::Result<tokio::net::UnixStream> {
+    stream.set_nonblocking(true)?;
+    let mut stream = tokio::net::UnixStream::from_std(stream)?;
+    stream.write_all(&REQUEST).await?;
+    stream.read_exact(&mut [0; 10]).await?;
+    Ok(stream)
+}
