@@ -17,6 +17,7 @@ fn config(dir: &Path) -> Config {
         kernel: dir.join("kernel"),
         initramfs: dir.join("initramfs"),
         template_dir: dir.join("templates"),
+        template_max_age_seconds: 60,
         ..Config::default()
     }
 }

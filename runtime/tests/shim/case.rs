@@ -48,9 +48,6 @@ impl Node {
                 text += &format!("{key} = {:?}\n", value.display().to_string());
             }
         }
-        if !lines.contains("template_dir =") {
-            text += "template_max_age_seconds = 0\n";
-        }
         fs::write(self.dir.path().join("config.toml"), text).unwrap();
     }
 

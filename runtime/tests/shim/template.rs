@@ -30,7 +30,8 @@ async fn node_with(lines: &str) -> Node {
 
 fn configure(node: &Node, lines: &str) {
     let dir = node.path("templates").display().to_string();
-    node.configure(&format!("{lines}template_dir = {dir:?}\n"));
+    let on = "template_max_age_seconds = 3600";
+    node.configure(&format!("{lines}{on}\ntemplate_dir = {dir:?}\n"));
 }
 
 /// The directory of the template, once it is there and whoever made it is gone.

@@ -156,7 +156,9 @@ impl HostState {
             // The runner's own; the content store, which the images fill; and
             // snapshots, which containerd collects when it pleases.
             let ours = path.starts_with(&node.work);
-            if ours || shown.ends_with(".content") || shown.ends_with("/snapshots") {
+            // Docker's daemon drops what it tried at its start when it pleases.
+            let dockers = shown.starts_with("/run/docker/netns/");
+            if ours || dockers || shown.ends_with(".content") || shown.ends_with("/snapshots") {
                 continue;
             }
             if path.is_dir() && !path.is_symlink() {

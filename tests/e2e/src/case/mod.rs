@@ -21,6 +21,7 @@ pub mod stdio;
 pub mod storage;
 pub mod streaming;
 pub mod task;
+pub mod template;
 pub mod user_namespace;
 pub mod volume;
 
@@ -226,6 +227,7 @@ pub fn all() -> Vec<&'static Case> {
         security::CASES,
         user_namespace::CASES,
         docker::CASES,
+        template::CASES,
         abuse::CASES,
         churn::CASES,
         cli::CASES,

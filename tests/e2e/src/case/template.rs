@@ -1,0 +1,145 @@
+//! Pods that begin as copies of a machine that has booted.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::SystemTime;
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Bench, Case, husk_case};
+use crate::pod::Pod;
+use crate::process::eventually;
+
+/// The cases of this theme.
+pub const CASES: &[Case] = &[
+    husk_case("template/containers", 120, containers),
+    husk_case("template/pod", 120, pod),
+];
+
+const DROP_INS: &str = "/etc/husk/conf.d";
+const DROP_IN: &str = "/etc/husk/conf.d/50-template.toml";
+const TEMPLATES: &str = "/run/husk-templates";
+
+/// What a copy must not have from its template or share with another copy.
+const IDENTITY: &str = "head -c 16 /dev/urandom | od -An -v -tx1; \
+     cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid";
+
+/// Templates, for the time of a case.
+struct Templates<'a>(&'a Bench);
+
+impl<'a> Templates<'a> {
+    /// Turns them on, and waits until there is one.
+    fn ready(bench: &'a Bench) -> Result<Self> {
+        let this = Self(bench);
+        fs::create_dir_all(DROP_INS)?;
+        fs::write(DROP_IN, "template_max_age_seconds = 3600\n")?;
+        let id = bench.id();
+        bench.ctr.run_detached(&[], &id, &["sleep", "1000"])?.ok()?;
+        ensure!(!is_copy(&id)?, "there was a template before");
+        bench.ctr.remove(&id)?;
+        let limit = bench.seconds(60);
+        eventually("a template", limit, || Ok(this.is_there().then_some(())))?;
+        Ok(this)
+    }
+
+    fn is_there(&self) -> bool {
+        let is_key = |name: &str| name.len() == 32 && !name.contains('.');
+        let entries = fs::read_dir(TEMPLATES).into_iter().flatten().flatten();
+        let mut names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.any(|name| is_key(&name)) && !is_being_made()
+    }
+}
+
+impl Drop for Templates<'_> {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(DROP_IN);
+        let _ = fs::remove_dir(DROP_INS);
+        let limit = self.0.seconds(30);
+        let _ = eventually("the maker's end", limit, || {
+            Ok((!is_being_made()).then_some(()))
+        });
+        let _ = fs::remove_dir_all(TEMPLATES);
+    }
+}
+
+fn is_being_made() -> bool {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| {
+        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        command.ends_with(b"containerd-shim-husk-v2\0template\0")
+    })
+}
+
+/// As the node tells of a running pod.
+fn is_copy(id: &str) -> Result<bool> {
+    let namespaces = fs::read_dir("/run/husk")?.flatten();
+    let mut files = namespaces.map(|folder| folder.path().join(id).join("state.json"));
+    let file = files.find(|path| path.exists());
+    let text = fs::read(file.with_context(|| format!("no state of {id}"))?)?;
+    let state: serde_json::Value = serde_json::from_slice(&text)?;
+    state["machine"]["from_template"]
+        .as_bool()
+        .with_context(|| format!("{state}"))
+}
+
+fn containers(bench: &Bench) -> Result<()> {
+    let templates = Templates::ready(bench)?;
+    let mut seen = BTreeSet::new();
+    for _ in 0..4 {
+        let id = bench.id();
+        bench.ctr.run_detached(&[], &id, &["sleep", "1000"])?.ok()?;
+        ensure!(is_copy(&id)?, "{id} has booted");
+        let told = |exec: &str, script: &str| -> Result<String> {
+            let command = ["sh", "-c", script];
+            Ok(bench.ctr.exec(&[], &id, exec, &command)?.ok()?.out())
+        };
+        for word in told("identity", IDENTITY)?.lines() {
+            ensure!(seen.insert(word.to_owned()), "{word} was there before");
+        }
+        let seconds: u64 = told("date", "date +%s")?.trim().parse()?;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+        let late = now.as_secs().abs_diff(seconds);
+        ensure!(late <= bench.seconds(3).as_secs(), "{late} s late");
+        // It has what one that boots has, at the latest when it is used.
+        let memory = || told("memory", "grep MemTotal /proc/meminfo");
+        eventually("its memory", bench.seconds(10), || {
+            let memory = memory()?;
+            let kib: u64 = memory.split_whitespace().nth(1).unwrap_or("0").parse()?;
+            Ok((kib > 450 << 10).then_some(()))
+        })?;
+        bench.ctr.remove(&id)?;
+    }
+    ensure!(seen.len() == 4 * 3, "{seen:?}");
+    drop(templates);
+    Ok(())
+}
+
+/// Network, shared localhost, names and volumes come to it as to one that boots.
+fn pod(bench: &Bench) -> Result<()> {
+    let _templates = Templates::ready(bench)?;
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    ensure!(is_copy(&pod.id)?, "{} has booted", pod.id);
+    let network = cri.pod_status(&pod.id)?.network.context("no network")?;
+    let folder = bench.folder().join("volume");
+    fs::create_dir_all(&folder)?;
+    fs::write(folder.join("file"), "of the node")?;
+    let mut config = pod.container(&["sh", "-c", "nc -l -p 80 -e cat /volume/file & sleep 1000"]);
+    config.mounts.push(crate::cri::api::Mount {
+        container_path: "/volume".into(),
+        host_path: folder.display().to_string(),
+        ..Default::default()
+    });
+    let server = pod.start_config(&cri, &config)?;
+    let client = pod.start(&cri, &["sleep", "1000"])?;
+    let script = "ip address; hostname; ping -c 1 -w 10 10.88.0.1; sleep 1; nc 127.0.0.1 80";
+    let told = cri.exec_sync(&client, &["sh", "-c", script], 60)?.ok()?;
+    for wanted in [&*format!(" {}/", network.ip), "a-pod", "of the node"] {
+        ensure!(told.contains(wanted), "{wanted:?} is not in\n{told}");
+    }
+    let written = "dd if=/dev/zero of=/volume/large bs=1M count=8 && md5sum /volume/large";
+    let told = cri.exec_sync(&server, &["sh", "-c", written], 60)?.ok()?;
+    ensure!(told.contains("96995b58d4cbf6aaa9041b4f00c7f6ae"), "{told}");
+    ensure!(fs::metadata(folder.join("large"))?.len() == 8 << 20);
+    pod.remove(&cri)
+}
