@@ -18,7 +18,7 @@ fn freeze(cgroup: &Path, frozen: bool) {
 async fn wait_for_processes(cgroup: &Path, count: usize) {
     let procs = cgroup.join("cgroup.procs");
     within("a helper", async {
-        while std::fs::read_to_string(&procs).is_ok_and(|text| text.lines().count() < count)
+        while std::fs::read_to_string(&procs).is_ok_and(|text| text.lines().count() != count)
             || !procs.exists()
         {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -88,6 +88,8 @@ agent_test! {
             assert_eq!(code, Code::NOT_FOUND);
         }
         assert!(!agent.rootfs().join("ran").exists());
+        // What was killed while it was frozen ends now.
+        wait_for_processes(&cgroup, 1).await;
         let list = agent.client.list_processes(context(), &container("a")).await.unwrap();
         assert_eq!(list.processes.len(), 1);
         agent.exec("a", "e", &exec).await.unwrap();
