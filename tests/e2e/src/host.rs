@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 
 use crate::node::Node;
+use crate::template;
 
 /// A multiset of lines, each beginning with the kind of thing it names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -158,7 +159,14 @@ impl HostState {
             let ours = path.starts_with(&node.work);
             // Docker's daemon drops what it tried at its start when it pleases.
             let dockers = shown.starts_with("/run/docker/netns/");
-            if ours || dockers || shown.ends_with(".content") || shown.ends_with("/snapshots") {
+            // A template that is made, or given up, is the node's and not a pod's.
+            let templates = path.starts_with(template::FOLDER);
+            if ours
+                || dockers
+                || templates
+                || shown.ends_with(".content")
+                || shown.ends_with("/snapshots")
+            {
                 continue;
             }
             if path.is_dir() && !path.is_symlink() {

@@ -21,3 +21,4 @@ pub mod runner;
 pub mod stream;
 pub mod stuck;
 pub mod tasks;
+pub mod template;

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use husk_e2e::case::{self, Case};
 use husk_e2e::compatibility::Compatibility;
 use husk_e2e::node::{Node, Runtime};
-use husk_e2e::{clean, cri, docker, host, image, runner};
+use husk_e2e::{clean, cri, docker, host, image, runner, template};
 
 const USAGE: &str = "\
 usage: husk-e2e [--runtime husk,runc] [--filter TEXT]... [--skip TEXT]... [--list]
@@ -213,5 +213,6 @@ fn prepare(options: &Options) -> Result<()> {
         docker::warm_up(node, &options.runtimes)?;
     }
     clean::remove_all(node)?;
+    template::await_maker(Duration::from_secs(60) * node.slowness)?;
     host::await_rest(node, Duration::from_secs(20) * node.slowness)
 }

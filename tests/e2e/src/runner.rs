@@ -13,6 +13,7 @@ use crate::host::HostState;
 use crate::node::{Node, Runtime};
 use crate::process;
 use crate::stuck;
+use crate::template;
 
 /// Exit code of a case's process for a skip, its reason on standard output.
 const SKIPPED: i32 = 77;
@@ -92,6 +93,8 @@ fn run_one(case: &'static Case, node: &Node, runtime: Runtime) -> Result<Ran> {
         Err(late) => Verdict::Failed(format!("{late:#}")),
     };
     clean::kill_session(session);
+    // A pod of other settings may have had one made; it shows as left behind if it stays.
+    let _ = template::await_maker(Duration::from_secs(30) * node.slowness);
     let patience = Duration::from_secs(10) * node.slowness;
     let counts = |difference: &str| case.counts(runtime, difference);
     let failed = matches!(verdict, Verdict::Failed(_));

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use super::{Bench, Case, husk_case};
 use crate::pod::Pod;
 use crate::process::eventually;
+use crate::template;
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
@@ -18,7 +19,8 @@ pub const CASES: &[Case] = &[
 
 const DROP_INS: &str = "/etc/husk/conf.d";
 const DROP_IN: &str = "/etc/husk/conf.d/50-template.toml";
-const TEMPLATES: &str = "/run/husk-templates";
+/// Not the node's own, which there may be.
+const TEMPLATES: &str = "/run/husk-e2e-templates";
 
 /// What a copy must not have from its template or share with another copy.
 const IDENTITY: &str = "head -c 16 /dev/urandom | od -An -v -tx1; \
@@ -32,7 +34,8 @@ impl<'a> Templates<'a> {
     fn ready(bench: &'a Bench) -> Result<Self> {
         let this = Self(bench);
         fs::create_dir_all(DROP_INS)?;
-        fs::write(DROP_IN, "template_max_age_seconds = 3600\n")?;
+        let settings = format!("template_max_age_seconds = 3600\ntemplate_dir = \"{TEMPLATES}\"\n");
+        fs::write(DROP_IN, settings)?;
         let id = bench.id();
         bench.ctr.run_detached(&[], &id, &["sleep", "1000"])?.ok()?;
         ensure!(!is_copy(&id)?, "there was a template before");
@@ -46,7 +49,7 @@ impl<'a> Templates<'a> {
         let is_key = |name: &str| name.len() == 32 && !name.contains('.');
         let entries = fs::read_dir(TEMPLATES).into_iter().flatten().flatten();
         let mut names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-        names.any(|name| is_key(&name)) && !is_being_made()
+        names.any(|name| is_key(&name)) && !template::is_being_made()
     }
 }
 
@@ -54,20 +57,9 @@ impl Drop for Templates<'_> {
     fn drop(&mut self) {
         let _ = fs::remove_file(DROP_IN);
         let _ = fs::remove_dir(DROP_INS);
-        let limit = self.0.seconds(30);
-        let _ = eventually("the maker's end", limit, || {
-            Ok((!is_being_made()).then_some(()))
-        });
+        let _ = template::await_maker(self.0.seconds(30));
         let _ = fs::remove_dir_all(TEMPLATES);
     }
-}
-
-fn is_being_made() -> bool {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.into_iter().any(|entry| {
-        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        command.ends_with(b"containerd-shim-husk-v2\0template\0")
-    })
 }
 
 /// As the node tells of a running pod.

@@ -1,0 +1,30 @@
+//! The node's own templates, which come and go beside the pods.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::clean::pids;
+use crate::process::eventually;
+
+/// Where the shim keeps them (`template_dir`).
+pub const FOLDER: &str = "/run/husk-templates";
+
+/// Whether some shim has left a process that makes one.
+pub fn is_being_made() -> bool {
+    pids().any(|pid| {
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        command.ends_with(b"containerd-shim-husk-v2\0template\0")
+    })
+}
+
+/// Waits until none is made.
+///
+/// # Errors
+/// One is still made.
+pub fn await_maker(limit: Duration) -> Result<()> {
+    eventually("the end of a template's maker", limit, || {
+        Ok((!is_being_made()).then_some(()))
+    })
+}
