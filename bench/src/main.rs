@@ -2,8 +2,10 @@
 //! run and alternating, on a node with containerd. Runs as root; writes
 //! `results.json`, `table.md` and `starts.svg`.
 
+mod contender;
 mod measure;
 mod plot;
+mod promises;
 mod table;
 
 use std::path::PathBuf;
@@ -12,11 +14,14 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use husk_e2e::node::Node;
 
+use contender::Contender;
 use measure::{Measured, Setup};
 
 const USAGE: &str = "\
-usage: husk-bench [--rounds N] [--slowness N] [--out DIR] [--busybox FILE]
+usage: husk-bench check RESULTS PROMISES
+       husk-bench [--rounds N] [--slowness N] [--out DIR] [--busybox FILE]
                   [--qemu FILE --qemu-initramfs FILE] [--method TEXT]
+  check                  compares results.json with promises.toml
   --rounds N             measured rounds after one that warms up (5)
   --slowness N           how much longer to wait than on hardware (1)
   --out DIR              where results go (.)
@@ -44,7 +49,14 @@ fn run() -> Result<()> {
     let (mut out, mut busybox) = (PathBuf::from("."), PathBuf::from("/bin/busybox"));
     let (mut qemu, mut initramfs) = (None, None);
     let mut method = "wall clock".to_owned();
-    let mut words = std::env::args().skip(1);
+    let mut words = std::env::args().skip(1).peekable();
+    if words.next_if(|word| word == "check").is_some() {
+        let (Some(results), Some(promises), None) = (words.next(), words.next(), words.next())
+        else {
+            bail!("{USAGE}");
+        };
+        return promises::check(results.as_ref(), promises.as_ref());
+    }
     while let Some(word) = words.next() {
         let value = words
             .next()
@@ -66,15 +78,9 @@ fn run() -> Result<()> {
     let probe = std::env::current_exe()?.with_file_name("husk-probe");
     husk_e2e::image::install_for(&setup.node, &probe, &busybox)?;
 
-    let mut all: Vec<Measured> = Vec::new();
-    for round in 0..=setup.rounds {
-        // The first round is cold: caches, the snapshotter, the bridge.
-        let measured = setup.round(round)?;
-        if round > 0 {
-            all.extend(measured);
-        }
-    }
-    all.extend(setup.sizes());
+    let measured = measure_all(&setup);
+    contender::restore_node();
+    let all = measured?;
     std::fs::write(
         out.join("results.json"),
         serde_json::to_vec_pretty(&table::as_json(&all, &method))?,
@@ -83,4 +89,19 @@ fn run() -> Result<()> {
     std::fs::write(out.join("table.md"), &text)?;
     print!("{text}");
     plot::starts(&all, &out.join("starts.svg"))
+}
+
+fn measure_all(setup: &Setup) -> Result<Vec<Measured>> {
+    for contender in Contender::ALL {
+        contender.warm_up(&setup.node)?;
+    }
+    let mut all = Vec::new();
+    for round in 1..=setup.rounds {
+        all.extend(setup.round(round)?);
+    }
+    for contender in Contender::ALL {
+        all.push(setup.one_more(contender)?);
+    }
+    all.extend(setup.sizes());
+    Ok(all)
 }

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use husk_e2e::ctr::Ctr;
 use husk_e2e::footprint::{self, HostProcess};
-use husk_e2e::node::{NAMESPACE, Node, Runtime};
-use serde_json::Value;
+use husk_e2e::node::{Node, Runtime};
+
+use crate::contender::Contender;
 
 /// One figure.
 #[derive(Clone, Debug)]
@@ -30,14 +31,52 @@ pub const FIRST_OUTPUT: &str = "ctr run to first output";
 pub const END: &str = "ctr run to its end";
 /// From the VMM's exec to the agent's answer; for QEMU, to init's first line.
 pub const GUEST_READY: &str = "VMM exec to guest ready";
-/// The same from the guest's first instruction.
-pub const GUEST_BOOT: &str = "kernel entry to agent ready";
 /// Memory of the host's processes, without the guest's.
 pub const OWN_MEMORY: &str = "memory of";
 /// Memory that the guest has touched.
 pub const GUEST_MEMORY: &str = "guest memory, idle";
+/// What one more idle pod costs the node, everything included.
+pub const ONE_MORE: &str = "node's memory for one more pod";
 /// Size of a file.
 pub const FILE_SIZE: &str = "size of";
+
+/// Parts of a start: the name, and the moments of the shim's record between which
+/// it lies.
+const STAGES: [(&str, &str, &str); 6] = [
+    (
+        "containerd's request to VMM's exec",
+        "request_ns",
+        "vmm_exec_ns",
+    ),
+    (
+        "VMM's exec to the specification",
+        "vmm_exec_ns",
+        "vmm_spec_ns",
+    ),
+    (
+        "specification to the guest's first instruction",
+        "vmm_spec_ns",
+        "guest_entered_ns",
+    ),
+    (
+        "the guest's first instruction to agent ready",
+        "guest_entered_ns",
+        "agent_ready_ns",
+    ),
+    (
+        "agent ready to container created",
+        "agent_ready_ns",
+        "container_created_ns",
+    ),
+    (
+        "container created to started",
+        "container_created_ns",
+        "container_started_ns",
+    ),
+];
+
+/// How many pods stand for "one more".
+const MORE: u64 = 6;
 
 /// What is compared, where.
 pub struct Setup {
@@ -55,14 +94,17 @@ impl Setup {
     /// Every contender once, in turns.
     pub fn round(&self, round: u32) -> Result<Vec<Measured>> {
         let mut all = Vec::new();
-        for runtime in [Runtime::Husk, Runtime::Runc] {
-            let ctr = Ctr::new(&self.node, runtime);
-            let id = format!("bench-{}-{round}", runtime.name());
+        for contender in Contender::ALL {
+            contender.prepare()?;
+            let ctr = Ctr::new(&self.node, contender.runtime());
+            let id = format!("bench-{}-{round}", contender.word());
             let (first, end) =
                 first_output(&mut ctr.run_rm_command(&[], &id, &["uname"]), "Linux")?;
-            all.push(milliseconds(FIRST_OUTPUT, runtime.name(), first));
-            all.push(milliseconds(END, runtime.name(), end));
-            all.extend(self.at_rest(&ctr, runtime, &format!("{id}-idle"))?);
+            all.push(milliseconds(FIRST_OUTPUT, contender.name(), first));
+            all.push(milliseconds(END, contender.name(), end));
+            settle();
+            all.extend(self.at_rest(&ctr, contender, &format!("{id}-idle"))?);
+            settle();
         }
         if let Some((qemu, initramfs)) = &self.qemu {
             all.extend(self.microvm(qemu, initramfs)?);
@@ -72,25 +114,50 @@ impl Setup {
     }
 
     /// A container that does nothing: its memory, and Husk's own timeline.
-    fn at_rest(&self, ctr: &Ctr, runtime: Runtime, id: &str) -> Result<Vec<Measured>> {
-        ctr.run_detached(&[], id, &["sleep", "1000"])?;
-        // What the start still does in the background is not rest.
-        std::thread::sleep(Duration::from_secs(2));
+    fn at_rest(&self, ctr: &Ctr, contender: Contender, id: &str) -> Result<Vec<Measured>> {
+        ctr.run_detached(&[], id, &["sleep", "1000"])?.ok()?;
+        settle();
         let mut all = Vec::new();
         let processes = footprint::of_pod(id)?;
         for process in processes.iter().filter(|process| is_ours(process)) {
             // Both shims' names are cut to the same by the kernel.
-            let of = format!("{}, {}", runtime.name(), process.name);
+            let of = format!("{}, {}", contender.name(), process.name);
             all.push(kib(OWN_MEMORY, &of, process.own_kib));
         }
-        if runtime == Runtime::Husk {
+        if contender.runtime() == Runtime::Husk {
             // The file server maps it too: what each shares adds up.
             let guest = processes.iter().map(|process| process.guest_kib).sum();
-            all.push(kib(GUEST_MEMORY, "husk", guest));
-            all.extend(timeline(id)?);
+            all.push(kib(GUEST_MEMORY, contender.name(), guest));
+            all.extend(timeline(contender, id)?);
         }
         ctr.remove(id)?;
         Ok(all)
+    }
+
+    /// What the node's memory loses for each idle pod after the first.
+    pub fn one_more(&self, contender: Contender) -> Result<Measured> {
+        contender.prepare()?;
+        let ctr = Ctr::new(&self.node, contender.runtime());
+        let ids: Vec<String> = (0..=MORE)
+            .map(|index| format!("more-{}-{index}", contender.word()))
+            .collect();
+        let mut before = 0;
+        for (index, id) in ids.iter().enumerate() {
+            ctr.run_detached(&[], id, &["sleep", "1000"])?.ok()?;
+            if contender.runtime() == Runtime::Husk {
+                contender.record(id)?;
+            }
+            if index == 0 {
+                settle();
+                before = used_kib()?;
+            }
+        }
+        settle();
+        let grown = used_kib()?.saturating_sub(before);
+        for id in &ids {
+            ctr.remove(id)?;
+        }
+        Ok(kib(ONE_MORE, contender.name(), grown / MORE))
     }
 
     /// QEMU's smallest machine with Husk's kernel.
@@ -243,21 +310,40 @@ fn until(mut output: impl Read, wanted: &str, begun: Instant) -> Result<Duration
 }
 
 /// From the shim's record of the start.
-fn timeline(id: &str) -> Result<Vec<Measured>> {
-    let file = format!("/run/husk/{NAMESPACE}/{id}/state.json");
-    let text = std::fs::read_to_string(&file).with_context(|| format!("read {file}"))?;
-    let state: Value = serde_json::from_str(&text)?;
-    let moment = |stage: &str| {
-        state["timeline"][stage]
-            .as_u64()
-            .filter(|ns| *ns > 0)
-            .with_context(|| format!("no {stage} in {file}"))
+fn timeline(contender: Contender, id: &str) -> Result<Vec<Measured>> {
+    let state = contender.record(id)?;
+    let between = |from: &str, to: &str| -> Result<Duration> {
+        let moment = |stage: &str| {
+            state["timeline"][stage]
+                .as_u64()
+                .filter(|ns| *ns > 0)
+                .with_context(|| format!("no {stage} of {id}"))
+        };
+        let (from, to) = (moment(from)?, moment(to)?);
+        Ok(Duration::from_nanos(to.saturating_sub(from)))
     };
-    let between = |from: u64, to: u64| Duration::from_nanos(to.saturating_sub(from));
-    let (exec, entered) = (moment("vmm_exec_ns")?, moment("guest_entered_ns")?);
-    let ready = moment("agent_ready_ns")?;
-    Ok(vec![
-        milliseconds(GUEST_READY, "husk", between(exec, ready)),
-        milliseconds(GUEST_BOOT, "husk", between(entered, ready)),
-    ])
+    let ready = between("vmm_exec_ns", "agent_ready_ns")?;
+    let mut all = vec![milliseconds(GUEST_READY, contender.name(), ready)];
+    for (what, from, to) in STAGES {
+        all.push(milliseconds(what, contender.name(), between(from, to)?));
+    }
+    Ok(all)
+}
+
+/// What a start or an end still does in the background is not part of what comes next.
+fn settle() {
+    std::thread::sleep(Duration::from_secs(2));
+}
+
+/// What is in use and no cache.
+fn used_kib() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let field = |name: &str| -> Result<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        let kib = line.and_then(|line| line.split_whitespace().nth(1));
+        Ok(kib.with_context(|| format!("no {name}"))?.parse()?)
+    };
+    let cache = field("Cached")? + field("Buffers")? + field("SReclaimable")?;
+    let used = field("MemTotal")? + field("Shmem")?;
+    Ok(used.saturating_sub(field("MemFree")? + cache))
 }

@@ -33,7 +33,8 @@ pub fn starts(all: &[Measured], file: &Path) -> Result<()> {
             let top = 45 + i32::try_from(index).unwrap_or_default() * (BAR + 10);
             let length = (f64::from(WIDTH as i32 - LEFT - 90) * bar.median() / longest) as i32;
             let colour = match bar.who {
-                "husk" => RGBColor(0x2a, 0x6f, 0xb0),
+                "husk, boot" => RGBColor(0x2a, 0x6f, 0xb0),
+                "husk, copy" => RGBColor(0x1d, 0x9e, 0x74),
                 "runc" => RGBColor(0x8a, 0x8a, 0x8a),
                 _ => RGBColor(0xd0, 0x8a, 0x2e),
             };
