@@ -1,5 +1,6 @@
 //! Docker with the runtime chosen by `docker run --runtime`.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -475,23 +476,21 @@ fn observed(bench: &Bench) -> Result<()> {
     docker.ask(&["kill", &name])?;
     docker.ask(&["wait", &name])?;
     let filter = format!("container={name}");
-    let events = docker.ask(&[
-        "events",
-        "--since",
-        "10m",
-        "--until",
-        "0s",
-        "--filter",
-        &filter,
-        "--format",
-        "{{.Action}}",
-    ])?;
-    for wanted in ["create", "start", "exec_start", "exec_die", "kill", "die"] {
-        let there = events
-            .lines()
-            .any(|line| line.split(':').next() == Some(wanted));
-        ensure!(there, "no {wanted}:\n{events}");
-    }
+    let question = ["--since", "10m", "--until", "0s", "--format", "{{.Action}}"];
+    let question = [&["events", "--filter", &filter], &question[..]].concat();
+    let wanted = ["create", "start", "exec_start", "exec_die", "kill", "die"];
+    // The daemon notes the end after it has answered who waited for it.
+    let mut events = String::new();
+    eventually("all events", bench.seconds(10), || {
+        events = docker.ask(&question)?;
+        let actions = events.lines().filter_map(|line| line.split(':').next());
+        let seen: BTreeSet<&str> = actions.collect();
+        Ok(wanted
+            .iter()
+            .all(|action| seen.contains(action))
+            .then_some(()))
+    })
+    .with_context(|| format!("only\n{events}"))?;
     docker.remove(&name)
 }
 
