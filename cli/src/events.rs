@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use rustix::event::PollFlags;
 use serde_json::json;
@@ -16,6 +17,9 @@ use crate::text;
 pub mod watch;
 
 use watch::Watch;
+
+/// How soon after a machine's end its shim says why.
+const EXPLAINED: Duration = Duration::from_millis(200);
 
 /// The pods, by their directories.
 pub type Known = BTreeMap<PathBuf, Pod>;
@@ -71,6 +75,12 @@ impl Event {
         }
     }
 
+    /// Why the machine is gone, where this is what has happened.
+    fn end(self, pod: &Pod) -> Option<&str> {
+        let end = pod.state.end.as_ref().filter(|_| self == Self::Ended)?;
+        Some(&end.reason)
+    }
+
     /// How long after containerd's request it was.
     fn after_ms(self, pod: &Pod) -> Option<u64> {
         let moment = self.moment_ns(pod);
@@ -97,8 +107,12 @@ fn follow(only: Option<&str>, json: bool) -> anyhow::Result<()> {
     loop {
         // Whatever comes after this is told, though the look may have seen it.
         watch.arm()?;
-        let now = look(&state_dir, known.as_ref())?;
+        let mut now = look(&state_dir, known.as_ref())?;
         let time = SystemTime::now();
+        if happened(known.as_ref(), &now).iter().any(is_unexplained) {
+            thread::sleep(EXPLAINED);
+            now = look(&state_dir, known.as_ref())?;
+        }
         for (event, pod) in happened(known.as_ref(), &now) {
             if only.is_none_or(|only| pod.answers_to(only)) {
                 output.write_all(line(event, pod, time, json).as_bytes())?;
@@ -112,6 +126,11 @@ fn follow(only: Option<&str>, json: bool) -> anyhow::Result<()> {
         }
         known = Some(now);
     }
+}
+
+/// The machine has just gone, and its shim has not said why.
+fn is_unexplained((event, pod): &(Event, &Pod)) -> bool {
+    *event == Event::Ended && pod.state.end.is_none()
 }
 
 /// The pods of now. Names are looked up once, since that takes longest.
@@ -189,12 +208,16 @@ fn line(event: Event, pod: &Pod, time: SystemTime, json: bool) -> String {
             "name": pod.name,
             "status": pod.status.word(),
             "after_ms": after,
+            "end": event.end(pod),
         });
         return text::ascii(&value.to_string()) + "\n";
     }
     let mut line = format!("{time}  {word:<17}  {}/{}", pod.namespace, pod.id);
     if let Some(name) = &pod.name {
         line.push_str(&format!("  {name}"));
+    }
+    if let Some(end) = event.end(pod) {
+        line.push_str(&format!("  {end}"));
     }
     if event == Event::Present {
         line.push_str(&format!("  {}", pod.status.word()));
@@ -209,8 +232,8 @@ fn line(event: Event, pod: &Pod, time: SystemTime, json: bool) -> String {
 mod tests {
     use super::*;
     use husk_node::process::Process;
-    use husk_node::state::State;
-    use std::time::{Duration, UNIX_EPOCH};
+    use husk_node::state::{EndFacts, State};
+    use std::time::UNIX_EPOCH;
 
     fn pod(id: &str, shim: u32, status: Status) -> Pod {
         Pod {
@@ -297,6 +320,12 @@ mod tests {
             (&json!("running"), &json!(231))
         );
         assert_eq!(value["name"], "shop/\x1b[2Jweb");
+        web.state.end = Some(EndFacts {
+            reason: "the guest reset itself".into(),
+            ..EndFacts::default()
+        });
+        let ended = line(Event::Ended, &web, time, false);
+        assert!(ended.ends_with("web  the guest reset itself\n"), "{ended}");
         // Of another clock.
         web.state.timeline.request_ns = u64::MAX;
         assert_eq!(Event::Running.after_ms(&web), None);

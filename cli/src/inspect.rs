@@ -1,11 +1,12 @@
 //! `husk inspect`.
 
 use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
 use husk_node::process::Process;
-use husk_node::state::MachineFacts;
+use husk_node::state::{EndFacts, MachineFacts};
 
 use crate::answer::Answer;
 use crate::memory::Memory;
@@ -45,6 +46,7 @@ pub fn value(pod: &Pod, memory: Option<Memory>) -> Value {
         },
         "memory": memory,
         "machine": state.machine,
+        "end": state.end,
     }))
 }
 
@@ -66,6 +68,9 @@ fn show(pod: &Pod, memory: Option<Memory>) -> String {
         "status",
         pod.status.word().to_owned() + &age.unwrap_or_default(),
     ));
+    if let Some(end) = &state.end {
+        facts.extend(end_facts(end));
+    }
     if let Some(machine) = &state.machine {
         facts.extend(machine_facts(machine));
     }
@@ -99,6 +104,16 @@ fn show(pod: &Pod, memory: Option<Memory>) -> String {
         *value = text::short(value);
     }
     text::facts(&facts)
+}
+
+fn end_facts(end: &EndFacts) -> Vec<(&'static str, String)> {
+    let at = text::utc(UNIX_EPOCH + Duration::from_nanos(end.at_ns));
+    let asked = if end.was_asked { ", as asked" } else { "" };
+    let mut facts = vec![("ended", format!("{at}: {}{asked}", end.reason))];
+    if !end.console.is_empty() {
+        facts.push(("console", end.console.clone()));
+    }
+    facts
 }
 
 fn machine_facts(machine: &MachineFacts) -> Vec<(&'static str, String)> {
@@ -174,6 +189,12 @@ mod tests {
                 }),
                 cgroup: Some("/default/a".into()),
                 machine: Some(machine),
+                end: Some(EndFacts {
+                    reason: "the guest's kernel panicked".into(),
+                    was_asked: false,
+                    console: "sysrq: Trigger a crash\x1b[2J".into(),
+                    at_ns: 60_000_000_000,
+                }),
                 ..State::default()
             },
             status: Status::Ended,
@@ -186,6 +207,8 @@ mod tests {
         };
         let text = show(&pod, Some(memory));
         for line in [
+            "ended         1970-01-01T00:01:00.000Z: the guest's kernel panicked",
+            "console       sysrq: Trigger a crash\\u{1b}[2J",
             "processors    1 (may grow to 4)",
             "memory        512 MiB (may grow by 2048 MiB)",
             "interface     eth0 02:00:00:00:00:01 mtu 1500",
@@ -205,5 +228,6 @@ mod tests {
         let json = value(&pod, Some(memory));
         assert_eq!(json["machine"]["disks"][0]["serial"], "disk-0");
         assert_eq!(json["processes"]["vmm"]["alive"], false);
+        assert_eq!(json["end"]["reason"], "the guest's kernel panicked");
     }
 }

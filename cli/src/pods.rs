@@ -103,6 +103,12 @@ impl Pod {
         now.checked_sub(began)
     }
 
+    /// Why its machine is gone, where nobody asked for that.
+    pub fn failure(&self) -> Option<&str> {
+        let end = self.state.end.as_ref().filter(|end| !end.was_asked)?;
+        Some(&end.reason)
+    }
+
     /// What all commands tell of it in JSON, and `more`.
     pub fn described(&self, mut more: Value) -> Value {
         more["namespace"] = self.namespace.as_str().into();

@@ -30,7 +30,15 @@ pub fn value(pod: &Pod, memory: Option<Memory>) -> Value {
         "vcpus": machine.map(|machine| machine.vcpus),
         "memory_mib": machine.map(|machine| machine.memory_mib),
         "used_kib": memory.map(|memory| memory.sum_kib()),
+        "end": pod.state.end.as_ref().map(|end| &end.reason),
     }))
+}
+
+fn status(pod: &Pod) -> String {
+    match pod.failure() {
+        Some(failure) => text::short(&format!("{}: {failure}", pod.status.word())),
+        None => pod.status.word().to_owned(),
+    }
 }
 
 fn list(pods: &[(Pod, Option<Memory>)]) -> String {
@@ -41,7 +49,7 @@ fn list(pods: &[(Pod, Option<Memory>)]) -> String {
             text::plain(&pod.namespace),
             text::plain(&pod.id.chars().take(ID).collect::<String>()),
             pod.name.as_deref().map_or_else(unknown, text::short),
-            pod.status.word().to_owned(),
+            status(pod),
             pod.age().map_or_else(unknown, text::age),
             machine.map_or_else(unknown, |machine| machine.vcpus.to_string()),
             machine.map_or_else(unknown, |machine| format!("{} MiB", machine.memory_mib)),
@@ -65,7 +73,7 @@ fn list(pods: &[(Pod, Option<Memory>)]) -> String {
 mod tests {
     use super::*;
     use crate::pods::Status;
-    use husk_node::state::{MachineFacts, State};
+    use husk_node::state::{EndFacts, MachineFacts, State};
 
     #[test]
     fn a_line_a_pod() {
@@ -115,5 +123,18 @@ mod tests {
             (Some(2048), Some(2))
         );
         assert_eq!(json["status"], "running");
+
+        let mut pod = pod;
+        pod.status = Status::Ended;
+        let mut end = EndFacts {
+            reason: "the guest's kernel panicked".into(),
+            ..EndFacts::default()
+        };
+        pod.state.end = Some(end.clone());
+        assert!(list(&[(pod.clone(), None)]).contains("  ended: the guest's kernel panicked  "));
+        assert_eq!(value(&pod, None)["end"], "the guest's kernel panicked");
+        end.was_asked = true;
+        pod.state.end = Some(end);
+        assert!(list(&[(pod, None)]).contains("  ended  "));
     }
 }

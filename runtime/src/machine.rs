@@ -80,6 +80,8 @@ struct StartPlan {
     size: VmSize,
     room: Room,
     start: Start,
+    /// What a copy gets to tell it from its template; nothing where it boots.
+    entropy: Vec<u8>,
     /// The template that it could begin as.
     template: Option<TemplateKey>,
 }
@@ -199,6 +201,7 @@ impl MachineParts {
         let StartPlan {
             size,
             room,
+            entropy,
             template,
             ..
         } = self.plan;
@@ -248,16 +251,7 @@ impl MachineParts {
         };
         let mut sandbox = sandbox_request(&request.pod, network, request.config.patience());
         sandbox.memory_max_mib = (size.memory_mib + room.pluggable_mib).into();
-        if restored {
-            let mut entropy = vec![0; ENTROPY_BYTES];
-            File::open("/dev/urandom")
-                .and_then(|mut random| random.read_exact(&mut entropy))
-                .map_err(|source| VmError::Io {
-                    what: "/dev/urandom",
-                    source,
-                })?;
-            sandbox.entropy = entropy;
-        }
+        sandbox.entropy = entropy;
         match machine.set_up(&sandbox, patience).await {
             Ok(guest) => {
                 machine.fitter.fit(&machine.vm, &machine.agent).await;
@@ -268,7 +262,7 @@ impl MachineParts {
                 Ok((machine, state))
             }
             Err(error) => {
-                discard_used(template.as_ref(), restored);
+                discard_used(template.as_ref(), restored && is_of_machine(&error));
                 machine.end().await;
                 Err(error)
             }
@@ -282,6 +276,18 @@ fn discard_used(template: Option<&TemplateKey>, was_used: bool) {
     if let Some(template) = template.filter(|_| was_used) {
         template.discard();
     }
+}
+
+/// Whether the machine failed, and not what its pod asks for: an agent that says no
+/// is in good health.
+fn is_of_machine(error: &Error) -> bool {
+    let Error::Agent(error) = error else {
+        return true;
+    };
+    !matches!(
+        error,
+        AgentError::Refused { .. } | AgentError::TooLarge { .. }
+    )
 }
 
 impl StartPlan {
@@ -305,6 +311,7 @@ impl StartPlan {
                     template: files,
                     origin: key.origin().to_owned(),
                 },
+                entropy: entropy()?,
                 template: Some(key.clone()),
             });
         }
@@ -317,9 +324,21 @@ impl StartPlan {
                 initramfs: open("initramfs", &config.initramfs, false)?,
                 command_line: vm_plan::command_line(size, room, extra, request.debug),
             },
+            entropy: Vec::new(),
             template: template.map(|(key, _)| key),
         })
     }
+}
+
+fn entropy() -> Result<Vec<u8>, VmError> {
+    let mut entropy = vec![0; ENTROPY_BYTES];
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut entropy))
+        .map_err(|source| VmError::Io {
+            what: "/dev/urandom",
+            source,
+        })?;
+    Ok(entropy)
 }
 
 impl Machine {

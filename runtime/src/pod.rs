@@ -18,8 +18,8 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use crate::agent_client::Agent;
 use crate::cgroup::PodCgroup;
 use crate::clock;
-use crate::config::{Config, Patience};
-use crate::container::{Container, Kind, Process, State as ProcessState};
+use crate::config::Config;
+use crate::container::{Container, Kind, Process};
 use crate::disk::PodDisks;
 use crate::error::Error;
 use crate::event::EventSender;
@@ -34,12 +34,14 @@ use crate::vm_process::{Vm, VmEnd};
 
 mod create;
 mod delete;
+mod end;
 mod exit;
 mod query;
 mod run;
 
 pub use create::{CreateRequest, SandboxRequest};
 use delete::Deletion;
+use end::end_without;
 pub use run::ExecRequest;
 
 /// `SIGKILL` of signal(7).
@@ -53,9 +55,6 @@ const EVENT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Pause after an event that the agent would not tell.
 const NO_EVENT_PAUSE: Duration = Duration::from_secs(1);
-
-/// How long a machine may go on without its agent or its file server.
-const WITHOUT_PART: Duration = Duration::from_secs(1);
 
 /// How long a shim waits for its first container.
 const BEFORE_USE: Duration = Duration::from_secs(300);
@@ -114,6 +113,8 @@ pub struct Pod {
     shares_pids: bool,
     /// Code with which the sandbox ends, once it was asked to.
     sandbox_exit: Option<u32>,
+    /// What the machine was ended for the lack of.
+    lost_part: Option<&'static str>,
     disks: Arc<PodDisks>,
     /// There has been a container.
     was_used: bool,
@@ -194,6 +195,7 @@ impl Pod {
             pod_binds: false,
             shares_pids: false,
             sandbox_exit: None,
+            lost_part: None,
             disks: Arc::default(),
             was_used: false,
             over: false,
@@ -411,14 +413,14 @@ impl Pod {
         let (vm, agent) = (machine.vm().clone(), machine.agent().clone());
         let patience = agent.patience();
         let file_server = Arc::clone(machine.file_server());
-        let server_vm = vm.clone();
+        let (server_vm, handle) = (vm.clone(), self.handle.clone());
         tokio::spawn(async move {
             tokio::select! {
                 () = file_server.ended() => {}
                 _ = server_vm.ended() => return,
             }
             // It ends with the machine, unless it fails.
-            end_without("file server", &server_vm, patience).await;
+            end_without("file server", &server_vm, &handle, patience).await;
         });
         let end_vm = vm.clone();
         self.later(async move {
@@ -433,38 +435,6 @@ impl Pod {
             tokio::spawn(forward::serve(netns, vm, agent));
         }
         self.machine = MachineState::Running(machine);
-    }
-
-    fn machine_ended(&mut self, end: VmEnd) {
-        let MachineState::Running(machine) =
-            std::mem::replace(&mut self.machine, MachineState::None)
-        else {
-            return;
-        };
-        if machine.vm().is_dismissed() {
-            tracing::info!("machine: {end}");
-        } else {
-            tracing::error!("machine: {end}");
-        }
-        self.machine = MachineState::Ended(machine, end);
-        let sandbox_code = self.sandbox_exit.unwrap_or(MACHINE_GONE);
-        let mut ended = Vec::new();
-        for (id, container) in &self.containers {
-            let code = match container.kind {
-                Kind::Sandbox => sandbox_code,
-                Kind::Guest(_) => MACHINE_GONE,
-            };
-            for (exec, added) in &container.execs {
-                // One that was never started has no end to tell.
-                if added.process.state() != ProcessState::Created {
-                    ended.push((id.clone(), exec.clone(), MACHINE_GONE));
-                }
-            }
-            ended.push((id.clone(), String::new(), code));
-        }
-        for (id, exec, code) in ended {
-            self.process_exited(&id, &exec, exit::ended_now(code));
-        }
     }
 
     fn agent_event(&mut self, kind: Option<EventKind>) {
@@ -494,19 +464,7 @@ async fn follow_agent(agent: Agent, vm: Vm, pod: PodHandle) {
             }
         }
     }
-    end_without("agent", &vm, agent.patience()).await;
-}
-
-/// Ends a machine that has lost a part of it, unless it is about to end anyway.
-async fn end_without(part: &'static str, vm: &Vm, patience: Patience) {
-    if timeout(patience.of(WITHOUT_PART), vm.ended())
-        .await
-        .is_err()
-        && !vm.is_dismissed()
-    {
-        tracing::error!("the {part} has ended; so does the machine");
-        vm.kill().await;
-    }
+    end_without("agent", &vm, &pod, agent.patience()).await;
 }
 
 fn not_found(id: &str) -> Error {

@@ -37,6 +37,8 @@ pub struct State {
     pub machine: Option<MachineFacts>,
     /// Its start.
     pub timeline: Timeline,
+    /// How its machine ended, once it has.
+    pub end: Option<EndFacts>,
 }
 
 /// What tells a network namespace from all others as long as it is there.
@@ -70,6 +72,20 @@ pub struct MachineFacts {
     pub agent_version: String,
     /// Its kernel's release, as the guest tells it.
     pub kernel_release: String,
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EndFacts {
+    /// In a few words.
+    pub reason: String,
+    /// The pod was being stopped.
+    pub was_asked: bool,
+    /// The last lines of the guest's console, where they may tell more.
+    pub console: String,
+    /// When, wall clock, nanoseconds since the epoch.
+    pub at_ns: u64,
 }
 
 /// An interface of a machine.

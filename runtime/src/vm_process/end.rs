@@ -83,20 +83,34 @@ pub enum VmError {
     Ended(VmEnd),
 }
 
+impl VmEnd {
+    /// In a few words.
+    pub fn reason(&self) -> String {
+        match &self.reason {
+            Some(ExitReason::Shutdown) => "the guest powered itself off".to_owned(),
+            Some(ExitReason::Reset) => "the guest reset itself".to_owned(),
+            Some(ExitReason::Panic) => "the guest's kernel panicked".to_owned(),
+            Some(ExitReason::Killed) => "the shim ended it".to_owned(),
+            Some(ExitReason::Failed(failure)) => failure.to_string(),
+            None => "the VMM ended without a word".to_owned(),
+        }
+    }
+
+    /// The console's last lines in one, where they may say why.
+    pub fn last_lines(&self) -> String {
+        match self.reason {
+            Some(ExitReason::Shutdown | ExitReason::Killed) => String::new(),
+            _ => console::last_lines(&self.console),
+        }
+    }
+}
+
 impl fmt::Display for VmEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.reason {
-            Some(ExitReason::Shutdown) => f.write_str("the guest powered itself off")?,
-            Some(ExitReason::Reset) => f.write_str("the guest reset itself")?,
-            Some(ExitReason::Panic) => f.write_str("the guest's kernel panicked")?,
-            Some(ExitReason::Killed) => f.write_str("the shim ended it")?,
-            Some(ExitReason::Failed(failure)) => write!(f, "{failure}")?,
-            None => f.write_str("the VMM ended without a word")?,
-        }
-        let tail = console::last_lines(&self.console);
-        match (&self.reason, tail.is_empty()) {
-            (Some(ExitReason::Shutdown | ExitReason::Killed), _) | (_, true) => Ok(()),
-            _ => write!(f, "; its console's last lines: {tail}"),
+        f.write_str(&self.reason())?;
+        match self.last_lines() {
+            tail if tail.is_empty() => Ok(()),
+            tail => write!(f, "; its console's last lines: {tail}"),
         }
     }
 }

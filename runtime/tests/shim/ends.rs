@@ -1,10 +1,11 @@
 //! How containers end that nobody treats well.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{DeleteResponse, KillRequest, StateRequest, Status};
 use containerd_shim_protos::protobuf::Message;
-use serde_json::json;
+use serde_json::{Value, json};
 use ttrpc::Code;
 
 use crate::Case;
@@ -14,6 +15,7 @@ use crate::lifecycle::{added, finish, kill, running, status};
 
 pub const CASES: &[Case] = &[
     ("end_of_the_machine_is_told", machine_dies),
+    ("end_of_the_file_server_is_told", file_server_dies),
     ("end_of_the_shim_is_cleaned_up", shim_dies),
     ("end_of_what_nobody_waits_for", given_up),
     ("end_of_what_was_never_run", never_run),
@@ -144,7 +146,36 @@ fn machine_dies() {
         assert!(began.elapsed() < Duration::from_secs(2));
         node.events.wait_for("/tasks/exit", 1).await;
         assert_eq!(node.events.exits(), [("d".to_owned(), 137)]);
+        let end = end_in_state(&node, "d");
+        assert_eq!(end["reason"], "the VMM ended without a word");
+        assert_eq!(end["was_asked"], false);
         finish(&node, &shim, "d").await;
+    });
+}
+
+/// What a pod's state says of its machine's end.
+fn end_in_state(node: &Node, id: &str) -> Value {
+    let file = node.state_dir().join("test").join(id).join("state.json");
+    let state: Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+    state["end"].clone()
+}
+
+fn file_server_dies() {
+    block_on(async {
+        let node = Node::new().await;
+        let (_, shim) = running(&node, "f", &["sleep"]).await;
+        assert!(end_in_state(&node, "f").is_null());
+        let file = node.state_dir().join("test/f/state.json");
+        let state: Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+        let pid = i32::try_from(state["file_server"]["pid"].as_i64().unwrap()).unwrap();
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        assert_eq!(shim.wait("f", "").await.unwrap().exit_status, 137);
+        let end = end_in_state(&node, "f");
+        assert_eq!(end["reason"], "the file server had ended");
+        assert_eq!(end["was_asked"], false);
+        assert!(end["at_ns"].as_u64() > Some(1_600_000_000_000_000_000));
+        finish(&node, &shim, "f").await;
     });
 }
 
