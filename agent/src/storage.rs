@@ -1,5 +1,7 @@
 //! What is mounted in the guest before a container uses it, and its undoing.
 
+mod huge_pages;
+
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -57,6 +59,8 @@ enum Kind {
     Mount,
     File,
     Node,
+    /// Others have it as well; it stays.
+    Kept,
 }
 
 /// Mounts all, in order; none when one fails.
@@ -172,11 +176,17 @@ async fn mount(storage: Storage) -> Result<Mounted, StorageError> {
             Source::filesystem("overlay", None, overlay_data(&overlay))
         }
         storage::Source::Bind(bind) => Source::Bind(PathBuf::from(bind.source)),
+        storage::Source::HugePages(pages) => {
+            Source::filesystem("hugetlbfs", None, huge_pages::data(&pages))
+        }
         _ => return Err(invalid("unknown kind")),
     };
+    let is_of_pod = storage.has_huge_pages();
     // Any of these calls may wait for a device or a server.
-    let mounting =
-        tokio::task::spawn_blocking(move || source.attach(mount_point, &storage.options));
+    let mounting = tokio::task::spawn_blocking(move || match is_of_pod {
+        true => huge_pages::attach(source, mount_point, &storage),
+        false => source.attach(mount_point, &storage.options),
+    });
     mounting
         .await
         .map_err(io::Error::other)
@@ -326,6 +336,9 @@ impl Source {
 
 impl Mounted {
     fn undo(&self) {
+        if self.kind == Kind::Kept {
+            return;
+        }
         if self.kind != Kind::Node {
             let path = &self.mount_point;
             let unmounted = match unmount(path, UnmountFlags::NOFOLLOW) {

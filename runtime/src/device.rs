@@ -60,7 +60,7 @@ pub struct GuestDevices {
     pub asked: Vec<usize>,
     /// What the numbers in the spec stand for.
     pub numbers: Vec<DeviceNumber>,
-    /// Device nodes that are mounted like volumes.
+    /// Device nodes that are mounted like volumes, and volumes of huge pages.
     pub storages: Vec<Storage>,
     /// The container gets all that the guest has.
     pub all: bool,
@@ -117,6 +117,16 @@ impl Devices {
         });
         self.storages.push(storage);
         Ok(mount_point)
+    }
+
+    /// A volume that is memory of the guest; the guest's path of it.
+    pub fn mount_in_guest(&mut self, storage: Storage) -> String {
+        let mount_point = storage.mount_point.clone();
+        // A container may have it at several places.
+        if !self.storages.contains(&storage) {
+            self.storages.push(storage);
+        }
+        mount_point
     }
 
     /// The guest's path of a character device; none: the node has no name for

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{CWD, FileType, StatVfsMountFlags, fstat, fstatvfs};
+use rustix::fs::{CWD, FileType, Stat, StatFs, StatVfsMountFlags, fstat, fstatfs, fstatvfs};
 use rustix::mount::{MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags};
 
 use crate::id_map::{IdMaps, UserNamespace};
@@ -175,6 +175,14 @@ impl MountCopy {
     /// The kernel refuses.
     pub fn device_number(&self) -> io::Result<u64> {
         Ok(fstat(&self.tree)?.st_rdev)
+    }
+
+    /// The file system and the directory or file at its top.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn stat(&self) -> io::Result<(StatFs, Stat)> {
+        Ok((fstatfs(&self.tree)?, fstat(&self.tree)?))
     }
 
     /// Which file is at its top.

@@ -1,6 +1,8 @@
 //! Volumes: binds of the host's files and directories go through the shared
 //! tree; what the kernel provides is mounted in the guest and left alone here.
 
+mod huge_pages;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -211,6 +213,12 @@ pub fn mount_volumes(
                     sources.insert(index, path);
                     continue;
                 }
+                let (file_system, top) = copy.stat().map_err(fail)?;
+                let huge_pages = huge_pages::storage(&file_system, &top, mapped.as_ref());
+                if let Some(storage) = huge_pages.filter(|_| kind.is_dir()) {
+                    sources.insert(index, devices.mount_in_guest(storage));
+                    continue;
+                }
                 if let Some(maps) = mapped {
                     let namespace = maps.namespace().map_err(fail)?;
                     let recursive = mount.has_any(&["ridmap"]);
@@ -370,6 +378,37 @@ mod tests {
         assert!(disks.is_empty() && guest.numbers.is_empty());
         assert_eq!(guest.storages.len(), 1);
         assert_eq!(guest.storages[0].block().serial, "");
+    }
+
+    #[test]
+    fn huge_pages_are_the_guests() {
+        if !own_namespace() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let id = Id::new("container", "c").unwrap();
+        let mut tree = ContainerTree::create(&SharedTree::pretended(dir.path()), &id).unwrap();
+        let mut devices = devices(dir.path());
+        let pages = dir.path().join("pages");
+        std::fs::create_dir(&pages).unwrap();
+        if !huge_pages::tests::mount(&pages, "pagesize=2M") {
+            println!("SKIPPED: no huge pages here");
+            return;
+        }
+        let bind = |at| mount("bind", pages.to_str().unwrap(), at, &["rbind", "ro"]);
+        let mounts = [bind("/hugepages"), bind("/again")];
+        let sources =
+            mount_volumes(&mut tree, &mut devices, &mut Vec::new(), &mounts, None).unwrap();
+        let place = &sources[&0];
+        assert!(
+            place.starts_with("/run/husk/sandbox/huge-pages/"),
+            "{place}"
+        );
+        assert_eq!(&sources[&1], place);
+        let (guest, disks) = devices.finish();
+        assert!(disks.is_empty());
+        let mounted: Vec<_> = guest.storages.iter().map(|one| &one.mount_point).collect();
+        assert_eq!(mounted, [place], "one for both");
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! Storages and what containers of a pod share.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
 use husk_protocol::agent::{
-    BindStorage, BlockStorage, CreateSandboxRequest, OverlayStorage, Storage, TmpfsStorage,
-    VirtioFsStorage, storage,
+    BindStorage, BlockStorage, CreateSandboxRequest, HugePagesStorage, OverlayStorage, Storage,
+    TmpfsStorage, VirtioFsStorage, storage,
 };
 use serde_json::{Value, json};
 use ttrpc::Code;
@@ -97,6 +100,67 @@ agent_test! {
         assert!(text.starts_with("750\n") && text.contains(" 1024 "), "{text}");
         agent.wait("a", "").await;
         agent.delete("a").await;
+    }
+}
+
+/// A sleeper that has a volume of huge pages at `/pages`.
+async fn with_huge_pages(agent: &Agent, id: &str, page_bytes: u64) -> Result<(), ttrpc::Error> {
+    let pages = HugePagesStorage {
+        page_bytes,
+        size_bytes: 8 << 20,
+        uid: 12,
+        gid: 34,
+        mode: 0o2770,
+        ..Default::default()
+    };
+    let place = "/run/husk/sandbox/huge-pages/1";
+    let storages = vec![at(place, storage::Source::HugePages(pages))];
+    let mut spec = agent.spec(&["/bin/sleep", "1000"]);
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(
+        json!({"destination": "/pages", "type": "bind", "source": place, "options": ["rbind"]}),
+    );
+    agent.create_with(id, &spec, storages).await.map(drop)
+}
+
+/// Where the container has it, seen from here.
+fn pages_of(agent: &Agent, id: &str) -> PathBuf {
+    let processes = agent.cgroup.join("husk").join(id).join("cgroup.procs");
+    let pid = std::fs::read_to_string(processes).unwrap();
+    PathBuf::from(format!("/proc/{}/root/pages", pid.trim()))
+}
+
+agent_test! {
+    async fn a_volume_of_huge_pages_is_the_pods(agent: Agent) {
+        if !Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB").exists() {
+            skip("volume of huge pages", "this kernel has none");
+            return;
+        }
+        // Of a size that there is not: nothing stays.
+        let before = agent.mounts();
+        let error = with_huge_pages(&agent, "a", 3 << 20).await.err().unwrap();
+        assert!(status(error).1.contains("huge-pages/1"));
+        assert_eq!(agent.mounts(), before);
+
+        for id in ["a", "b"] {
+            with_huge_pages(&agent, id, 2 << 20).await.unwrap();
+            agent.start_container(id).await.unwrap();
+        }
+        let [first, second] = ["a", "b"].map(|id| pages_of(&agent, id));
+        let root = first.metadata().unwrap();
+        assert_eq!((root.uid(), root.gid(), root.mode() & 0o7777), (12, 34, 0o2770));
+        let found = rustix::fs::statfs(&first).unwrap();
+        assert_eq!((found.f_bsize, found.f_blocks), (2 << 20, 4));
+        std::fs::create_dir(first.join("left")).unwrap();
+        assert!(second.join("left").is_dir());
+        for id in ["a", "b"] {
+            agent.delete(id).await;
+        }
+        // What a container leaves there the next one finds.
+        with_huge_pages(&agent, "c", 2 << 20).await.unwrap();
+        agent.start_container("c").await.unwrap();
+        assert!(pages_of(&agent, "c").join("left").is_dir());
+        agent.delete("c").await;
     }
 }
 

@@ -7,6 +7,7 @@ pub mod cli;
 pub mod crash;
 pub mod device;
 pub mod docker;
+pub mod huge_pages;
 pub mod interfaces;
 pub mod lifecycle;
 pub mod machine;
@@ -216,6 +217,7 @@ pub fn all() -> Vec<&'static Case> {
         task::CASES,
         pod::CASES,
         resources::CASES,
+        huge_pages::CASES,
         machine::CASES,
         network::CASES,
         interfaces::CASES,

@@ -22,7 +22,6 @@ pub const CASES: &[Case] = &[
     case("resources/update", 60, update),
     case("resources/statistics", 60, statistics),
     case("resources/oci-limits", 40, oci_limits),
-    case("resources/huge-pages", 40, huge_pages),
     case("resources/io-throttle", 60, io_throttle),
 ];
 
@@ -315,44 +314,6 @@ fn oci_limits(bench: &Bench) -> Result<()> {
     let expected = "0 0\n77 88\n333 4444\n300\n50\n100663296\n33554432\n83886080\n\
                     33554432\n80000 40000\n";
     ensure!(done.out() == expected, "{}expected {expected}", done.tail());
-    Ok(())
-}
-
-/// Huge pages of the node, which only those processes have that ask for them.
-struct NodeHugePages(String);
-
-impl NodeHugePages {
-    const FILE: &str = "/proc/sys/vm/nr_overcommit_hugepages";
-
-    fn allow(pages: u32) -> Result<Self> {
-        let before = fs::read_to_string(Self::FILE)
-            .map_err(|_| Skip("the node's kernel has no huge pages".into()))?;
-        fs::write(Self::FILE, pages.to_string())?;
-        Ok(Self(before))
-    }
-}
-
-impl Drop for NodeHugePages {
-    fn drop(&mut self) {
-        // The next case that wants them sets them.
-        let _ = fs::write(Self::FILE, self.0.trim());
-    }
-}
-
-/// Huge pages up to the limit, none beyond.
-fn huge_pages(bench: &Bench) -> Result<()> {
-    let _allowed = NodeHugePages::allow(24)?;
-    let script = "probe huge 8 && cat /sys/fs/cgroup/hugetlb.2MB.max && probe huge 24";
-    let done = oci::run(bench, &["sh", "-c", script], |spec| {
-        let limits = json!([{ "pageSize": "2MB", "limit": 16 * MIB }]);
-        spec["linux"]["resources"]["hugepageLimits"] = limits;
-    })?;
-    ensure!(
-        done.out() == "8 MiB of huge pages\n16777216\n" && done.code() != 0,
-        "exit code {}\n{}",
-        done.code(),
-        done.tail()
-    );
     Ok(())
 }
 
