@@ -254,6 +254,9 @@ impl MachineParts {
         sandbox.entropy = entropy;
         match machine.set_up(&sandbox, patience).await {
             Ok(guest) => {
+                if let Some(template) = template.as_ref().filter(|_| restored) {
+                    template.proved();
+                }
                 machine.fitter.fit(&machine.vm, &machine.agent).await;
                 state.timeline.agent_ready_ns = clock::monotonic_ns();
                 facts.agent_version = guest.agent_version;
@@ -262,7 +265,10 @@ impl MachineParts {
                 Ok((machine, state))
             }
             Err(error) => {
-                discard_used(template.as_ref(), restored && is_of_machine(&error));
+                match template.as_ref().filter(|_| restored) {
+                    Some(template) if is_refused(&error) => template.doubt(),
+                    _ => discard_used(template.as_ref(), restored),
+                }
                 machine.end().await;
                 Err(error)
             }
@@ -278,15 +284,11 @@ fn discard_used(template: Option<&TemplateKey>, was_used: bool) {
     }
 }
 
-/// Whether the machine failed, and not what its pod asks for: an agent that says no
-/// is in good health.
-fn is_of_machine(error: &Error) -> bool {
-    let Error::Agent(error) = error else {
-        return true;
-    };
-    !matches!(
+/// Whether an agent says no: to what the pod asks for, mostly.
+fn is_refused(error: &Error) -> bool {
+    matches!(
         error,
-        AgentError::Refused { .. } | AgentError::TooLarge { .. }
+        Error::Agent(AgentError::Refused { .. } | AgentError::TooLarge { .. })
     )
 }
 

@@ -154,7 +154,10 @@ fn take_listener() -> io::Result<UnixListener> {
 /// Puts something on descriptor 3, where it is free, for good: programs get
 /// their socket there, and what `Command` opens for itself while it spawns must
 /// not come to lie there.
-fn hold_descriptor_3() -> io::Result<()> {
+///
+/// # Errors
+/// No descriptor is free.
+pub fn hold_descriptor_3() -> io::Result<()> {
     loop {
         let file = File::open("/dev/null")?;
         if file.as_raw_fd() > 3 {

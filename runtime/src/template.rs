@@ -6,15 +6,21 @@
 //! ```text
 //! KEY/state    processors and devices
 //! KEY/memory   guest memory
+//! KEY.…        half made, or given up
+//! lock         held by whoever makes one
+//! failed       why there is none
+//! discarded    since when one was of no use
+//! doubted      a copy of the last did not do what its pod asked for
 //! ```
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags, openat};
 use sha2::{Digest, Sha256};
 
 use crate::bundle::PodSpec;
@@ -39,6 +45,16 @@ const AFTER_FAILURE: Duration = Duration::from_secs(600);
 
 /// File beside the templates that says why the last could not be made.
 const FAILED_FILE: &str = "failed";
+
+/// File beside the templates, made when a copy did not start.
+const DISCARDED_FILE: &str = "discarded";
+
+/// File beside the templates, from a copy that refused what its pod asked for until
+/// another has done so.
+const DOUBTED_FILE: &str = "doubted";
+
+/// Length of a template's name.
+const NAME: usize = 32;
 
 /// What a template of this node is made from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,7 +118,7 @@ impl TemplateKey {
             .iter()
             .map(|b| format!("{b:02x}"))
             .collect();
-        let name = origin.get(..32).unwrap_or(&origin);
+        let name = origin.get(..NAME).unwrap_or(&origin);
         Some(Self {
             dir: config.template_dir.join(name),
             origin,
@@ -152,8 +168,15 @@ impl TemplateKey {
     }
 
     fn try_open(&self) -> io::Result<Option<Template>> {
-        trusted(&std::fs::symlink_metadata(&self.dir)?)?;
-        let (state, memory) = (self.file("state")?, self.file("memory")?);
+        // Both files are those of one template, also where it is replaced meanwhile.
+        let all = File::open(self.beside())?;
+        trusted(&all.metadata()?)?;
+        let name = self.dir.file_name().unwrap_or_default();
+        let dir = open_in(&all, Path::new(name))?;
+        let (state, memory) = (
+            open_in(&dir, Path::new("state"))?,
+            open_in(&dir, Path::new("memory"))?,
+        );
         let age = state.metadata()?.modified()?.elapsed();
         // A clock that was set back says nothing about the age.
         if age.is_ok_and(|age| age > self.max_age) {
@@ -166,33 +189,88 @@ impl TemplateKey {
         }))
     }
 
-    fn file(&self, name: &str) -> io::Result<File> {
-        let no_follow = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(no_follow)
-            .open(self.dir.join(name))?;
-        trusted(&file.metadata()?)?;
-        Ok(file)
+    /// Where all templates are.
+    fn beside(&self) -> &Path {
+        self.dir.parent().unwrap_or(Path::new("/"))
     }
 
-    /// Forgets a template from which a pod could not begin.
+    /// A copy has refused what its pod asked for. A pod may ask for what cannot be, and
+    /// others shall not suffer for it; but twice running is no accident.
+    pub fn doubt(&self) {
+        let doubted = File::create_new(self.beside().join(DOUBTED_FILE));
+        match doubted {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => self.discard(),
+            Err(error) => tracing::warn!(%error, "it is not noted that a copy refused"),
+        }
+    }
+
+    /// A copy has done what its pod asked for.
+    pub fn proved(&self) {
+        // Mostly there is none.
+        let _ = fs::remove_file(self.beside().join(DOUBTED_FILE));
+    }
+
+    /// Forgets a template from which a pod could not begin. Another is made at once,
+    /// unless that was of no use either.
     pub fn discard(&self) {
-        tracing::warn!(template = %self.dir.display(), "discarded");
-        if let Err(error) = std::fs::remove_dir_all(&self.dir) {
-            tracing::warn!(template = %self.dir.display(), %error, "stays");
+        // One of several pods that fail together does it.
+        let old = self.dir.with_extension(std::process::id().to_string());
+        match fs::rename(&self.dir, &old) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(error) => {
+                tracing::warn!(template = %self.dir.display(), %error, "stays");
+                return;
+            }
+            Ok(()) => tracing::warn!(template = %self.dir.display(), "discarded"),
+        }
+        self.proved();
+        if let Err(error) = fs::remove_dir_all(&old) {
+            tracing::warn!(path = %old.display(), %error, "stays");
+        }
+        let discarded = self.beside().join(DISCARDED_FILE);
+        let noted = match is_recent(&discarded) {
+            false => fs::write(&discarded, ""),
+            true => fs::write(
+                self.beside().join(FAILED_FILE),
+                "machines that began as copies did not start\n",
+            ),
+        };
+        if let Err(error) = noted {
+            tracing::warn!(%error, "it is not noted that a template was of no use");
         }
     }
 
     /// Whether to try to make one.
     pub fn is_worth_making(&self) -> bool {
-        let parent = self.dir.parent().unwrap_or(Path::new("/"));
-        let failed = std::fs::metadata(parent.join(FAILED_FILE));
-        let since = failed
-            .and_then(|file| file.modified())
-            .map(|at| at.elapsed());
-        !matches!(since, Ok(Ok(since)) if since < AFTER_FAILURE)
+        let is_possible = match fs::metadata(self.beside()) {
+            Ok(all) => trusted(&all).is_ok(),
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        };
+        is_possible && !is_recent(&self.beside().join(FAILED_FILE))
     }
+}
+
+/// A file that is there was written within [`AFTER_FAILURE`].
+fn is_recent(path: &Path) -> bool {
+    let written = fs::metadata(path).and_then(|file| file.modified());
+    let since = written.map(|at| at.elapsed());
+    matches!(since, Ok(Ok(since)) if since < AFTER_FAILURE)
+}
+
+/// Whether the shim gives files beside the templates such names, `lock` apart.
+fn is_ours(name: &str) -> bool {
+    let key = name.split_once('.').map_or(name, |(key, _)| key);
+    let is_key = key.len() == NAME && key.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_key || [FAILED_FILE, DISCARDED_FILE, DOUBTED_FILE].contains(&name)
+}
+
+/// Opens what nobody else can write to.
+fn open_in(dir: &File, name: &Path) -> io::Result<File> {
+    let how = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = File::from(openat(dir.as_fd(), name, how, Mode::empty())?);
+    trusted(&file.metadata()?)?;
+    Ok(file)
 }
 
 /// Which file it is, and since when.

@@ -3,7 +3,7 @@
 //! template leaves behind.
 
 use std::fs::{self, DirBuilder, File, Permissions};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
@@ -17,10 +17,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::time::{sleep, timeout};
 
-use super::{FAILED_FILE, TemplateKey};
+use super::{DISCARDED_FILE, FAILED_FILE, Template, TemplateKey, is_ours, trusted};
 use crate::config::{Config, ConfigError};
 use crate::hook;
 use crate::machine::{host_facts, open};
+use crate::serve::hold_descriptor_3;
 use crate::vm_plan::{self, PlanError, Room, Start, VmParts};
 use crate::vm_process::{Vm, VmEnd, VmError, Vmm};
 
@@ -36,6 +37,17 @@ const SETTLING: Duration = Duration::from_millis(500);
 
 /// As much nicer than others (setpriority(2)).
 const NICE: i32 = 10;
+
+/// Ended first when the node runs out of memory (proc_pid_oom_score_adj(5)): nobody
+/// waits for it.
+const OOM_SCORE: &str = "1000";
+
+/// What stays free where templates are, beside what one takes at most, bytes: others
+/// need that file system as well.
+const LEFT_FREE: u64 = 32 << 20;
+
+/// What a failure is until it is known.
+const UNDERWAY: &str = "one is being made, or whoever made one was killed\n";
 
 /// A template that could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +70,9 @@ pub enum MakeError {
     /// Its specification.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// It was saved, and does not go on from there.
+    #[error("a copy of the machine")]
+    Copy(#[source] Box<MakeError>),
     /// Something of the system's.
     #[error("{what}")]
     Io {
@@ -81,30 +96,28 @@ fn file_error(path: &Path) -> impl FnOnce(io::Error) -> MakeError {
 /// Starts this program to make one, in the cgroup whose `cgroup.procs` is
 /// `procs`, and waits for nothing.
 pub fn start(procs: Option<&Path>) {
-    let started = std::env::current_exe().and_then(|program| {
-        let mut command = Command::new(program);
-        command
-            .arg("template")
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        // It outlives this pod: it must keep none of its mounts.
-        hook::among_node_mounts(&mut command)?;
-        command.spawn()
-    });
-    match started {
-        Ok(child) => {
-            let pid = child.id().unwrap_or_default();
-            tracing::info!(pid, "a template is made");
-            if let Some(procs) = procs
-                && let Err(error) = fs::write(procs, pid.to_string())
-            {
-                tracing::warn!(%error, "the template is made in the pod's cgroup");
-            }
-        }
+    match spawn(procs) {
+        Ok(pid) => tracing::info!(pid, "a template is made"),
         Err(error) => tracing::warn!(%error, "no template is made"),
     }
+}
+
+fn spawn(procs: Option<&Path>) -> io::Result<u32> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .arg("template")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    // It outlives this pod: it must keep neither its cgroup nor its mounts.
+    if let Some(procs) = procs {
+        let mut procs = File::options().write(true).open(procs)?;
+        // SAFETY: one system call on what was opened before.
+        unsafe { command.pre_exec(move || procs.write_all(b"0")) };
+    }
+    hook::among_node_mounts(&mut command)?;
+    Ok(command.spawn()?.id().unwrap_or_default())
 }
 
 /// Makes the template of this node where there is none, and nobody else does.
@@ -115,6 +128,7 @@ pub fn run() -> Result<(), MakeError> {
     let _ = rustix::process::setsid();
     std::env::set_current_dir("/").map_err(io_error("root directory"))?;
     let _ = rustix::process::nice(NICE);
+    let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE);
     let config = Config::load()?;
     let Some(key) = TemplateKey::of_node(&config, host_facts()) else {
         return Ok(());
@@ -124,6 +138,7 @@ pub fn run() -> Result<(), MakeError> {
         .recursive(true)
         .mode(0o700)
         .create(all)
+        .and_then(|()| trusted(&fs::metadata(all)?))
         .map_err(file_error(all))?;
     let lock = File::options()
         .write(true)
@@ -135,31 +150,35 @@ pub fn run() -> Result<(), MakeError> {
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Ok(());
     }
-    if key.open().is_some() {
+    if key.open().is_some() || !key.is_worth_making() {
         return Ok(());
     }
+    hold_descriptor_3().map_err(io_error("/dev/null"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(io_error("runtime"))?;
-    let made = runtime.block_on(make(&config, &key));
     let failed = all.join(FAILED_FILE);
+    let noted = fs::write(&failed, UNDERWAY).map_err(file_error(&failed));
+    let made = noted.and_then(|()| runtime.block_on(make(&config, &key)));
+    // What else there is was made from something that is no more, or has been left
+    // half done.
+    let discarded = all.join(DISCARDED_FILE);
     match &made {
-        // What else there is was made from something that is no more, or has been
-        // left half done.
-        Ok(()) => remove_all_but(all, &[&key.dir, &all.join("lock")]),
+        Ok(()) => remove_ours(all, &[&key.dir, &discarded]),
         Err(error) => {
-            remove_all_but(all, &[&all.join("lock")]);
+            remove_ours(all, &[&failed, &discarded]);
             let _ = fs::write(&failed, format!("{}\n", crate::error::chain(error)));
         }
     }
     made
 }
 
-fn remove_all_but(dir: &Path, kept: &[&Path]) {
+/// Removes what makers have left in a directory that may be somebody else's too.
+fn remove_ours(dir: &Path, kept: &[&Path]) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
-        if kept.contains(&&*path) {
+        if !entry.file_name().to_str().is_some_and(is_ours) || kept.contains(&&*path) {
             continue;
         }
         let _ = match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -174,6 +193,7 @@ async fn make(config: &Config, key: &TemplateKey) -> Result<(), MakeError> {
     let new = key.dir.with_extension("new");
     // Of one that was interrupted.
     let _ = fs::remove_dir_all(&new);
+    has_room(&config.template_dir, key).map_err(file_error(&config.template_dir))?;
     DirBuilder::new()
         .mode(0o700)
         .create(&new)
@@ -181,13 +201,46 @@ async fn make(config: &Config, key: &TemplateKey) -> Result<(), MakeError> {
     let state = create(&new.join("state"), 0)?;
     let memory = create(&new.join("memory"), u64::from(key.size.memory_mib) << 20)?;
 
-    let (vm, _agent) = boot(config, key).await?;
+    let boot = Start::Boot {
+        kernel: open("guest kernel", &config.kernel, false)?,
+        initramfs: open("initramfs", &config.initramfs, false)?,
+        command_line: key.command_line.clone(),
+    };
+    let (vm, agent) = start_machine(config, key, boot).await?;
+    sleep(SETTLING).await;
     let saved = vm.save(key.origin(), state, memory).await;
     // Nobody holds the files for writing when they get their name.
     vm.kill().await;
+    drop(agent);
     saved?;
+    // A machine that cannot go on here does so for no pod either.
+    let copy = Start::Restore {
+        template: Template {
+            state: open("state", &new.join("state"), false)?,
+            memory: open("memory", &new.join("memory"), false)?,
+        },
+        origin: key.origin().to_owned(),
+    };
+    let copied = start_machine(config, key, copy).await;
+    let (copy, _agent) = copied.map_err(|error| MakeError::Copy(Box::new(error)))?;
+    copy.kill().await;
     let _ = fs::remove_dir_all(&key.dir);
     fs::rename(&new, &key.dir).map_err(file_error(&key.dir))
+}
+
+/// All of the machine's memory fits, and something is left.
+fn has_room(dir: &Path, key: &TemplateKey) -> io::Result<()> {
+    let all = rustix::fs::statvfs(dir)?;
+    let free = all.f_bavail.saturating_mul(all.f_frsize);
+    let needed = (u64::from(key.size.memory_mib) << 20) + LEFT_FREE;
+    match free >= needed {
+        true => Ok(()),
+        false => Err(io::Error::other(format!(
+            "{} MiB are free, and {} may be needed",
+            free >> 20,
+            needed >> 20
+        ))),
+    }
 }
 
 fn create(path: &Path, bytes: u64) -> Result<OwnedFd, MakeError> {
@@ -204,18 +257,14 @@ fn create(path: &Path, bytes: u64) -> Result<OwnedFd, MakeError> {
     Ok(file.into())
 }
 
-/// Boots the machine and waits until its agent waits. The guest ends when the
+/// Starts the machine and waits until its agent waits. The guest ends when the
 /// agent's connection does.
-async fn boot(
+async fn start_machine(
     config: &Config,
     key: &TemplateKey,
+    start: Start,
 ) -> Result<(Vm, tokio::net::UnixStream), MakeError> {
     let patience = Duration::from_secs(config.boot_timeout_seconds.into());
-    let start = Start::Boot {
-        kernel: open("guest kernel", &config.kernel, false)?,
-        initramfs: open("initramfs", &config.initramfs, false)?,
-        command_line: key.command_line.clone(),
-    };
     let kvm = open("KVM", Path::new("/dev/kvm"), true)?;
     let uid = config.users(std::process::id()).vmm;
     let vmm = Vmm::spawn(&config.vmm, uid).await?;
@@ -249,10 +298,7 @@ async fn boot(
         end = vm.ended() => return Err(VmError::Ended(end).into()),
     };
     match answered {
-        Ok(Ok(agent)) => {
-            sleep(SETTLING).await;
-            Ok((vm, agent))
-        }
+        Ok(Ok(agent)) => Ok((vm, agent)),
         Ok(Err(source)) => {
             vm.kill().await;
             Err(io_error("the agent's answer")(source))

@@ -86,8 +86,83 @@ fn only_what_nobody_else_writes_is_opened() {
     let old = std::time::SystemTime::now() - key.max_age - Duration::from_secs(60);
     state.set_modified(old).unwrap();
     assert!(key.open().is_none(), "too old");
+    let young = std::time::SystemTime::now();
+    state.set_modified(young).unwrap();
+    assert!(key.open().is_some());
+
+    // Whoever can write beside it can put another in its place.
+    assert!(key.is_worth_making());
+    mode(key.beside(), 0o1777);
+    assert!(key.open().is_none() && !key.is_worth_making());
+    mode(key.beside(), 0o755);
+    assert!(key.open().is_some());
+    let elsewhere = key.beside().join("elsewhere");
+    fs::rename(&key.dir, &elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &key.dir).unwrap();
+    assert!(key.open().is_none(), "a link");
+}
+
+#[test]
+fn what_is_of_no_use_is_made_again_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = TemplateKey::of_node(&config(dir.path()), HOST).unwrap();
+    let make = || fs::create_dir_all(key.dir.join("state")).unwrap();
+    make();
+    // Those of a burst fail together: that is once.
+    key.discard();
     key.discard();
     assert!(!key.dir.exists());
+    assert!(key.is_worth_making());
+    make();
+    key.discard();
+    assert!(!key.dir.exists());
+    assert!(!key.is_worth_making());
+    let mut left: Vec<_> = fs::read_dir(key.beside())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    left.sort();
+    assert_eq!(left, [DISCARDED_FILE, FAILED_FILE]);
+}
+
+#[test]
+fn a_refusal_is_no_proof() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = TemplateKey::of_node(&config(dir.path()), HOST).unwrap();
+    fs::create_dir_all(&key.dir).unwrap();
+    for _ in 0..3 {
+        key.doubt();
+        key.proved();
+    }
+    key.doubt();
+    assert!(key.dir.exists());
+    key.doubt();
+    assert!(!key.dir.exists());
+    // The next begins anew.
+    fs::create_dir_all(&key.dir).unwrap();
+    key.doubt();
+    assert!(key.dir.exists());
+}
+
+#[test]
+fn names_that_are_not_ours_are_told_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = TemplateKey::of_node(&config(dir.path()), HOST).unwrap();
+    let name = key.dir.file_name().unwrap().to_str().unwrap();
+    for ours in [name, &format!("{name}.new"), &format!("{name}.77")] {
+        assert!(is_ours(ours), "{ours}");
+    }
+    assert!(is_ours(FAILED_FILE) && is_ours(DISCARDED_FILE));
+    for other in [
+        "",
+        "lock",
+        "husk",
+        "systemd",
+        &name[1..],
+        &format!("{name}0"),
+    ] {
+        assert!(!is_ours(other), "{other}");
+    }
 }
 
 #[test]

@@ -16,6 +16,9 @@ pub const CASES: &[Case] = &[
     ("template_is_made_and_used", made_and_used),
     ("template_that_is_damaged_is_made_again", damaged),
     ("template_that_cannot_be_made_is_told_of", not_made),
+    ("template_whose_copies_do_not_start_is_not_kept", no_copy),
+    ("template_outlives_a_pod_that_is_refused", refused),
+    ("template_of_a_maker_that_was_killed_is_made_later", killed),
 ];
 
 async fn node() -> Node {
@@ -41,10 +44,12 @@ async fn made(node: &Node) -> PathBuf {
         let entries = fs::read_dir(node.path("templates"));
         let entries = entries.into_iter().flatten();
         let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+        paths.retain(|path| !path.ends_with("discarded") && !path.ends_with("theirs"));
         paths.sort();
         if let [key, lock] = &*paths
             && lock.ends_with("lock")
             && key.extension().is_none()
+            && key.is_dir()
         {
             return key.clone();
         }
@@ -75,6 +80,9 @@ async fn pod(node: &Node, id: &str, command: &[&str]) -> (String, bool) {
 fn made_and_used() {
     block_on(async {
         let node = node().await;
+        // An operator may have named a directory that others use as well.
+        let theirs = node.path("templates").join("theirs");
+        fs::create_dir_all(&theirs).unwrap();
         let cold = pod(&node, "a", &["plugged"]).await;
         assert_eq!(cold, ("0".to_owned(), false));
         let key = made(&node).await;
@@ -94,6 +102,7 @@ fn made_and_used() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         assert!(pod(&node, "d", &["echo", "x"]).await.1);
+        assert!(theirs.exists());
     });
 }
 
@@ -117,22 +126,106 @@ fn damaged() {
     });
 }
 
+/// Why there is none, once that is known.
+async fn why_not(node: &Node, word: &str) -> String {
+    let began = Instant::now();
+    loop {
+        let failed = node.path("templates").join("failed");
+        let why = fs::read_to_string(failed).unwrap_or_default();
+        if why.contains(word) {
+            return why;
+        }
+        assert!(began.elapsed() < Duration::from_secs(30), "{why:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 fn not_made() {
     block_on(async {
         let node = node_with("kernel_parameters = 'fake.unsaved'\n").await;
         assert!(!pod(&node, "a", &["echo", "x"]).await.1);
-        let failed = node.path("templates").join("failed");
-        let began = Instant::now();
-        while fs::metadata(&failed).map_or(0, |file| file.len()) == 0 {
-            assert!(began.elapsed() < Duration::from_secs(30));
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        let why = fs::read_to_string(failed).unwrap();
-        assert!(
-            why.contains("save the machine") && why.contains("not to be"),
-            "{why}"
-        );
+        let why = why_not(&node, "save the machine").await;
+        assert!(why.contains("not to be"), "{why}");
         assert_eq!(fs::read_dir(node.path("templates")).unwrap().count(), 2);
         assert!(!pod(&node, "b", &["echo", "x"]).await.1);
+    });
+}
+
+fn no_copy() {
+    block_on(async {
+        let node = node_with("kernel_parameters = 'fake.uncopied'\n").await;
+        assert!(!pod(&node, "a", &["echo", "x"]).await.1);
+        let why = why_not(&node, "a copy of the machine").await;
+        assert!(why.contains("does not go on"), "{why}");
+        assert_eq!(fs::read_dir(node.path("templates")).unwrap().count(), 2);
+        assert!(!pod(&node, "b", &["echo", "x"]).await.1);
+    });
+}
+
+fn refused() {
+    block_on(async {
+        let node = node().await;
+        assert!(!pod(&node, "a", &["echo", "x"]).await.1);
+        let key = made(&node).await;
+        // Twice running, it may be the template.
+        for (kept, other) in [(true, "c"), (true, "d"), (true, "-"), (false, "-")] {
+            let bundle = node.bundle("b", &["echo", "x"]).with(|spec| {
+                spec["hostname"] = "refused".into();
+            });
+            let shim = node.start(&bundle).await;
+            let (_, message) = refusal(shim.create(&bundle.request()).await);
+            assert!(message.contains("the sandbox is refused"), "{message}");
+            shim.shut_down("b").await;
+            shim.assert_gone().await;
+            node.assert_clean();
+            assert_eq!(key.exists(), kept);
+            if other != "-" {
+                assert!(pod(&node, other, &["echo", "x"]).await.1);
+            }
+        }
+    });
+}
+
+/// The process that makes one for this node.
+fn maker(node: &Node) -> Option<i32> {
+    let config = format!("HUSK_CONFIG={}", node.path("").display());
+    let mut pids = fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let pid: i32 = entry.unwrap().file_name().to_str()?.parse().ok()?;
+        let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+        let is_maker = read("cmdline").ends_with(b"\0template\0");
+        let variables = String::from_utf8(read("environ")).unwrap_or_default();
+        let is_of_node = variables.split('\0').any(|line| line.starts_with(&config));
+        (is_maker && is_of_node).then_some(pid)
+    });
+    pids.next()
+}
+
+fn killed() {
+    block_on(async {
+        let node = node().await;
+        assert!(!pod(&node, "a", &["echo", "x"]).await.1);
+        why_not(&node, "is being made").await;
+        let pid = maker(&node).expect("no maker");
+        let score = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+        assert_eq!(score, "1000\n");
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        let began = Instant::now();
+        while maker(&node).is_some() {
+            assert!(began.elapsed() < Duration::from_secs(10));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        // Nobody tries at once what was just killed.
+        assert!(!pod(&node, "b", &["echo", "x"]).await.1);
+        assert_eq!(maker(&node), None);
+        let failed = fs::File::options()
+            .write(true)
+            .open(node.path("templates").join("failed"))
+            .unwrap();
+        let old = std::time::SystemTime::now() - Duration::from_secs(3600);
+        failed.set_modified(old).unwrap();
+        assert!(!pod(&node, "c", &["echo", "x"]).await.1);
+        made(&node).await;
+        assert!(pod(&node, "d", &["echo", "x"]).await.1);
     });
 }

@@ -34,6 +34,9 @@ const CHATTY: &str = "fake.chatty";
 /// Kernel parameter that makes this VMM save nothing.
 const UNSAVED: &str = "fake.unsaved";
 
+/// Kernel parameter that makes this VMM go on from nothing that was saved with it.
+const UNCOPIED: &str = "fake.uncopied";
+
 /// How the name of a device ends that this VMM refuses.
 const UNWANTED: &str = "66";
 
@@ -209,6 +212,9 @@ fn restore(saved: &SavedSpec, descriptors: &[OwnedFd]) -> Result<String, String>
     };
     if origin != saved.origin {
         return Err("the machine was saved from something else".into());
+    }
+    if line.contains(UNCOPIED) {
+        return Err("the machine does not go on".into());
     }
     RESTORED.store(true, Ordering::Relaxed);
     Ok(line.to_owned())
