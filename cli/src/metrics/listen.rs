@@ -27,6 +27,10 @@ const LONGEST: usize = 8 << 10;
 /// How long a question, and then its answer, may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a page is given to whoever asks: it takes a look at every process of
+/// every pod, and anybody may ask.
+const FRESH: Duration = Duration::from_secs(1);
+
 /// How long nobody is let in after that has failed: for want of descriptors, say.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -42,6 +46,7 @@ pub fn serve(address: SocketAddr) -> anyhow::Result<()> {
     let mut starts = Starts::default();
     let mut known: Option<Known> = None;
     let guests = Arc::new(());
+    let mut page = Page::default();
     let mut output = io::stdout().lock();
     loop {
         watch.arm()?;
@@ -53,21 +58,50 @@ pub fn serve(address: SocketAddr) -> anyhow::Result<()> {
         }
         let ready = watch.wait(now.values(), listener.as_fd(), PollFlags::IN)?;
         if ready.contains(PollFlags::IN) {
-            match listener.accept() {
-                Ok((guest, _)) if Arc::strong_count(&guests) <= AT_ONCE => {
-                    let page = text(&now, &starts)?;
-                    // For want of threads: the next one may find some.
-                    if answer(guest, page, Arc::clone(&guests)).is_err() {
-                        thread::sleep(PAUSE);
-                    }
-                }
-                // It is closed.
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                Err(_) => thread::sleep(PAUSE),
-            }
+            let text = page.of(Instant::now(), || text(&now, &starts))?;
+            let_in(&listener, &text, &guests);
         }
         known = Some(now);
+    }
+}
+
+/// Those who wait, but not for ever.
+fn let_in(listener: &TcpListener, page: &Arc<str>, guests: &Arc<()>) {
+    for _ in 0..AT_ONCE {
+        match listener.accept() {
+            Ok((guest, _)) if Arc::strong_count(guests) <= AT_ONCE => {
+                // For want of threads: the next one may find some.
+                if answer(guest, Arc::clone(page), Arc::clone(guests)).is_err() {
+                    thread::sleep(PAUSE);
+                }
+            }
+            // It is closed.
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+            Err(_) => return thread::sleep(PAUSE),
+        }
+    }
+}
+
+/// What was told last, and when it was made.
+#[derive(Default)]
+struct Page(Option<(Instant, Arc<str>)>);
+
+impl Page {
+    /// What to tell now, made anew if it is not [`FRESH`].
+    fn of(
+        &mut self,
+        now: Instant,
+        make: impl FnOnce() -> Result<String, std::fmt::Error>,
+    ) -> Result<Arc<str>, std::fmt::Error> {
+        match &self.0 {
+            Some((made, text)) if now.duration_since(*made) < FRESH => Ok(Arc::clone(text)),
+            _ => {
+                let text: Arc<str> = make()?.into();
+                self.0 = Some((now, Arc::clone(&text)));
+                Ok(text)
+            }
+        }
     }
 }
 
@@ -80,7 +114,7 @@ fn text(now: &Known, starts: &Starts) -> Result<String, std::fmt::Error> {
 }
 
 /// On a thread, since nobody has to read fast.
-fn answer(guest: TcpStream, page: String, one: Arc<()>) -> io::Result<()> {
+fn answer(guest: TcpStream, page: Arc<str>, one: Arc<()>) -> io::Result<()> {
     let thread = thread::Builder::new().name("metrics".into());
     thread.spawn(move || {
         // A guest that does not ask, or listen, has its own loss.
@@ -92,7 +126,6 @@ fn answer(guest: TcpStream, page: String, one: Arc<()>) -> io::Result<()> {
 
 fn speak(mut guest: TcpStream, page: &str) -> io::Result<()> {
     guest.set_nonblocking(false)?;
-    guest.set_write_timeout(Some(PATIENCE))?;
     let question = question(&mut guest)?;
     let (status, body) = match &question.split(' ').collect::<Vec<_>>()[..] {
         ["GET", path, _] if path.split('?').next() == Some("/metrics") => ("200 OK", page),
@@ -105,8 +138,27 @@ fn speak(mut guest: TcpStream, page: &str) -> io::Result<()> {
          Content-Length: {}\r\nConnection: close\r\n\r\n",
         body.len()
     );
-    guest.write_all(head.as_bytes())?;
-    guest.write_all(body.as_bytes())
+    write(&mut guest, &(head + body))
+}
+
+/// All of it in time, however little is taken at once.
+fn write(guest: &mut TcpStream, text: &str) -> io::Result<()> {
+    let began = Instant::now();
+    let mut rest = text.as_bytes();
+    while !rest.is_empty() {
+        let left = PATIENCE.saturating_sub(began.elapsed());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        guest.set_write_timeout(Some(left))?;
+        match guest.write(rest) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(count) => rest = &rest[count..],
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// The first line of a question, all of which has come.
@@ -127,4 +179,44 @@ fn question(guest: &mut TcpStream) -> io::Result<String> {
     }
     let text = String::from_utf8_lossy(&text);
     Ok(text.lines().next().unwrap_or_default().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn whoever_reads_slowly_is_given_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut guest = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (host, _) = listener.accept().unwrap();
+        write!(guest, "GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+        // More than sockets hold.
+        let page = "x".repeat(64 << 20);
+        let (tell, told) = channel();
+        let began = Instant::now();
+        thread::spawn(move || tell.send(speak(host, &page)).unwrap());
+        let mut block = vec![0; 16 << 10];
+        let ended = loop {
+            guest.read_exact(&mut block).unwrap();
+            thread::sleep(Duration::from_millis(50));
+            if let Ok(ended) = told.try_recv() {
+                break ended;
+            }
+            assert!(began.elapsed() < 3 * PATIENCE, "it is still told");
+        };
+        assert!(ended.is_err() && began.elapsed() >= PATIENCE);
+    }
+
+    #[test]
+    fn a_page_is_told_to_all_who_ask_in_a_second() {
+        let mut page = Page::default();
+        let now = Instant::now();
+        let mut at = |after, text: &str| page.of(now + after, || Ok(text.into())).unwrap();
+        assert_eq!(&*at(Duration::ZERO, "a"), "a");
+        assert_eq!(&*at(FRESH / 2, "b"), "a");
+        assert_eq!(&*at(FRESH, "c"), "c");
+        assert_eq!(&*at(FRESH + FRESH / 2, "d"), "c");
+    }
 }
