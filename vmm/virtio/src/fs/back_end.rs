@@ -295,7 +295,12 @@ impl BackEnd {
 
     /// Waits for the socket, until `deadline` at the latest.
     fn wait(&self, flags: PollFlags, deadline: Instant) -> Result<(), BackEndError> {
+        // Whoever makes the socket ready again and again, and says nothing by it,
+        // does not put the deadline off.
         let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(BackEndError::Silent);
+        }
         let limit = Timespec {
             tv_sec: left.as_secs() as _,
             tv_nsec: left.subsec_nanos().into(),
@@ -324,5 +329,22 @@ fn regions(memory: &GuestMemoryMmap) -> Result<(Vec<Region>, Vec<BorrowedFd<'_>>
     match regions.len() {
         1..=MEMORY_REGIONS => Ok((regions, files)),
         _ => Err(BackEndError::Memory),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_socket_that_is_ready_puts_no_deadline_off() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"x").unwrap();
+        let back_end = BackEnd::new(ours.into());
+        let wait = |deadline| back_end.wait(PollFlags::IN, deadline);
+        assert!(wait(Instant::now() + PATIENCE).is_ok());
+        assert!(matches!(wait(Instant::now()), Err(BackEndError::Silent)));
     }
 }

@@ -104,8 +104,8 @@ impl Relay {
     /// True if there was any.
     fn collect(&mut self) -> Result<bool, DeviceError> {
         let mut any = false;
+        let mut returned = self.ring.returned().map_err(unreachable)?;
         loop {
-            let returned = self.ring.returned().map_err(unreachable)?;
             if usize::from(returned) > self.pending.len() - self.free.len() {
                 return Err(wrong("more requests than it has"));
             }
@@ -114,7 +114,9 @@ impl Relay {
                 self.end(head, written)?;
                 any = true;
             }
-            if !self.ring.ask_for_call().map_err(unreachable)? {
+            // Looked at once a round: each round that is not the last ends a request.
+            returned = self.ring.ask_for_call().map_err(unreachable)?;
+            if returned == 0 {
                 return Ok(any);
             }
         }

@@ -1,4 +1,5 @@
 mod files;
+mod pauses;
 pub(crate) mod server;
 mod shadow;
 
