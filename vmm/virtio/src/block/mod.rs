@@ -55,7 +55,13 @@ impl Block {
         serial: &str,
         engine: Engine,
     ) -> Result<Self, DiskError> {
-        let disk = Disk::new(file, read_only, serial)?;
+        let disk = match Disk::new(file, read_only, serial) {
+            Ok(disk) => disk,
+            Err(error) => {
+                engine.give_back();
+                return Err(error);
+            }
+        };
         let config = config_space(&disk);
         Ok(Self {
             disk,

@@ -1,4 +1,5 @@
 mod limit;
+mod waiting;
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -545,6 +546,9 @@ fn a_disk_that_goes_gives_its_ring_back() {
         }
         drop(bench);
     }
+    // And one that cannot be a disk.
+    let directory = File::open("/").unwrap();
+    assert!(Block::new(directory, true, "x", spares.take()).is_err());
     let Engine::Uring(ring) = spares.take() else {
         panic!("the ring is gone");
     };

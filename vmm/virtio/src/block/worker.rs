@@ -25,6 +25,8 @@ pub(super) struct BlockWorker {
     limiter: Limiter,
     /// The driver does not ask for flushes: writes are durable by themselves.
     durable: bool,
+    /// Calls of this event that the loop has waited for though the engine does not.
+    waited: u16,
     /// Requests that the engine works on, by token.
     slots: Vec<Option<Pending>>,
     free: Vec<u16>,
@@ -54,6 +56,7 @@ impl BlockWorker {
             engine: Some(engine),
             limiter,
             durable: !write_back,
+            waited: 0,
             slots: (0..QUEUE_SIZE).map(|_| None).collect(),
             free: (0..QUEUE_SIZE).collect(),
         }
@@ -97,6 +100,12 @@ impl BlockWorker {
             let request = Request::parse(&chain, &self.disk);
             let bytes = request.as_ref().map_or(0, Request::moved_bytes);
             self.limiter.moved(bytes);
+            if matches!(request, Ok(Request::Discard { .. })) && self.disk.is_block_device {
+                self.waited += 1;
+                if self.waited >= WAITING_BUDGET {
+                    self.queue.begin_with(0);
+                }
+            }
             match request {
                 Ok(request) => self.begin(chain, request)?,
                 Err(status) => self.end(&chain, status)?,
@@ -266,6 +275,7 @@ impl Worker for BlockWorker {
         if matches!(event, Event::Ready { token: LIMITER, .. }) {
             self.limiter.woken();
         }
+        self.waited = 0;
         match self.engine {
             Some(Engine::Waiting) => self.queue.begin_with(WAITING_BUDGET),
             _ => self.queue.begin(),
