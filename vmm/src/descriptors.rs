@@ -103,10 +103,10 @@ fn objection(fd: BorrowedFd<'_>) -> io::Result<Option<String>> {
         _ if number == CONTROL_FD => Some("no control socket".into()),
         FileType::CharacterDevice if [KVM, TUN].contains(&device) => None,
         FileType::CharacterDevice => Some(format!("character device {}:{}", device.0, device.1)),
-        // Guest memory and disks; the console.
+        // Guest memory, shadows and disks; the console, and what wakes a shadow.
         FileType::RegularFile | FileType::BlockDevice | FileType::Fifo => None,
         // Anonymous inodes have no type: the machine and its processors, events,
-        // the loops' sets and the disks' rings.
+        // the loops' sets, the disks' rings and limits' timers.
         FileType::Unknown if stat.st_mode & libc::S_IFMT == 0 => None,
         kind => Some(format!("a {kind:?}")),
     })

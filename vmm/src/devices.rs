@@ -27,6 +27,9 @@ use crate::kvm::memory::is_shared;
 use crate::packet::Descriptors;
 use crate::pci::{BusError, PciBus};
 
+// A rate that a specification may have can be.
+const _: () = assert!(husk_vmm_spec::TOKENS_MAX == husk_virtio::rate::TOKENS_MAX);
+
 /// File systems that can be added to a restored guest while it runs.
 const SHADOWS_FOR_LATER: usize = 1;
 
@@ -247,6 +250,10 @@ impl Devices {
         let id = spec.id();
         if self.plugged.iter().any(|plugged| plugged.id == id) {
             return Err(PlugError::Exists(id.to_owned()));
+        }
+        // What was provided for a device is used up once it is made.
+        if self.bus.free_slots() == 0 {
+            return Err(BusError::Full.into());
         }
         let is_shared = is_shared(&self.memory.memory());
         let device = make(spec, descriptors, when, is_shared, &mut self.provided)?;

@@ -10,7 +10,7 @@ use std::thread;
 
 use husk_fs::abi::{InHeader, InitIn, Opcode};
 use husk_fs::server::{Resources, Server};
-use husk_vmm_spec::{Descriptor, DeviceSpec, FsSpec, Message, Reply, Request};
+use husk_vmm_spec::{BlockSpec, Descriptor, DeviceSpec, FsSpec, Message, RateSpec, Reply, Request};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use vm_memory::ByteValued;
@@ -262,4 +262,43 @@ fn a_file_system_comes_to_a_jailed_restored_guest_while_it_runs() {
         other => panic!("{other:?}"),
     }
     assert_eq!(vmm.request(&Request::RemoveDevice("later".into())), DONE);
+}
+
+#[test]
+fn what_finds_no_slot_leaves_memory_for_another_one() {
+    if skip_unless_root() {
+        return;
+    }
+    let saved = saved();
+    let dir = directory();
+    let (request, console) = saved.restore();
+    let machine = TestMachine::start(request, console);
+    assert!(matches!(machine.receive(), Message::Started(_)));
+    let mut disks = Vec::new();
+    let refusal = loop {
+        let id = format!("d{}", disks.len());
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let disk = BlockSpec {
+            id: id.clone(),
+            file: Descriptor(0),
+            read_only: true,
+            serial: id.clone(),
+            rate: RateSpec::default(),
+        };
+        let add = Request::AddDevice(DeviceSpec::Block(disk));
+        let answer = machine.request(&add, &[file.into()]);
+        if answer != DONE {
+            break answer;
+        }
+        disks.push(id);
+    };
+    assert!(format!("{refusal:?}").contains("slots"), "{refusal:?}");
+    let add = Request::AddDevice(DeviceSpec::Fs(file_system("late", Descriptor(0))));
+    let refusal = machine.request(&add, &[serve(dir.path())]);
+    assert!(format!("{refusal:?}").contains("slots"), "{refusal:?}");
+    let gone = Request::RemoveDevice(disks.remove(0));
+    assert_eq!(machine.request(&gone, &[]), DONE);
+    assert_eq!(machine.request(&add, &[serve(dir.path())]), DONE);
+    machine.hang_up();
 }
