@@ -6,6 +6,7 @@ mod address;
 mod message;
 mod route;
 mod rule;
+mod vlan;
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -19,6 +20,7 @@ use crate::kernel_file;
 use crate::pod_namespaces;
 use address::{Address, Prefix};
 use message::{Mode, Request, RouteSocket};
+use vlan::Vlan;
 
 /// How long an interface that the host has plugged may take to appear.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -63,12 +65,19 @@ pub enum NetworkError {
 
 /// Applies a complete state. May be repeated: what is there already stays.
 pub async fn apply(network: &Network) -> Result<(), NetworkError> {
-    for interface in &network.interfaces {
+    let interfaces = network.interfaces.iter();
+    let (vlans, devices): (Vec<_>, Vec<_>) = interfaces.partition(|one| vlan::is_vlan(one));
+    for interface in &devices {
         wait_for(interface).await?;
     }
     let socket = RouteSocket::open().doing("open", "a netlink socket")?;
-    rename(&socket, &network.interfaces)?;
-    for interface in &network.interfaces {
+    rename(&socket, &devices)?;
+    for interface in devices {
+        set_up(&socket, interface)?;
+    }
+    // In their order: one may be on another.
+    for interface in vlans {
+        vlan::add(&socket, interface)?;
         set_up(&socket, interface)?;
     }
     // A gateway must be reachable before a route leads through it.
@@ -155,6 +164,7 @@ struct Link {
     is_virtual: bool,
     /// By its name on its bus.
     device: Option<String>,
+    vlan: Option<Vlan>,
 }
 
 fn links(socket: &RouteSocket) -> io::Result<Vec<Link>> {
@@ -179,6 +189,7 @@ fn links(socket: &RouteSocket) -> io::Result<Vec<Link>> {
                 .map(<[u8]>::to_vec),
             is_virtual: message::find_attribute(attributes, IFLA_LINKINFO).is_some(),
             device: text(IFLA_PARENT_DEV_NAME),
+            vlan: Vlan::read(attributes),
         });
     })?;
     Ok(links)
@@ -215,7 +226,7 @@ fn index_of(socket: &RouteSocket, name: &str) -> Result<u32, NetworkError> {
 }
 
 /// Two interfaces may have each other's names: all step aside first.
-fn rename(socket: &RouteSocket, interfaces: &[Interface]) -> Result<(), NetworkError> {
+fn rename(socket: &RouteSocket, interfaces: &[&Interface]) -> Result<(), NetworkError> {
     let links = links(socket).doing("list", "interfaces")?;
     let mut wrong = Vec::new();
     for (number, interface) in interfaces.iter().enumerate() {

@@ -304,6 +304,72 @@ async fn an_update_removes_addresses_that_are_gone() {
     );
 }
 
+fn vlan(vlan_id: u32) -> UpdateNetworkRequest {
+    let interface = Interface {
+        name: "eth0.7".to_owned(),
+        // As the one below has it.
+        hardware_address: FIRST.to_vec(),
+        mtu: 1390,
+        addresses: vec!["10.7.0.2/24".to_owned()],
+        lower: "eth0".to_owned(),
+        vlan_id,
+        vlan_protocol: 0x8100,
+        ..Default::default()
+    };
+    let network = Network {
+        interfaces: vec![interface],
+        ..Default::default()
+    };
+    UpdateNetworkRequest {
+        network: Some(network).into(),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn a_vlan_is_made_on_its_interface() {
+    let Some(agent) = agent_with_network().await else {
+        return;
+    };
+    let update = async |request: UpdateNetworkRequest| {
+        let updated = agent.client.update_network(context(), &request).await;
+        updated.map(drop)
+    };
+    let error = update(vlan(4095)).await.unwrap_err();
+    let said = (
+        Code::INVALID_ARGUMENT,
+        "vlan_id \"4095\" is invalid".to_owned(),
+    );
+    assert_eq!(status(error), said);
+    let made = std::process::Command::new("nsenter")
+        .args(["--net", "--target", &agent.pid().to_string(), "ip"])
+        .args("link add link p1 name p1.7 type vlan id 7".split(' '))
+        .status();
+    if !made.unwrap().success() {
+        skip("VLAN", "this kernel has none");
+        return;
+    }
+    // Once more changes nothing.
+    for _ in 0..2 {
+        update(vlan(7)).await.unwrap();
+        let link = ip(&agent, "-o -d link show eth0.7");
+        for part in ["eth0.7@eth0", "vlan protocol 802.1Q id 7", "mtu 1390", "UP"] {
+            assert!(link.contains(part), "{part}: {link}");
+        }
+        assert!(ip(&agent, "-o address show eth0.7").contains("10.7.0.2/24"));
+    }
+    // Another of its name; the interface below is the one it was.
+    update(vlan(8)).await.unwrap();
+    let link = ip(&agent, "-o -d link show eth0.7");
+    assert!(link.contains("vlan protocol 802.1Q id 8"), "{link}");
+    let request = UpdateNetworkRequest {
+        network: Some(network()).into(),
+        ..Default::default()
+    };
+    update(request).await.unwrap();
+    assert!(ip(&agent, "-o address show eth0").contains("10.1.0.5/24"));
+}
+
 #[tokio::test]
 async fn a_bad_network_is_a_clear_error() {
     let Some(agent) = agent_with_network().await else {

@@ -126,7 +126,8 @@ pub(super) fn keep_down(found: &mut Network, told: Network, all: &BTreeSet<LinkI
     found.interfaces.extend(down);
 }
 
-/// The guest's kernel drops with an interface what leads through it.
+/// The guest's kernel drops with an interface what leads through it, and the VLANs
+/// on it.
 pub(super) fn forget(told: &mut Network, name: &str) {
     let through = |route: &Route| {
         route.device == name || route.next_hops.iter().any(|hop| hop.device == name)
@@ -134,6 +135,10 @@ pub(super) fn forget(told: &mut Network, name: &str) {
     told.interfaces.retain(|interface| interface.name != name);
     told.routes.retain(|route| !through(route));
     told.neighbours.retain(|neighbour| neighbour.device != name);
+    while let Some(vlan) = told.interfaces.iter().find(|one| one.lower == name) {
+        let vlan = vlan.name.clone();
+        forget(told, &vlan);
+    }
 }
 
 #[cfg(test)]
@@ -189,6 +194,26 @@ mod tests {
         forget(&mut told, "eth1");
         assert_eq!(told, first);
         assert_eq!(news(&told, &second).interfaces, [eth1]);
+    }
+
+    #[test]
+    fn a_vlan_goes_with_its_interface() {
+        let on = |name: &str, lower: &str| Interface {
+            lower: lower.to_owned(),
+            ..interface(name, "10.3.0.2/24")
+        };
+        let kept = [interface("eth1", "10.2.0.2/24"), on("eth1.7", "eth1")];
+        let mut all = vec![interface("eth0", "10.1.0.2/24")];
+        all.extend([on("eth0.7", "eth0"), on("eth0.7.9", "eth0.7")]);
+        all.extend(kept.clone());
+        let routes = vec![route("10.9.0.0/16", "eth0.7.9"), route("", "eth1.7")];
+        let found = network(all, routes);
+        let mut told = found.clone();
+        forget(&mut told, "eth0");
+        assert_eq!(told.interfaces, kept);
+        assert_eq!(told.routes, [route("", "eth1.7")]);
+        // When it comes again, they are new.
+        assert_eq!(news(&told, &found).interfaces, found.interfaces[..3]);
     }
 
     #[test]

@@ -21,7 +21,7 @@ use rtnetlink::packet_route::rule::{
 };
 use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
 
-use super::{LinkId, NetworkError};
+use super::{LinkId, NetworkError, vlan};
 
 /// Rules that every namespace has: local, main, default.
 const DEFAULT_RULES: [u32; 3] = [0, 32766, 32767];
@@ -43,7 +43,7 @@ pub struct FoundLink {
 /// What a namespace holds.
 #[derive(Debug)]
 pub struct FoundNetwork {
-    /// Its Ethernet interfaces that are up, but for our taps.
+    /// Its Ethernet interfaces that are up, but for our taps, and for VLANs of them.
     pub links: Vec<FoundLink>,
     /// Every interface, of whatever kind, up or not.
     pub all: BTreeSet<LinkId>,
@@ -65,11 +65,12 @@ pub(super) async fn read(handle: &Handle) -> Result<FoundNetwork, NetworkError> 
         .try_collect()
         .await
         .map_err(dump("list interfaces"))?;
-    let links: Vec<FoundLink> = messages.iter().filter_map(link).collect();
+    let mut links: Vec<FoundLink> = messages.iter().filter_map(link).collect();
+    let vlans = vlan::take(&mut links, &messages);
     let all = messages.iter().filter_map(link_id).collect();
     let loopback = messages.iter().find_map(loopback);
-    let names: HashMap<u32, &str> = links
-        .iter()
+    let guests = || links.iter().chain(vlans.iter().map(|(link, _)| link));
+    let names: HashMap<u32, &str> = guests()
         .chain(&loopback)
         .map(|link| (link.id.index, link.id.name.as_str()))
         .collect();
@@ -81,8 +82,7 @@ pub(super) async fn read(handle: &Handle) -> Result<FoundNetwork, NetworkError> 
         .try_collect()
         .await
         .map_err(dump("list addresses"))?;
-    let mut interfaces: Vec<Interface> = links
-        .iter()
+    let mut interfaces: Vec<Interface> = guests()
         .chain(&loopback)
         .map(|link| Interface {
             name: link.id.name.clone(),
@@ -96,6 +96,9 @@ pub(super) async fn read(handle: &Handle) -> Result<FoundNetwork, NetworkError> 
             ..Default::default()
         })
         .collect();
+    for (interface, (_, vlan)) in interfaces.iter_mut().skip(links.len()).zip(&vlans) {
+        vlan.describe(interface, &names);
+    }
     // The guest has a loopback as well; here it has more addresses, or nothing.
     let is_loopback = |interface: &Interface| Some(&interface.name) == loopback_name(&loopback);
     interfaces.retain(|interface| !is_loopback(interface) || !interface.addresses.is_empty());

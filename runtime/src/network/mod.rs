@@ -4,7 +4,8 @@
 //! Every Ethernet interface of the namespace gets a tap, and tc redirects all
 //! frames between the two in both directions, so the namespace's own stack sees
 //! none of them. The guest then gets the interface's name, hardware address,
-//! addresses, routes, neighbours and MTU. Nothing of this needs removing: taps
+//! addresses, routes, neighbours and MTU. A VLAN on one of them has no tap: its
+//! frames come with the others, and the guest makes it anew. Nothing of this needs removing: taps
 //! vanish with their descriptors, and the rest with the namespace.
 
 mod bpf;
@@ -14,6 +15,7 @@ mod port_forward;
 mod redirect;
 pub mod resolver;
 mod tap;
+mod vlan;
 mod watch;
 
 use std::collections::BTreeMap;

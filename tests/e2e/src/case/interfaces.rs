@@ -13,6 +13,7 @@ use crate::pod::Pod;
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
     case("network/kinds-of-interfaces", 60, kinds_of_interfaces),
+    case("network/vlans-inside", 60, vlans_inside),
     case("network/routes", 40, routes),
     case("network/rules-and-neighbours", 40, rules_and_neighbours),
     case("network/joined-namespace", 60, joined_namespace),
@@ -123,6 +124,50 @@ fn kinds_of_interfaces(bench: &Bench) -> Result<()> {
     );
     ensure!(!seen.contains("no "), "{seen}");
     Ok(())
+}
+
+/// VLANs on the pod's own interface, as a CNI plugin makes them in the pod's
+/// namespace, and one on one.
+fn vlans_inside(bench: &Bench) -> Result<()> {
+    let mut netns = Netns::make()?;
+    wire(&mut netns, 1500)?;
+    for (link, lower, kind, net) in [
+        ("7", "", "vlan id 7", 207),
+        ("9", "", "vlan proto 802.1ad id 9", 208),
+        ("10", ".9", "vlan id 10", 210),
+    ] {
+        let add = |of: &str, end: u8| {
+            [
+                format!("link add link {of}{lower} name {of}.{link} type {kind}"),
+                format!("address add 10.{net}.0.{end}/24 dev {of}.{link}"),
+                format!("link set {of}.{link} up"),
+            ]
+        };
+        for line in add("hke0", 1) {
+            node_ip(&line)?;
+        }
+        for line in add("eth0", 2) {
+            netns.ip(&line)?;
+        }
+    }
+    netns.ip("route add 10.217.0.0/16 via 10.207.0.1 dev eth0.7")?;
+    let script = "ip -o address; ip route; \
+                  for net in 201 207 208 210; do \
+                  ping -c 1 -W 5 -s 1400 10.$net.0.1 > /dev/null && echo reached $net; done";
+    let seen = shown(bench, &netns, script)?;
+    contains_all(
+        &seen,
+        &[
+            "10.207.0.2/24",
+            "10.208.0.2/24",
+            "10.210.0.2/24",
+            "10.217.0.0/16 via 10.207.0.1 dev eth0.7",
+            "reached 201",
+            "reached 207",
+            "reached 208",
+            "reached 210",
+        ],
+    )
 }
 
 /// Routes of every type and scope; addresses that come with one.
