@@ -2,6 +2,7 @@
 //! each kind of device that can be saved, with a driver that does as it likes.
 #![no_main]
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -184,6 +185,8 @@ fn unmap() {
         .ino()
         .to_string();
     let maps = std::fs::read_to_string("/proc/self/maps").expect("it is mounted");
+    // Each of its pieces in the file is a line, and leads to the same addresses.
+    let mut starts = BTreeSet::new();
     for line in maps.lines() {
         let fields: Vec<_> = line.split_whitespace().collect();
         let number = |text: &str| u64::from_str_radix(text, 16).expect("a number");
@@ -191,12 +194,14 @@ fn unmap() {
             && found == inode
             && let Some((start, _)) = range.split_once('-')
         {
-            let start = (number(start) - number(offset)) as usize;
-            let bytes = (MIB as usize) << 20;
-            // SAFETY: the mapping of a machine that is gone, from its first byte
-            // to its last.
-            let _ = unsafe { rustix::mm::munmap(std::ptr::without_provenance_mut(start), bytes) };
+            starts.insert((number(start) - number(offset)) as usize);
         }
+    }
+    for start in starts {
+        let bytes = (MIB as usize) << 20;
+        // SAFETY: the mapping of a machine that is gone, from its first byte to its
+        // last, once: nobody has mapped anything there since.
+        let _ = unsafe { rustix::mm::munmap(std::ptr::without_provenance_mut(start), bytes) };
     }
 }
 
