@@ -22,6 +22,7 @@ mod init;
 mod kernel_file;
 mod kmsg;
 mod lock;
+mod memory;
 mod mirror;
 mod names;
 mod netlink;

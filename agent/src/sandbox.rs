@@ -24,6 +24,7 @@ use crate::hold::PidNamespace;
 use crate::init::{namespaces, rootfs};
 use crate::kernel_file;
 use crate::lock::lock;
+use crate::memory::Expected;
 use crate::mirror::Mirrors;
 use crate::netlink;
 use crate::oci::{NamespaceKind, Spec};
@@ -49,6 +50,7 @@ pub struct Sandbox {
     pod: Mutex<Pod>,
     power_off: OnceLock<Duration>,
     mirrors: Mirrors,
+    memory: Expected,
     events: EventQueue,
 }
 
@@ -89,6 +91,7 @@ impl Sandbox {
             pod: Mutex::new(Pod::Absent),
             power_off: OnceLock::new(),
             mirrors: Mirrors::new(path::VOLUMES),
+            memory: Expected::default(),
             events: queue,
         }
     }
@@ -101,6 +104,11 @@ impl Sandbox {
     /// Volumes whose files the shim sends.
     pub fn mirrors(&self) -> &Mirrors {
         &self.mirrors
+    }
+
+    /// Memory that is still to come.
+    pub fn memory(&self) -> &Expected {
+        &self.memory
     }
 
     /// Nobody has asked for anything yet that would have to be undone.
@@ -135,6 +143,7 @@ impl Sandbox {
         if request.memory_max_mib > 0 {
             machine_grows_to(request.memory_max_mib.saturating_mul(1 << 20));
         }
+        self.memory.more(request.plugged_mib);
         if request.power_off_seconds > 0 {
             let seconds = request.power_off_seconds.into();
             self.power_off.get_or_init(|| Duration::from_secs(seconds));

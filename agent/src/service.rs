@@ -90,6 +90,7 @@ impl Agent for Service {
         request: ContainerRequest,
     ) -> ttrpc::Result<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
+        self.sandbox.memory().wait().await;
         to_the_end(async move { container.start().await }).await?;
         Ok(Empty::new())
     }

@@ -206,6 +206,7 @@ impl MachineParts {
             ..
         } = self.plan;
         let restored = matches!(parts.start, Start::Restore { .. });
+        let used = template.as_ref().filter(|_| restored);
         let mut facts = machine_facts(self.size, size, room, &parts);
         let (spec, descriptors) = vm_plan::plan(size, room, parts)?;
         let (vm, timeline) = match self
@@ -221,9 +222,10 @@ impl MachineParts {
         {
             Ok(started) => started,
             Err(error) => {
-                discard_used(template.as_ref(), restored);
+                let error = error.into();
+                blame(used, &error);
                 self.file_server.end().await;
-                return Err(error.into());
+                return Err(error);
             }
         };
         second_line::warn_of_users(vm.process());
@@ -252,9 +254,10 @@ impl MachineParts {
         let mut sandbox = sandbox_request(&request.pod, network, request.config.patience());
         sandbox.memory_max_mib = (size.memory_mib + room.pluggable_mib).into();
         sandbox.entropy = entropy;
+        sandbox.plugged_mib = self.size.memory_mib.saturating_sub(size.memory_mib);
         match machine.set_up(&sandbox, patience).await {
             Ok(guest) => {
-                if let Some(template) = template.as_ref().filter(|_| restored) {
+                if let Some(template) = used {
                     template.proved();
                 }
                 machine.fitter.fit(&machine.vm, &machine.agent).await;
@@ -265,10 +268,7 @@ impl MachineParts {
                 Ok((machine, state))
             }
             Err(error) => {
-                match template.as_ref().filter(|_| restored) {
-                    Some(template) if is_refused(&error) => template.doubt(),
-                    _ => discard_used(template.as_ref(), restored),
-                }
+                blame(used, &error);
                 machine.end().await;
                 Err(error)
             }
@@ -278,18 +278,15 @@ impl MachineParts {
 
 /// A template whose copy did not start may be damaged: the next pod boots, and
 /// has another made.
-fn discard_used(template: Option<&TemplateKey>, was_used: bool) {
-    if let Some(template) = template.filter(|_| was_used) {
-        template.discard();
-    }
-}
-
-/// Whether an agent says no: to what the pod asks for, mostly.
-fn is_refused(error: &Error) -> bool {
-    matches!(
-        error,
+fn blame(template: Option<&TemplateKey>, error: &Error) {
+    let Some(template) = template else { return };
+    match error {
+        // An agent that says no does so to what the pod asks for, mostly; and a VMM
+        // that ends without a word was killed.
         Error::Agent(AgentError::Refused { .. } | AgentError::TooLarge { .. })
-    )
+        | Error::Vm(VmError::Ended(VmEnd { reason: None, .. })) => template.doubt(),
+        _ => template.discard(),
+    }
 }
 
 impl StartPlan {

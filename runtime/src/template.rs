@@ -10,7 +10,7 @@
 //! lock         held by whoever makes one
 //! failed       why there is none
 //! discarded    since when one was of no use
-//! doubted      a copy of the last did not do what its pod asked for
+//! doubted      the last copy did not begin, which may be its pod's fault
 //! ```
 
 use std::fs::{self, File, Metadata};
@@ -49,8 +49,8 @@ const FAILED_FILE: &str = "failed";
 /// File beside the templates, made when a copy did not start.
 const DISCARDED_FILE: &str = "discarded";
 
-/// File beside the templates, from a copy that refused what its pod asked for until
-/// another has done so.
+/// File beside the templates, from a copy that refused what its pod asked for, or was
+/// killed, until another has begun.
 const DOUBTED_FILE: &str = "doubted";
 
 /// Length of a template's name.
@@ -194,14 +194,14 @@ impl TemplateKey {
         self.dir.parent().unwrap_or(Path::new("/"))
     }
 
-    /// A copy has refused what its pod asked for. A pod may ask for what cannot be, and
-    /// others shall not suffer for it; but twice running is no accident.
+    /// A copy has refused what its pod asked for, or was killed. A pod may ask for what
+    /// cannot be, and others shall not suffer for it; but twice running is no accident.
     pub fn doubt(&self) {
         let doubted = File::create_new(self.beside().join(DOUBTED_FILE));
         match doubted {
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => self.discard(),
-            Err(error) => tracing::warn!(%error, "it is not noted that a copy refused"),
+            Err(error) => tracing::warn!(%error, "it is not noted that a copy failed"),
         }
     }
 

@@ -256,6 +256,10 @@ impl Agent for Guest {
         if is_new != vmm::RESTORED.load(Ordering::Relaxed) {
             return Err(status(Code::INVALID_ARGUMENT, "the entropy is wrong"));
         }
+        // A copy has 128 MiB, and lacks the rest of what pods get.
+        if request.plugged_mib != if is_new { 512 - 128 } else { 0 } {
+            return Err(status(Code::INVALID_ARGUMENT, "the memory is wrong"));
+        }
         let ids = [&request.uid_mappings, &request.gid_mappings];
         let roots = ids.map(|maps| maps.first().map(|map| map.host_id));
         let shm = request.storages.iter().find(|storage| storage.has_tmpfs());
