@@ -86,6 +86,10 @@ pub enum Error {
     StillRunning { id: String, exec_id: String },
     #[error("the process has no terminal")]
     NoTerminal,
+    #[error("there is no shell {id:?}")]
+    NoShell { id: String },
+    #[error("there is a shell {id:?} already")]
+    ShellExists { id: String },
     #[error("more than {limit} {what}")]
     TooMany { what: &'static str, limit: usize },
     #[error("{what} did not happen within {seconds} s")]
@@ -109,11 +113,13 @@ impl Error {
         match self {
             Self::NoContainer { .. }
             | Self::NoProcess { .. }
+            | Self::NoShell { .. }
             | Self::Finished
             | Self::NoDevice { .. } => Code::NOT_FOUND,
-            Self::SandboxExists | Self::ContainerExists { .. } | Self::ProcessExists { .. } => {
-                Code::ALREADY_EXISTS
-            }
+            Self::SandboxExists
+            | Self::ContainerExists { .. }
+            | Self::ProcessExists { .. }
+            | Self::ShellExists { .. } => Code::ALREADY_EXISTS,
             Self::BadId { .. } | Self::Invalid { .. } | Self::Json { .. } => Code::INVALID_ARGUMENT,
             Self::NoSandbox
             | Self::State { .. }

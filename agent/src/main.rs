@@ -5,8 +5,9 @@
 //!
 //! The same program is the helper that becomes a container's process
 //! (`husk-agent init FD`) and the holder of a shared PID namespace
-//! (`husk-agent hold FD`), and makes a pod's namespaces (`husk-agent namespaces
-//! FD`). Tests run it outside of a guest with `--connect`.
+//! (`husk-agent hold FD`), makes a pod's namespaces (`husk-agent namespaces FD`),
+//! and becomes the program of a debug shell (`husk-agent shell …`). Tests run it
+//! outside of a guest with `--connect`.
 
 mod clock;
 mod connection;
@@ -34,6 +35,7 @@ mod reaper;
 mod sandbox;
 mod service;
 mod settings;
+mod shell;
 mod socket;
 mod stdio;
 mod storage;
@@ -43,7 +45,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use husk_protocol::agent::create_agent;
+use husk_protocol::agent::{create_agent, create_shell};
 use husk_protocol::port;
 use tokio::sync::Notify;
 
@@ -53,6 +55,7 @@ use crate::reaper::Reaper;
 use crate::sandbox::Sandbox;
 use crate::service::Service;
 use crate::settings::Settings;
+use crate::shell::{ShellService, Shells};
 use crate::socket::Dialler;
 
 fn main() -> ExitCode {
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
             Ok(fd) => pod_namespaces::main(fd),
             Err(_) => ExitCode::FAILURE,
         },
+        [role, rest @ ..] if role == "shell" && !is_first => shell::main(rest),
         [option, ..] if option == "--connect" => match Settings::from_arguments(&arguments) {
             Ok(settings) => run(settings),
             Err(usage) => {
@@ -129,13 +133,19 @@ fn run(mut settings: Settings) -> ExitCode {
 async fn serve(settings: Settings, started_ns: u64) -> Result<(), Error> {
     let reaper = Reaper::start().doing("collect", "children")?;
     let dialler = settings.dialler.clone();
+    let are_shells_allowed = settings.debug_shell;
     let sandbox = Arc::new(Sandbox::new(settings, reaper));
+    let shells = are_shells_allowed.then(|| Arc::new(Shells::new(Arc::clone(&sandbox))));
     // Where the guest was saved while it waited for its first request, each copy
     // finds its connection broken, and a shim of its own.
-    while serve_one(&dialler, &sandbox, started_ns).await? == Some(Ending::Broken)
+    while serve_one(&dialler, &sandbox, shells.as_ref(), started_ns).await? == Some(Ending::Broken)
         && sandbox.is_untouched()
     {
         log::info!("the connection is broken: dials again");
+    }
+    if let Some(shells) = shells {
+        // They may have files open that are to be unmounted.
+        shells.end_all().await;
     }
     sandbox.end().await;
     Ok(())
@@ -146,6 +156,7 @@ async fn serve(settings: Settings, started_ns: u64) -> Result<(), Error> {
 async fn serve_one(
     dialler: &Dialler,
     sandbox: &Arc<Sandbox>,
+    shells: Option<&Arc<Shells>>,
     started_ns: u64,
 ) -> Result<Option<Ending>, Error> {
     let socket = dialler.dial(port::AGENT).await;
@@ -163,6 +174,9 @@ async fn serve_one(
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(listener)
         .register_service(create_agent(Arc::new(service)));
+    if let Some(shells) = shells {
+        server = server.register_service(create_shell(Arc::new(ShellService(Arc::clone(shells)))));
+    }
     server
         .start()
         .await

@@ -32,7 +32,7 @@ pub struct Service {
 
 /// Runs to its end even if the caller no longer waits: half of a creation or
 /// deletion is worse than all of it.
-async fn to_the_end<T: Send + 'static>(
+pub async fn to_the_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Result<T, Error> {
     let done = tokio::spawn(work).await;

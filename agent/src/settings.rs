@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use husk_protocol::path;
 use log::LevelFilter;
 
 use crate::socket::Dialler;
@@ -22,6 +23,8 @@ pub struct Settings {
     pub log_to_console: bool,
     /// Where to log.
     pub log_path: String,
+    /// Whether the shim may have programs run beside all containers.
+    pub debug_shell: bool,
 }
 
 impl Settings {
@@ -41,14 +44,19 @@ impl Settings {
                 .unwrap_or(LevelFilter::Warn),
             log_to_console: level.is_some(),
             log_path: "/dev/kmsg".to_owned(),
+            debug_shell: line
+                .split_ascii_whitespace()
+                .any(|word| word == path::DEBUG_SHELL),
         }
     }
 
-    /// Of a test: `--connect unix:PATH [--cgroup-root DIR] [--log FILE]`.
+    /// Of a test: `--connect unix:PATH [--cgroup-root DIR] [--log FILE]
+    /// [--debug-shell yes]`.
     pub fn from_arguments(arguments: &[String]) -> Result<Self, String> {
         let mut dialler = None;
         let mut cgroup_root = PathBuf::from("/sys/fs/cgroup");
         let mut log_path = "/dev/null".to_owned();
+        let mut debug_shell = false;
         for pair in arguments.chunks(2) {
             match pair {
                 [key, value] if key == "--connect" => {
@@ -57,6 +65,7 @@ impl Settings {
                 }
                 [key, value] if key == "--cgroup-root" => cgroup_root = PathBuf::from(value),
                 [key, value] if key == "--log" => log_path = value.clone(),
+                [key, value] if key == "--debug-shell" => debug_shell = value == "yes",
                 _ => return Err(format!("unexpected argument {:?}", pair.join(" "))),
             }
         }
@@ -67,6 +76,7 @@ impl Settings {
             log_level: LevelFilter::Debug,
             log_to_console: false,
             log_path,
+            debug_shell,
         })
     }
 }
@@ -82,5 +92,19 @@ mod tests {
         assert_eq!(level("husk.log=info husk.log=error"), LevelFilter::Error);
         assert_eq!(level("husk.log=loud"), LevelFilter::Warn);
         assert_eq!(level("quiet"), LevelFilter::Warn);
+    }
+
+    #[test]
+    fn a_debug_shell_is_asked_for_in_full() {
+        let allowed = |line| Settings::from_kernel_command_line(line).debug_shell;
+        assert!(allowed("quiet husk.debug_shell=1 panic=-1"));
+        for line in [
+            "quiet",
+            "husk.debug_shell=0",
+            "husk.debug_shell",
+            "husk.debug_shell=12",
+        ] {
+            assert!(!allowed(line), "{line}");
+        }
     }
 }

@@ -9,5 +9,8 @@ pub const ID_BYTES: usize = 128;
 /// Containers in one pod.
 pub const CONTAINERS: usize = 256;
 
+/// Debug shells at a time.
+pub const SHELLS: usize = 16;
+
 /// Processes made by Exec that are alive or not yet deleted, per container.
 pub const EXECS: usize = 1024;

@@ -15,5 +15,8 @@ pub const VOLUMES: &str = "/run/husk/volumes";
 /// Tag of the pod's virtio-fs device.
 pub const SHARED_TAG: &str = "husk";
 
+/// Word of the kernel's command line by which the agent serves debug shells.
+pub const DEBUG_SHELL: &str = "husk.debug_shell=1";
+
 /// The pod's `resolv.conf`, `hosts` and `hostname` as the agent wrote them.
 pub const SANDBOX: &str = "/run/husk/sandbox";

@@ -13,10 +13,10 @@ pub mod mount_options;
 pub mod mounts;
 pub mod namespaces;
 pub mod plan;
-mod program;
+pub mod program;
 pub mod rootfs;
 mod seccomp;
-mod terminal;
+pub mod terminal;
 
 use std::convert::Infallible;
 use std::io;

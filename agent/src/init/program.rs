@@ -361,7 +361,8 @@ fn become_user(process: &Process) -> Result<(), InitError> {
     Ok(())
 }
 
-fn reset_signals() {
+/// As a program expects them.
+pub fn reset_signals() {
     for signal in 1..=64 {
         // SAFETY: SIG_DFL is no code of ours. SIGKILL and SIGSTOP answer EINVAL, as they may.
         unsafe { libc::signal(signal, libc::SIG_DFL) };

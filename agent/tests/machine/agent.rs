@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use husk_protocol::agent::{
     AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest,
-    DeleteContainerRequest, ExecRequest, ProcessRequest, SignalRequest, Storage, Streams,
-    WaitResponse,
+    DeleteContainerRequest, ExecRequest, ProcessRequest, ShellClient, SignalRequest, Storage,
+    Streams, WaitResponse,
 };
 use husk_protocol::port;
 use serde_json::{Value, json};
@@ -55,6 +55,7 @@ fn cgroup_mount() -> Option<PathBuf> {
 /// A running agent with a created sandbox.
 pub struct Agent {
     pub client: AgentClient,
+    pub shells: ShellClient,
     pub directory: TempDir,
     pub cgroup: PathBuf,
     process: Child,
@@ -80,8 +81,21 @@ impl Agent {
         Self::start_after(prepare, async |_| {}).await
     }
 
+    /// Without a sandbox; debug shells may be asked for.
+    pub async fn start_allowing_shells() -> Self {
+        Self::start_as("true", &["--debug-shell", "yes"], async |_| {}).await
+    }
+
     /// The same, after `before` has done something to whoever dials first.
     pub async fn start_after(prepare: &str, before: impl AsyncFnOnce(&UnixListener)) -> Self {
+        Self::start_as(prepare, &[], before).await
+    }
+
+    async fn start_as(
+        prepare: &str,
+        arguments: &[&str],
+        before: impl AsyncFnOnce(&UnixListener),
+    ) -> Self {
         let directory = tempfile::Builder::new()
             .prefix("husk-agent-")
             .tempdir()
@@ -107,6 +121,7 @@ impl Agent {
             .args(["--connect", &format!("unix:{}", socket.display())])
             .args(["--cgroup-root", cgroup.to_str().unwrap()])
             .args(["--log", log.to_str().unwrap()])
+            .args(arguments)
             .stdin(Stdio::null())
             .stderr(std::fs::File::create(directory.path().join("errors")).unwrap())
             .spawn()
@@ -114,8 +129,10 @@ impl Agent {
         before(&listener).await;
         let (stream, _) = within("agent to dial", listener.accept()).await.unwrap();
         make_rootfs(&directory.path().join("rootfs"));
+        let client = ttrpc::r#async::Client::new(stream.into());
         Self {
-            client: AgentClient::new(ttrpc::r#async::Client::new(stream.into())),
+            client: AgentClient::new(client.clone()),
+            shells: ShellClient::new(client),
             directory,
             cgroup,
             process,
@@ -313,7 +330,7 @@ impl Agent {
             .unwrap();
     }
 
-    fn streams(&self, terminal: bool) -> (Streams, Listeners) {
+    pub fn streams(&self, terminal: bool) -> (Streams, Listeners) {
         let (stdin_port, stdin) = self.port();
         let (stdout_port, stdout) = self.port();
         let mut ports = Streams {
@@ -407,14 +424,14 @@ impl Drop for Agent {
     }
 }
 
-struct Listeners {
+pub struct Listeners {
     stdin: UnixListener,
     stdout: UnixListener,
     stderr: Option<UnixListener>,
 }
 
 impl Listeners {
-    async fn accept(self) -> Streaming {
+    pub async fn accept(self) -> Streaming {
         let accept =
             async |listener: UnixListener| within("stream", listener.accept()).await.unwrap().0;
         Streaming {

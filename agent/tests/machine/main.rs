@@ -12,6 +12,7 @@ mod limits;
 mod names;
 mod network;
 mod restored;
+mod shell;
 mod storage;
 mod streams;
 mod users;
