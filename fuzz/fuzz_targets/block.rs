@@ -1,4 +1,4 @@
-//! virtio-blk on a file, with and without io_uring.
+//! virtio-blk on a file, with and without io_uring, and with limits.
 #![no_main]
 
 use std::fs::File;
@@ -6,6 +6,7 @@ use std::fs::File;
 use arbitrary::Arbitrary;
 use husk_fuzz::driver::{Act, drive};
 use husk_virtio::block::{Block, Engine};
+use husk_virtio::rate::{Limits, Rate};
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::MemfdFlags;
 
@@ -14,7 +15,8 @@ const BYTES: u64 = 64 << 10;
 #[derive(Arbitrary, Debug)]
 struct Input {
     read_only: bool,
-    waiting: bool,
+    /// Bits, from the lowest: the engine waits, the disk is limited.
+    how: u8,
     acts: Vec<Act<()>>,
 }
 
@@ -23,9 +25,17 @@ fuzz_target!(init: husk_fuzz::start(), |input: Input| {
         .expect("a memfd")
         .into();
     file.set_len(BYTES).expect("memory");
-    let engine = if input.waiting { Engine::Waiting } else { Engine::new() };
+    let engine = if input.how & 1 != 0 { Engine::Waiting } else { Engine::new() };
     let share = file.try_clone().expect("a descriptor");
-    let device = Block::new(share, input.read_only, "fuzzed", engine).expect("a disk");
+    let mut device = Block::new(share, input.read_only, "fuzzed", engine).expect("a disk");
+    if input.how & 2 != 0 {
+        // A few requests, and the next ones within the same input.
+        let limits = Limits {
+            bytes: Rate::new(64 << 20, 4096).ok(),
+            operations: Rate::new(10_000, 4).ok(),
+        };
+        device.limit(limits).expect("a timer");
+    }
     drive(device, input.acts, |_, ()| {});
     assert_eq!(file.metadata().expect("a file").len(), BYTES);
 });
