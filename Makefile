@@ -1,7 +1,7 @@
 # Everything that is made stays under target/. See `make help`.
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest-image package demo test fuzz bench check
+.PHONY: help setup build guest-image package demo test soak fuzz bench check
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,12 @@ demo: build guest-image ## a container and a pod in VMs, shown from inside and o
 
 test: ## every layer of tests, one summary at the end
 	@tests/run
+
+ROUNDS ?= 300
+PODS ?= 500
+soak: guest-image ## ROUNDS=300 of killing somebody, PODS=500 one after another; hours
+	@HUSK_E2E_ROUNDS=$(ROUNDS) HUSK_E2E_PODS=$(PODS) HUSK_E2E_TIMEOUT=172800 \
+		tests/e2e/run --all --runtime husk --filter soak/
 
 SECONDS_EACH ?= 3600
 fuzz: ## the fuzz targets one after another, SECONDS_EACH=3600 for each

@@ -67,7 +67,7 @@ pub fn run_all(cases: &[&'static Case], runtimes: &[Runtime], node: &Node) -> Re
 fn run_one(case: &'static Case, node: &Node, runtime: Runtime) -> Result<Ran> {
     let before = HostState::capture(node);
     let begun = Instant::now();
-    let deadline = case.deadline * node.slowness;
+    let deadline = case.time_limit() * node.slowness;
     let mut command = Command::new(std::env::current_exe()?);
     command
         .args(["--one", case.name, "--runtime", runtime.name()])

@@ -40,7 +40,7 @@ const FIFOS: &[&str] = &["/fifo/"];
 const RUNC_HALF_MADE: &[&str] = &["/s/", "cgroup "];
 
 /// How soon containerd must know, on hardware.
-const TRUTH: Duration = Duration::from_secs(2);
+pub(super) const TRUTH: Duration = Duration::from_secs(2);
 
 /// Processes of a program, by the start of its name as the kernel keeps it.
 fn processes(program: &str) -> Vec<i32> {
@@ -68,7 +68,7 @@ fn shim_of(id: &str) -> Result<i32> {
         .with_context(|| format!("no shim of {id}"))
 }
 
-fn kill_hard(pid: i32) -> Result<()> {
+pub(super) fn kill_hard(pid: i32) -> Result<()> {
     kill(Pid::from_raw(pid), Signal::SIGKILL).with_context(|| format!("kill {pid}"))
 }
 
@@ -238,7 +238,7 @@ fn shim_during_start(bench: &Bench) -> Result<()> {
 }
 
 /// Kills containerd and starts it again.
-fn restart_containerd(bench: &Bench) -> Result<()> {
+pub(super) fn restart_containerd(bench: &Bench) -> Result<()> {
     let restart = bench
         .node
         .restart

@@ -10,6 +10,7 @@ pub mod docker;
 pub mod huge_pages;
 pub mod interfaces;
 pub mod lifecycle;
+pub mod limits;
 pub mod machine;
 pub mod network;
 pub mod pod;
@@ -18,6 +19,7 @@ pub mod resources;
 pub mod run;
 pub mod security;
 pub mod snapshotter;
+pub mod soak;
 pub mod stdio;
 pub mod storage;
 pub mod streaming;
@@ -35,6 +37,7 @@ use anyhow::Result;
 use crate::cri::Cri;
 use crate::ctr::Ctr;
 use crate::node::{Node, Runtime};
+use soak::Rounds;
 
 /// How a case ended.
 pub enum Verdict {
@@ -68,6 +71,8 @@ pub struct Case {
     pub forgiven: &'static [&'static str],
     /// The same for runc alone: what it leaves is not ours to mend.
     pub forgiven_of_runc: &'static [&'static str],
+    /// It does something again and again.
+    rounds: Option<Rounds>,
     runtimes: Runtimes,
     body: fn(&Bench) -> Result<()>,
 }
@@ -84,6 +89,7 @@ pub const fn case(name: &'static str, seconds: u64, body: fn(&Bench) -> Result<(
         forgiven_of_runc: &[],
         name,
         deadline: Duration::from_secs(seconds),
+        rounds: None,
         runtimes: Runtimes::Both,
         body,
     }
@@ -96,12 +102,27 @@ pub const fn husk_case(name: &'static str, seconds: u64, body: fn(&Bench) -> Res
         forgiven_of_runc: &[],
         name,
         deadline: Duration::from_secs(seconds),
+        rounds: None,
         runtimes: Runtimes::HuskOnly,
         body,
     }
 }
 
 impl Case {
+    /// The same case, in rounds, for whose usual number its deadline is.
+    pub const fn repeated(mut self, rounds: Rounds) -> Self {
+        self.rounds = Some(rounds);
+        self
+    }
+
+    /// How long it may take on hardware, with the rounds that are wanted.
+    pub fn time_limit(&self) -> Duration {
+        match self.rounds {
+            Some(rounds) => self.deadline * rounds.wanted() / rounds.usual,
+            None => self.deadline,
+        }
+    }
+
     /// The same case, after which these may be left.
     pub const fn forgiving(
         mut self,
@@ -218,6 +239,7 @@ pub fn all() -> Vec<&'static Case> {
         pod::CASES,
         resources::CASES,
         huge_pages::CASES,
+        limits::CASES,
         machine::CASES,
         network::CASES,
         interfaces::CASES,
@@ -234,6 +256,7 @@ pub fn all() -> Vec<&'static Case> {
         churn::CASES,
         cli::CASES,
         crash::CASES,
+        soak::CASES,
     ]
     .into_iter()
     .flatten()
