@@ -12,7 +12,7 @@ use husk_e2e::host::HostState;
 use husk_e2e::image;
 use husk_e2e::node::{Node, Runtime};
 use husk_e2e::pod::Pod;
-use husk_e2e::{footprint, process};
+use husk_e2e::{footprint, process, template};
 use serde_json::Value;
 
 const DEMO: Case = husk_case("demo", 180, demo);
@@ -82,6 +82,8 @@ fn demo(bench: &Bench) -> Result<()> {
     // The node's first pod, in whatever runtime, makes the bridge and folders
     // of containerd's that stay.
     WARM_UP.run(&bench.node, Runtime::Runc)?;
+    // The machine that has booted is saved once; the next pods are its copies.
+    template::await_maker(bench.seconds(60))?;
     let before = HostState::capture(&bench.node);
     let pod_id = pod(bench)?;
 

@@ -5,6 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::template;
+
 /// One process of a pod as the host sees it.
 #[derive(Clone, Debug)]
 pub struct HostProcess {
@@ -22,7 +24,8 @@ pub struct HostProcess {
     pub guest_kib: u64,
 }
 
-/// The shim of a pod and every process below it.
+/// The shim of a pod and every process below it, but for what makes a template,
+/// which is nobody's.
 pub fn of_pod(pod: &str) -> Result<Vec<HostProcess>> {
     let all: Vec<HostProcess> = crate::clean::pids()
         .filter_map(|pid| host_process(pid).ok())
@@ -36,7 +39,7 @@ pub fn of_pod(pod: &str) -> Result<Vec<HostProcess>> {
     while let Some(process) = found.get(index).cloned() {
         found.extend(
             all.iter()
-                .filter(|child| child.parent == process.pid)
+                .filter(|child| child.parent == process.pid && !template::is_maker(child.pid))
                 .cloned(),
         );
         index += 1;

@@ -13,10 +13,13 @@ pub const FOLDER: &str = "/run/husk-templates";
 
 /// Whether some shim has left a process that makes one.
 pub fn is_being_made() -> bool {
-    pids().any(|pid| {
-        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        command.ends_with(b"containerd-shim-husk-v2\0template\0")
-    })
+    pids().any(is_maker)
+}
+
+/// Whether a process makes one.
+pub fn is_maker(pid: i32) -> bool {
+    let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    command.ends_with(b"containerd-shim-husk-v2\0template\0")
 }
 
 /// Waits until none is made.
