@@ -100,7 +100,12 @@ fn measure_all(setup: &Setup) -> Result<Vec<Measured>> {
         all.extend(setup.round(round)?);
     }
     for contender in Contender::ALL {
-        all.push(setup.one_more(contender)?);
+        let more = setup.one_more(contender)?;
+        println!(
+            "{}, {}: {:.0} {}",
+            more.what, more.who, more.value, more.unit
+        );
+        all.push(more);
     }
     all.extend(setup.sizes());
     Ok(all)

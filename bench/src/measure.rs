@@ -76,7 +76,7 @@ const STAGES: [(&str, &str, &str); 6] = [
 ];
 
 /// How many pods stand for "one more".
-const MORE: u64 = 6;
+const MORE: u64 = 4;
 
 /// What is compared, where.
 pub struct Setup {
