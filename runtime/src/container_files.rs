@@ -124,8 +124,10 @@ impl FilesRequest {
         let mirrors = &mut files.mirrors;
         let sources =
             volume::mount_volumes(tree, &mut devices, mirrors, mounts, pod_uid.as_deref())?;
-        let (devices, of_devices) = devices.finish();
+        let (mut devices, of_devices) = devices.finish();
         files.disks.extend(of_devices);
+        let below = files.disks.iter().flat_map(DiskUse::stands_on);
+        devices.numbers.extend(below);
         storages.extend(devices.storages);
         let binds = if self.pod_binds {
             volume::pod_binds(self.bundle.mounts())

@@ -2,14 +2,19 @@
 //! does an image, however many containers use it: in the guest they then share
 //! its cache.
 
+mod stands_on;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use husk_protocol::agent::DeviceNumber;
+use rustix::fs::{FileType, fstat};
 use tokio::sync::OnceCell;
 
 use crate::agent_client::Agent;
@@ -192,6 +197,28 @@ impl DiskUse {
     /// By which the guest finds it.
     pub fn serial(&self) -> &str {
         &self.0.serial
+    }
+
+    /// The node's devices that it stands on, for the agent: what is said of I/O to
+    /// those is said of this disk, too.
+    pub fn stands_on(&self) -> Vec<DeviceNumber> {
+        let Ok(stat) = fstat(&self.0.file) else {
+            return Vec::new();
+        };
+        let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+        let number = if is_device { stat.st_rdev } else { stat.st_dev };
+        let devices = stands_on::devices(Path::new(stands_on::SYS), number);
+        let tell = |(major, minor)| {
+            let mut number = DeviceNumber {
+                major,
+                minor,
+                io_only: true,
+                ..DeviceNumber::default()
+            };
+            number.set_block_serial(self.serial().to_owned());
+            number
+        };
+        devices.into_iter().map(tell).collect()
     }
 
     /// For a machine that is about to boot.

@@ -1,6 +1,7 @@
 //! The cgroup of a container.
 
 mod huge_pages;
+mod weight;
 
 use std::fs;
 use std::io;
@@ -109,12 +110,12 @@ impl Cgroup {
         self.path.join("cgroup.procs")
     }
 
-    /// Sets limits; `devices` are the container's own block devices. May wait
-    /// for the kernel to take memory back.
-    pub fn limit(&self, resources: &Resources, devices: &[u64]) -> Result<(), CgroupError> {
+    /// Sets limits; `disks` are those that hold something of the container's. May
+    /// wait for the kernel to take memory back.
+    pub fn limit(&self, resources: &Resources, disks: &[u64]) -> Result<(), CgroupError> {
         limits::check_memory(&resources.memory, machine_bytes())?;
         huge_pages::allow(&self.path, &resources.hugepage_limits);
-        for limit in limits::writes(resources, devices)? {
+        for limit in limits::writes(resources, disks)? {
             let written = kernel_file::write(self.path.join(&limit.file), &limit.value);
             match written {
                 Err(error) if limit.optional && error.kind() == io::ErrorKind::NotFound => {}
@@ -124,6 +125,11 @@ impl Cgroup {
                     source,
                 })?,
             }
+        }
+        if resources.block_io.weight.is_some_and(|weight| weight != 0)
+            && let Some(root) = self.path.ancestors().nth(2)
+        {
+            weight::count(root, disks);
         }
         Ok(())
     }

@@ -15,13 +15,23 @@ const MOST: usize = 256;
 
 /// The devices of a container, as its spec numbers them.
 #[derive(Debug, Default)]
-pub struct DeviceNumbers(Vec<Known>);
+pub struct DeviceNumbers {
+    known: Vec<Known>,
+    below: Vec<Below>,
+}
 
 #[derive(Debug)]
 struct Known {
     kind: DeviceKind,
     host: (u32, u32),
     guest: Guest,
+}
+
+/// A device of the host, and the container's disk that stands on it.
+#[derive(Debug)]
+struct Below {
+    host: (i64, i64),
+    disk: (u32, u32),
 }
 
 #[derive(Debug)]
@@ -41,7 +51,7 @@ impl DeviceNumbers {
         if wanted.len() > MOST {
             return Err(invalid(format!("{} of them, at most {MOST}", wanted.len())));
         }
-        let mut known = Vec::with_capacity(wanted.len());
+        let (mut known, mut below) = (Vec::new(), Vec::new());
         for number in wanted {
             let (kind, guest) = match &number.device {
                 Some(device_number::Device::BlockSerial(serial)) => {
@@ -53,27 +63,45 @@ impl DeviceNumbers {
                 }
                 _ => return Err(invalid("one of no kind".to_owned())),
             };
-            known.push(Known {
-                kind,
-                host: (number.major, number.minor),
-                guest,
-            });
+            match guest {
+                Guest::Number(major, minor) if number.io_only => below.push(Below {
+                    host: (number.major.into(), number.minor.into()),
+                    disk: (major, minor),
+                }),
+                _ if number.io_only => {
+                    return Err(invalid("I/O to one that is no disk".to_owned()));
+                }
+                guest => known.push(Known {
+                    kind,
+                    host: (number.major, number.minor),
+                    guest,
+                }),
+            }
         }
-        Ok(Self(known))
+        Ok(Self { known, below })
     }
 
     /// The guest's numbers of the container's block devices.
     pub fn blocks(&self) -> Vec<u64> {
-        let blocks = self
-            .0
-            .iter()
-            .filter(|known| known.kind == DeviceKind::Block);
-        blocks
+        let known = self.known.iter();
+        known
+            .filter(|known| known.kind == DeviceKind::Block)
             .filter_map(|known| match known.guest {
                 Guest::Number(major, minor) => Some(rustix::fs::makedev(major, minor)),
                 Guest::Missing(_) => None,
             })
             .collect()
+    }
+
+    /// The guest's numbers of all disks that hold something of the container's.
+    pub fn disks(&self) -> Vec<u64> {
+        let below = self.below.iter();
+        let below = below.map(|below| rustix::fs::makedev(below.disk.0, below.disk.1));
+        let mut disks = self.blocks();
+        disks.extend(below);
+        disks.sort_unstable();
+        disks.dedup();
+        disks
     }
 
     /// Gives a container's spec the guest's numbers.
@@ -100,7 +128,10 @@ impl DeviceNumbers {
             &mut block_io.throttle_read_iops_device,
             &mut block_io.throttle_write_iops_device,
         ] {
-            throttles.retain_mut(|throttle| self.translate_throttle(throttle));
+            let of_guest = throttles
+                .iter()
+                .flat_map(|throttle| self.throttles(throttle));
+            *throttles = of_guest.collect();
         }
     }
 
@@ -157,12 +188,20 @@ impl DeviceNumbers {
         }
     }
 
-    fn translate_throttle(&self, throttle: &mut Throttle) -> bool {
-        let number = self.number(DeviceKind::Block, throttle.major, throttle.minor);
-        if let Some((major, minor)) = number {
-            (throttle.major, throttle.minor) = (major.into(), minor.into());
-        }
-        number.is_some()
+    /// For the disk that the host's device is, and those that stand on it.
+    fn throttles(&self, throttle: &Throttle) -> Vec<Throttle> {
+        let host = (throttle.major, throttle.minor);
+        let own = self.number(DeviceKind::Block, throttle.major, throttle.minor);
+        let below = self.below.iter().filter(|below| below.host == host);
+        let mut disks: Vec<_> = own.into_iter().chain(below.map(|one| one.disk)).collect();
+        disks.sort_unstable();
+        disks.dedup();
+        let of_disk = |(major, minor): (u32, u32)| Throttle {
+            major: major.into(),
+            minor: minor.into(),
+            rate: throttle.rate,
+        };
+        disks.into_iter().map(of_disk).collect()
     }
 
     fn number(&self, kind: DeviceKind, major: i64, minor: i64) -> Option<(u32, u32)> {
@@ -177,7 +216,7 @@ impl DeviceNumbers {
             let (host_major, host_minor) = known.host;
             known.kind == kind && (i64::from(host_major), i64::from(host_minor)) == (major, minor)
         };
-        self.0.iter().find(is_it).map(|known| &known.guest)
+        self.known.iter().find(is_it).map(|known| &known.guest)
     }
 }
 
@@ -234,7 +273,7 @@ mod tests {
     }
 
     fn numbers() -> DeviceNumbers {
-        DeviceNumbers(vec![
+        let known = vec![
             known(DeviceKind::Block, (8, 16), Guest::Number(254, 32)),
             known(DeviceKind::Character, (10, 126), Guest::Number(10, 125)),
             known(
@@ -242,7 +281,49 @@ mod tests {
                 (195, 0),
                 Guest::Missing("nvidia0".to_owned()),
             ),
-        ])
+        ];
+        let below = |host, disk| Below { host, disk };
+        DeviceNumbers {
+            known,
+            // The container's own disk is on a partition, and its root on the same
+            // disk as that.
+            below: vec![
+                below((8, 16), (254, 32)),
+                below((8, 32), (254, 32)),
+                below((8, 32), (254, 48)),
+            ],
+        }
+    }
+
+    #[test]
+    fn what_is_said_of_a_disk_holds_for_what_stands_on_it() {
+        let mut linux = linux(
+            r#"{"devices": [{"path": "/dev/sdc", "type": "b", "major": 8, "minor": 32}],
+                "resources": {
+                  "devices": [{"allow": true, "type": "b", "major": 8, "minor": 32}],
+                  "blockIO": {
+                    "throttleReadBpsDevice": [{"major": 8, "minor": 32, "rate": 5}],
+                    "throttleWriteIOPSDevice": [
+                      {"major": 8, "minor": 16, "rate": 7}, {"major": 8, "minor": 0, "rate": 9}]}}}"#,
+        );
+        numbers().translate(&mut linux).unwrap();
+        let resources = linux.resources.unwrap();
+        // It is not the container's for that.
+        assert!(linux.devices.is_empty() && resources.devices.is_empty());
+        let numbers_of = |throttles: &[Throttle]| -> Vec<_> {
+            let numbers = throttles.iter();
+            numbers
+                .map(|one| (one.major, one.minor, one.rate))
+                .collect()
+        };
+        let block_io = resources.block_io;
+        let read = numbers_of(&block_io.throttle_read_bps_device);
+        assert_eq!(read, [(254, 32, 5), (254, 48, 5)]);
+        let write = numbers_of(&block_io.throttle_write_iops_device);
+        assert_eq!(write, [(254, 32, 7)]);
+        let disks = [(254, 32), (254, 48)].map(|(major, minor)| rustix::fs::makedev(major, minor));
+        assert_eq!(numbers().disks(), disks);
+        assert_eq!(numbers().blocks(), disks[..1]);
     }
 
     fn linux(json: &str) -> Linux {

@@ -156,7 +156,7 @@ impl Container {
         order.devices.translate(&mut spec.linux)?;
         let resources = spec.linux.resources.clone().unwrap_or_default();
         let blocks = order.devices.blocks();
-        cgroup.limit(&resources, &blocks)?;
+        cgroup.limit(&resources, &order.devices.disks())?;
         cgroup.filter_devices(&resources.devices, &blocks)?;
         let process = spec.process.clone().ok_or_else(|| Error::Invalid {
             field: "oci_spec.process",
@@ -297,9 +297,9 @@ impl Container {
         let has_rules = !resources.devices.is_empty();
         let mut resources = resources.clone();
         self.devices.translate_resources(&mut resources);
-        let blocks = self.devices.blocks();
-        self.cgroup.limit(&resources, &blocks)?;
+        self.cgroup.limit(&resources, &self.devices.disks())?;
         if has_rules {
+            let blocks = self.devices.blocks();
             self.cgroup.filter_devices(&resources.devices, &blocks)?;
         }
         Ok(())

@@ -186,7 +186,9 @@ fn act(
             }
         }
         ["exit", code] => return Some(code.parse().unwrap()),
-        ["sleep" | "deaf" | "slow-to-go"] | ["devices", ..] | ["leaves" | "joins", ..] => {
+        ["sleep" | "deaf" | "slow-to-go"]
+        | ["devices" | "stands-on", ..]
+        | ["leaves" | "joins", ..] => {
             // Until a signal ends it; its streams stay open.
             std::mem::forget((stdin, stdout, stderr));
             return None;
@@ -214,7 +216,7 @@ fn told_of_devices(request: &CreateContainerRequest, spec: &Value) -> Vec<String
     let listed = listed.map(|device| format!("list:{}", device["path"].as_str().unwrap()));
     let storages = request.storages.iter();
     let mounted = storages.map(|storage| format!("mount:{}", storage.block().serial));
-    let numbers = request.devices.iter();
+    let numbers = request.devices.iter().filter(|number| !number.io_only);
     let numbers = numbers.map(|number| match number.has_block_serial() {
         true => format!("disk:{}", number.block_serial()),
         false => format!("name:{}", number.character_name()),
@@ -223,7 +225,14 @@ fn told_of_devices(request: &CreateContainerRequest, spec: &Value) -> Vec<String
     listed.chain(mounted).chain(numbers).chain(all).collect()
 }
 
-fn status(code: Code, message: &str) -> Error {
+/// What its disks stand on, as `8:0=disk-1`.
+fn told_of_disks(request: &CreateContainerRequest) -> Vec<String> {
+    let numbers = request.devices.iter().filter(|number| number.io_only);
+    let words = numbers.map(|one| format!("{}:{}={}", one.major, one.minor, one.block_serial()));
+    words.collect()
+}
+
+pub fn status(code: Code, message: &str) -> Error {
     Error::RpcStatus(ttrpc::get_status(code, message))
 }
 
@@ -306,6 +315,14 @@ impl Agent for Guest {
         if arguments(&spec["process"])[0] == "devices" {
             let told = told_of_devices(&request, &spec);
             if told != arguments(&spec["process"])[1..] {
+                return Err(status(Code::INVALID_ARGUMENT, &told.join(" ")));
+            }
+        }
+        if let [command, wanted @ ..] = &arguments(&spec["process"])[..]
+            && command == "stands-on"
+        {
+            let told = told_of_disks(&request);
+            if !wanted.iter().all(|word| told.contains(word)) {
                 return Err(status(Code::INVALID_ARGUMENT, &told.join(" ")));
             }
         }

@@ -16,6 +16,7 @@ pub const CASES: &[Case] = &[
     ("devices_of_a_single_container", single),
     ("devices_that_were_not_asked_for_stay_out", privileged),
     ("devices_that_cannot_be_had_are_named", missing),
+    ("devices_below_a_disk_are_told_of", below),
 ];
 
 /// A block device of the node.
@@ -163,6 +164,41 @@ fn privileged() {
             shim.delete(id, "").await.unwrap();
         }
         remove(&node, &shim, "d3").await;
+    });
+}
+
+fn below() {
+    block_on(async {
+        let node = Node::new().await;
+        let Some(disk) = Loop::new(&node) else { return };
+        let shim = up(&node, "d5").await;
+        let mut words = vec![format!("{}:{}=disk-1", disk.number.0, disk.number.1)];
+        // What its file is on, unless that is in memory.
+        let on = node.path("disk.img").metadata().unwrap().dev();
+        let on = format!("{}:{}", rustix::fs::major(on), rustix::fs::minor(on));
+        match Path::new("/sys/dev/block").join(&on).exists() {
+            true => words.push(format!("{on}=disk-1")),
+            false => println!("skipped: {on} is no block device"),
+        }
+        let words: Vec<&str> = std::iter::once("stands-on")
+            .chain(words.iter().map(String::as_str))
+            .collect();
+        let bundle = member(&node, "a", "d5", &words);
+        let devices = json!([disk.entry("/dev/xvda")]);
+        add(&node, &shim, &with(bundle, devices, &[disk.rule("rwm")])).await;
+        // Nothing stands there for one without disks.
+        let bundle = member(&node, "b", "d5", &words);
+        assert_eq!(node.start(&bundle).await.address, shim.address);
+        let refused = shim.create(&bundle.request()).await;
+        assert_eq!(
+            refusal(refused),
+            (ttrpc::Code::INVALID_ARGUMENT, String::new())
+        );
+        for id in ["a", "d5"] {
+            kill(&shim, id).await;
+        }
+        shim.delete("a", "").await.unwrap();
+        remove(&node, &shim, "d5").await;
     });
 }
 

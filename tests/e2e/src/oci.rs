@@ -19,7 +19,27 @@ const LAYER_MIN_BYTES: u64 = 256 << 10;
 /// Runs `command` to its end in a container of containerd's default spec, which
 /// `change` may alter, on a root of its own with the test image's files.
 pub fn run(bench: &Bench, command: &[&str], change: impl FnOnce(&mut Value)) -> Result<Finished> {
-    let id = bench.id();
+    call(bench, &["--rm"], &bench.id(), command, change)
+}
+
+/// The same with a container of this id that goes on.
+pub fn start(
+    bench: &Bench,
+    id: &str,
+    command: &[&str],
+    change: impl FnOnce(&mut Value),
+) -> Result<()> {
+    call(bench, &["--detach", "--null-io"], id, command, change)?.ok()?;
+    Ok(())
+}
+
+fn call(
+    bench: &Bench,
+    flags: &[&str],
+    id: &str,
+    command: &[&str],
+    change: impl FnOnce(&mut Value),
+) -> Result<Finished> {
     let root = bench.folder().join(format!("{id}.root"));
     unpack(&bench.node.work.join("base.tar"), &root)?;
     let shown = bench.ctr.call(&["oci", "spec"])?.ok()?;
@@ -49,7 +69,8 @@ pub fn run(bench: &Bench, command: &[&str], change: impl FnOnce(&mut Value)) -> 
     fs::write(&file, serde_json::to_vec_pretty(&spec)?)?;
     let file = file.display().to_string();
     let runtime = bench.runtime.ctr_name();
-    let args = ["run", "--rm", "--runtime", runtime, "--config", &file, &id];
+    let args = ["--runtime", runtime, "--config", &file, id];
+    let args = [&["run"], flags, &args].concat();
     let mut command: Command = bench.ctr.command(&args);
     process::run(&mut command, bench.ctr.deadline())
 }

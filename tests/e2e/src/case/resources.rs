@@ -7,12 +7,14 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::{Bench, Case, Skip, case};
+use crate::block::LoopDevice;
 use crate::cri::Cri;
 use crate::cri::api::{ContainerConfig, ContainerState, LinuxContainerResources};
+use crate::node::Runtime;
 use crate::oci;
 use crate::pod::Pod;
 use crate::pod_cgroup::PodCgroup;
-use crate::process::eventually;
+use crate::process::{Finished, eventually};
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
@@ -23,6 +25,7 @@ pub const CASES: &[Case] = &[
     case("resources/statistics", 60, statistics),
     case("resources/oci-limits", 40, oci_limits),
     case("resources/io-throttle", 60, io_throttle),
+    case("resources/io-in-pod", 60, io_in_pod),
 ];
 
 pub(super) const MIB: i64 = 1 << 20;
@@ -317,11 +320,16 @@ fn oci_limits(bench: &Bench) -> Result<()> {
     Ok(())
 }
 
+/// As device files and cgroups have it.
+fn parts(device: u64) -> (u64, u64) {
+    (nix::sys::stat::major(device), nix::sys::stat::minor(device))
+}
+
 /// A limit of bytes a second on the disk that holds a volume.
 fn io_throttle(bench: &Bench) -> Result<()> {
     let folder = bench.folder();
     let device = nix::sys::stat::stat(&folder)?.st_dev;
-    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+    let (major, minor) = parts(device);
     let disk = format!("/sys/dev/block/{major}:{minor}");
     let is_whole =
         fs::metadata(&disk).is_ok() && fs::metadata(format!("{disk}/partition")).is_err();
@@ -363,4 +371,67 @@ fn io_throttle(bench: &Bench) -> Result<()> {
     );
     ensure!(fs::metadata(folder.join("file"))?.size() == 4 << 20);
     Ok(())
+}
+
+/// What one container of several may do with a disk of its own.
+fn io_in_pod(bench: &Bench) -> Result<()> {
+    let disk = LoopDevice::new(&bench.folder().join("disk.img"), 8)?;
+    let (major, minor) = parts(fs::metadata(&disk.path)?.rdev());
+    let below = parts(nix::sys::stat::stat(&disk.file)?.st_dev);
+    let note = |spec: &mut serde_json::Value, kind: &str, of: &str| {
+        spec["annotations"]["io.kubernetes.cri.container-type"] = json!(kind);
+        spec["annotations"]["io.kubernetes.cri.sandbox-id"] = json!(of);
+    };
+    let pod = bench.id();
+    oci::start(bench, &pod, &["sleep", "1000"], |spec| {
+        note(spec, "sandbox", &pod);
+    })?;
+    let run = |block_io: serde_json::Value| {
+        let script = "cat /proc/uptime; dd if=/dev/own of=/dev/null bs=64k count=32 iflag=direct \
+                      2> /dev/null || echo failed; cat /proc/uptime; cat /sys/fs/cgroup/io.max \
+                      /sys/fs/cgroup/io.weight 2> /dev/null; true";
+        let done = oci::run(bench, &["sh", "-c", script], |spec| {
+            note(spec, "container", &pod);
+            let device = json!({ "path": "/dev/own", "type": "b", "major": major, "minor": minor });
+            spec["linux"]["devices"] = json!([device]);
+            let rule = json!({
+                "allow": true, "type": "b", "major": major, "minor": minor, "access": "rwm",
+            });
+            oci::push(&mut spec["linux"]["resources"]["devices"], rule);
+            spec["linux"]["resources"]["blockIO"] = block_io;
+        });
+        done?.ok()
+    };
+    let throttle =
+        |(major, minor): (u64, u64)| json!([{ "major": major, "minor": minor, "rate": 512 << 10 }]);
+    let took = |done: &Finished| -> Result<f64> {
+        let text = done.out();
+        let mut moments = text.lines().filter_map(|line| {
+            let moment = line.split(' ').next()?;
+            moment.contains('.').then(|| moment.parse::<f64>().ok())?
+        });
+        let (begun, ended) = (moments.next(), moments.next());
+        ensure!(!text.contains("failed"), "{}", done.tail());
+        Ok(ended.context("no end")? - begun.context("no beginning")?)
+    };
+    // 2 MiB at half a MiB a second.
+    let slow = run(json!({ "throttleReadBpsDevice": throttle((major, minor)) }))?;
+    let fast = run(json!({}))?;
+    ensure!(
+        took(&slow)? > 3.0 && took(&fast)? < took(&slow)?,
+        "{}{}",
+        slow.tail(),
+        fast.tail()
+    );
+    if bench.runtime == Runtime::Husk {
+        // What is said of the disk that the file is on holds for this one, too.
+        let slow = run(json!({ "weight": 500, "throttleReadBpsDevice": throttle(below) }))?;
+        let said = slow.out();
+        ensure!(
+            took(&slow)? > 3.0 && said.contains(" rbps=524288 ") && said.contains("default 4950"),
+            "{}",
+            slow.tail()
+        );
+    }
+    bench.ctr.remove(&pod)
 }
