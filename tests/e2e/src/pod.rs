@@ -39,6 +39,16 @@ impl<'a> Pod<'a> {
         cri: &Cri,
         change: impl FnOnce(&mut PodSandboxConfig),
     ) -> Result<Self> {
+        Self::run_as(bench, cri, bench.runtime.name(), change)
+    }
+
+    /// The same with a handler by its name in the node's configuration.
+    pub fn run_as(
+        bench: &'a Bench,
+        cri: &Cri,
+        handler: &str,
+        change: impl FnOnce(&mut PodSandboxConfig),
+    ) -> Result<Self> {
         let name = bench.id();
         let folder = bench.folder().join(&name);
         fs::create_dir_all(&folder)?;
@@ -62,7 +72,7 @@ impl<'a> Pod<'a> {
             ..Default::default()
         };
         change(&mut config);
-        let id = cri.run_pod(&config, bench.runtime.name())?;
+        let id = cri.run_pod(&config, handler)?;
         Ok(Self { id, config, bench })
     }
 

@@ -17,6 +17,7 @@ pub mod pod;
 pub mod pod_network;
 pub mod resources;
 pub mod run;
+pub mod sandboxer;
 pub mod security;
 pub mod snapshotter;
 pub mod soak;
@@ -237,6 +238,7 @@ pub fn all() -> Vec<&'static Case> {
         device::CASES,
         task::CASES,
         pod::CASES,
+        sandboxer::CASES,
         resources::CASES,
         huge_pages::CASES,
         limits::CASES,

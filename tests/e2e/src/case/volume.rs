@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
 
@@ -19,6 +20,7 @@ pub const CASES: &[Case] = &[
     case("volume/swapped-files", 40, swapped_files),
     case("volume/watched-files", 60, watched_files),
     case("volume/sub-paths", 40, sub_paths),
+    case("volume/swapped-sub-path", 60, swapped_sub_path),
     case("volume/many-entries", 40, many_entries),
     case("volume/propagation", 40, propagation),
     case("volume/propagation-back", 40, propagation_back),
@@ -241,6 +243,58 @@ fn sub_paths(bench: &Bench) -> Result<()> {
     }
     ensure!(!volume.join("web/mine").exists() && volume.join("web/static/style").exists());
     pod.remove(&cri)
+}
+
+/// A subPath as the kubelet prepares it, a mount of what it has looked at, while
+/// somebody who can write to the volume puts a link to the node's files in its place.
+fn swapped_sub_path(bench: &Bench) -> Result<()> {
+    const TRIES: usize = 5;
+    let volume = bench.folder().join("volume");
+    let secret = bench.folder().join("secret");
+    for (folder, text) in [(volume.join("sub"), "mine"), (secret.clone(), "the node's")] {
+        fs::create_dir_all(&folder)?;
+        fs::write(folder.join("file"), text)?;
+    }
+    let sub = volume.join("sub");
+    let prepared = bench.folder().join("volume-subpaths/volume/c/0");
+    let source = sub.display().to_string();
+    let mounted = NodeMount::new("none", &source, "bind", &prepared)?;
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    let is_over = AtomicBool::new(false);
+    let (aside, link) = (volume.join("aside"), volume.join("link"));
+    let seen = std::thread::scope(|scope| {
+        let swapping = scope.spawn(|| -> Result<usize> {
+            let mut times = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                symlink(&secret, &link)?;
+                fs::rename(&sub, &aside)?;
+                fs::rename(&link, &sub)?;
+                std::thread::yield_now();
+                fs::remove_file(&sub)?;
+                fs::rename(&aside, &sub)?;
+                times += 1;
+            }
+            Ok(times)
+        });
+        let tried = (0..TRIES).map(|_| {
+            let container = sleeper(&cri, &pod, &[mount(&prepared, "/sub")], &[])?;
+            let seen = shell(&cri, &container, "cat /sub/file; ls /sub");
+            cri.stop(&container, 0)?;
+            cri.remove(&container)?;
+            seen
+        });
+        let seen = tried.collect::<Result<Vec<_>>>();
+        is_over.store(true, Ordering::Relaxed);
+        let times = swapping.join();
+        let times = times.map_err(|_| anyhow::anyhow!("the swapping thread panicked"))??;
+        ensure!(times > TRIES, "swapped only {times} times");
+        seen
+    })?;
+    ensure!(seen.iter().all(|seen| seen == "minefile"), "{seen:?}");
+    pod.remove(&cri)?;
+    drop(mounted);
+    Ok(())
 }
 
 /// Any number, any name, any size.
