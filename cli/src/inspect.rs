@@ -164,6 +164,7 @@ mod tests {
             memory_mib: 512,
             pluggable_mib: 2048,
             from_template: true,
+            template: Some("0".repeat(32)),
             nics: vec![NicFacts {
                 name: "eth0".into(),
                 mac: "02:00:00:00:00:01".into(),

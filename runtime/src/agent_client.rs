@@ -11,7 +11,7 @@ use std::time::Duration;
 use husk_protocol::agent::{
     self, AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest,
     CreateSandboxResponse, DeleteContainerRequest, Empty, ExecRequest, ProcessRequest,
-    ResizePtyRequest, SignalRequest, UpdateResourcesRequest,
+    ResizePtyRequest, ShellClient, SignalRequest, UpdateResourcesRequest,
 };
 use husk_protocol::{deadline, limit};
 use husk_vmm_spec::MacAddress;
@@ -27,6 +27,7 @@ use crate::config::Patience;
 mod error;
 mod metrics;
 mod outbox;
+mod shell;
 
 pub use error::AgentError;
 use outbox::Outbox;
@@ -58,6 +59,7 @@ const EXIT_CODE_MOST: u32 = 255;
 #[derive(Clone)]
 pub struct Agent {
     client: AgentClient,
+    shells: ShellClient,
     patience: Patience,
 }
 
@@ -120,8 +122,10 @@ impl Agent {
     /// The stream cannot be polled.
     pub fn new(stream: UnixStream, patience: Patience) -> Result<Self, AgentError> {
         let stream = Outbox::new(stream).map_err(AgentError::Connect)?;
+        let client = Client::new(Socket::new(stream));
         Ok(Self {
-            client: AgentClient::new(Client::new(Socket::new(stream))),
+            client: AgentClient::new(client.clone()),
+            shells: ShellClient::new(client),
             patience,
         })
     }

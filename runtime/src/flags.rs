@@ -16,6 +16,8 @@ pub enum Invocation {
     Delete(Flags),
     /// Make the node's template.
     Template,
+    /// Print its name.
+    TemplateName,
     /// Be the shim of a pod.
     Serve(Flags),
 }
@@ -110,7 +112,11 @@ pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Invocation, 
         return Ok(Invocation::Info);
     }
     if action.as_deref() == Some("template") {
-        return Ok(Invocation::Template);
+        return match arguments.next().as_deref() {
+            None => Ok(Invocation::Template),
+            Some("name") => Ok(Invocation::TemplateName),
+            Some(other) => Err(FlagError::Action(format!("template {other}"))),
+        };
     }
     if flags.namespace.is_empty() {
         return Err(FlagError::Missing("namespace"));
@@ -172,6 +178,10 @@ mod tests {
     fn needs_no_names_for_version_and_info() {
         assert_eq!(parse_text("-v"), Ok(Invocation::Version));
         assert_eq!(parse_text("-info"), Ok(Invocation::Info));
+        assert_eq!(parse_text("template"), Ok(Invocation::Template));
+        assert_eq!(parse_text("template name"), Ok(Invocation::TemplateName));
+        let other = Err(FlagError::Action("template drop".into()));
+        assert_eq!(parse_text("template drop"), other);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `-info`: what this runtime is and can do.
 
+use std::error::Error;
 use std::io::{self, Write};
 
 use containerd_shim_protos::protobuf::Message;
@@ -7,6 +8,10 @@ use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
+
+use crate::config::Config;
+use crate::machine::host_facts;
+use crate::template::TemplateKey;
 
 /// Type of OCI's features document.
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
@@ -18,6 +23,18 @@ const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/featur
 pub fn print() -> io::Result<()> {
     let text = info().write_to_bytes().map_err(io::Error::other)?;
     io::stdout().write_all(&text)
+}
+
+/// Prints the name of the template from which pods of this node begin, as it is
+/// installed and configured now; nothing where there is to be none.
+///
+/// # Errors
+/// The configuration is wrong, or nobody reads it.
+pub fn print_template() -> Result<(), Box<dyn Error>> {
+    let config = Config::load()?;
+    let key = TemplateKey::of_node(&config, host_facts());
+    let name = key.map(|key| key.name()).unwrap_or_default();
+    Ok(writeln!(io::stdout(), "{name}")?)
 }
 
 fn info() -> RuntimeInfo {

@@ -22,6 +22,7 @@ use crate::agent_client::{Agent, AgentError};
 use crate::bundle::PodSpec;
 use crate::clock;
 use crate::config::{Config, Patience};
+use crate::debug_shell;
 use crate::error::Error;
 use crate::file_server::FileServer;
 use crate::growth::{Fitter, Growth};
@@ -208,6 +209,10 @@ impl MachineParts {
         let restored = matches!(parts.start, Start::Restore { .. });
         let used = template.as_ref().filter(|_| restored);
         let mut facts = machine_facts(self.size, size, room, &parts);
+        facts.template = template
+            .as_ref()
+            .filter(|_| restored)
+            .map(TemplateKey::name);
         let (spec, descriptors) = vm_plan::plan(size, room, parts)?;
         let (vm, timeline) = match self
             .vmm
@@ -314,14 +319,14 @@ impl StartPlan {
                 template: Some(key.clone()),
             });
         }
-        let extra = &config.kernel_parameters;
+        let extra = debug_shell::kernel_parameters(config);
         Ok(Self {
             size,
             room,
             start: Start::Boot {
                 kernel: open("guest kernel", &config.kernel, false)?,
-                initramfs: open("initramfs", &config.initramfs, false)?,
-                command_line: vm_plan::command_line(size, room, extra, request.debug),
+                initramfs: debug_shell::initramfs(config)?,
+                command_line: vm_plan::command_line(size, room, &extra, request.debug),
             },
             entropy: Vec::new(),
             template: template.map(|(key, _)| key),

@@ -18,6 +18,7 @@ mod clock;
 mod container;
 mod container_files;
 mod daemon;
+mod debug_shell;
 mod device;
 mod disk;
 mod error;
@@ -84,6 +85,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         Invocation::Start(flags) => start::start(&flags)?,
         Invocation::Delete(flags) => cleanup::delete(&flags)?,
         Invocation::Template => template::make::run()?,
+        Invocation::TemplateName => info::print_template()?,
         Invocation::Serve(flags) => serve::serve(&flags)?,
     }
     Ok(())

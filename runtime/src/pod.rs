@@ -20,6 +20,7 @@ use crate::cgroup::PodCgroup;
 use crate::clock;
 use crate::config::Config;
 use crate::container::{Container, Kind, Process};
+use crate::debug_shell;
 use crate::disk::PodDisks;
 use crate::error::Error;
 use crate::event::EventSender;
@@ -432,7 +433,11 @@ impl Pod {
         tokio::spawn(interfaces.follow(vm.clone(), agent.clone()));
         if let Some(netns) = machine.netns() {
             let netns = netns.clone();
-            tokio::spawn(forward::serve(netns, vm, agent));
+            tokio::spawn(forward::serve(netns, vm.clone(), agent.clone()));
+        }
+        if self.settings.config.debug_shell {
+            let dir = self.state_dir.clone();
+            tokio::spawn(async move { debug_shell::serve(dir.path(), vm, agent).await });
         }
         self.machine = MachineState::Running(machine);
     }

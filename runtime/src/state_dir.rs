@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use husk_node::shell;
 use husk_node::state::FILE;
 pub use husk_node::state::State;
 
@@ -56,6 +57,11 @@ impl StateDir {
             .map_err(|source| self.error(source))
     }
 
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Where the pod's shared tree is mounted.
     pub fn shared(&self) -> PathBuf {
         self.path.join(SHARED)
@@ -86,6 +92,7 @@ impl StateDir {
         let removals = [
             fs::remove_file(self.path.join(NEW_FILE)),
             fs::remove_file(self.path.join(FILE)),
+            fs::remove_file(self.path.join(shell::SOCKET)),
             fs::remove_dir(self.shared()),
             fs::remove_dir(&self.path),
         ];

@@ -25,6 +25,7 @@ use sha2::{Digest, Sha256};
 
 use crate::bundle::PodSpec;
 use crate::config::Config;
+use crate::debug_shell;
 use crate::vm_plan::{self, HostFacts, Room, VmSize};
 
 pub mod make;
@@ -101,7 +102,8 @@ impl TemplateKey {
             // It is plugged or not; the kernel is told what to do with it.
             pluggable_mib: LARGEST_MIB,
         };
-        let command_line = vm_plan::command_line(SIZE, room, &config.kernel_parameters, false);
+        let extra = debug_shell::kernel_parameters(config);
+        let command_line = vm_plan::command_line(SIZE, room, &extra, false);
         let mut digest = Sha256::new();
         let mut add = |part: &str| {
             digest.update(part);
@@ -110,6 +112,9 @@ impl TemplateKey {
         add(env!("CARGO_PKG_VERSION"));
         for path in [&config.vmm, &config.kernel, &config.initramfs] {
             add(&identity(path).ok()?);
+        }
+        if config.debug_shell {
+            add(&identity(&config.debug_initramfs()).ok()?);
         }
         add(&command_line);
         add(&format!("{SIZE:?} {}", room.vcpus));
@@ -127,6 +132,12 @@ impl TemplateKey {
             size: SIZE,
             vcpus_max: room.vcpus,
         })
+    }
+
+    /// What it is called among the others.
+    pub fn name(&self) -> String {
+        let name = self.dir.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
     }
 
     /// What the saved machine must have been made from.

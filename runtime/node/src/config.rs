@@ -54,6 +54,8 @@ pub struct Config {
     pub boot_timeout_seconds: u32,
     /// Kernel command line parameters added to our own.
     pub kernel_parameters: String,
+    /// Programs may be run in the guest itself.
+    pub debug_shell: bool,
     /// Of each disk, reading and writing together; like the others below, none
     /// limits nothing.
     pub disk_kib_per_second: Option<u32>,
@@ -98,6 +100,7 @@ impl Default for Config {
             first_uid: 1_000_000_000,
             boot_timeout_seconds: 60,
             kernel_parameters: String::new(),
+            debug_shell: false,
             disk_kib_per_second: None,
             disk_burst_kib: None,
             disk_requests_per_second: None,
@@ -288,6 +291,11 @@ impl Config {
             vmm,
             file_server: vmm.wrapping_add(1),
         }
+    }
+
+    /// What is added to the initramfs where debug shells are allowed.
+    pub fn debug_initramfs(&self) -> PathBuf {
+        self.initramfs.with_file_name("debug.cpio")
     }
 
     /// How long things may take.

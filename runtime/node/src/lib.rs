@@ -6,4 +6,5 @@ pub mod config;
 pub mod pod_log;
 pub mod process;
 pub mod rates;
+pub mod shell;
 pub mod state;

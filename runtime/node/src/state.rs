@@ -66,6 +66,8 @@ pub struct MachineFacts {
     pub disks: Vec<DiskFacts>,
     /// It began as a template.
     pub from_template: bool,
+    /// Which.
+    pub template: Option<String>,
     /// Version of the shim that made it.
     pub shim_version: String,
     /// The agent's version, as the guest tells it.

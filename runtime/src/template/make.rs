@@ -19,6 +19,7 @@ use tokio::time::{sleep, timeout};
 
 use super::{DISCARDED_FILE, FAILED_FILE, Template, TemplateKey, is_ours, trusted};
 use crate::config::{Config, ConfigError};
+use crate::debug_shell;
 use crate::hook;
 use crate::machine::{host_facts, open};
 use crate::serve::hold_descriptor_3;
@@ -203,7 +204,7 @@ async fn make(config: &Config, key: &TemplateKey) -> Result<(), MakeError> {
 
     let boot = Start::Boot {
         kernel: open("guest kernel", &config.kernel, false)?,
-        initramfs: open("initramfs", &config.initramfs, false)?,
+        initramfs: debug_shell::initramfs(config)?,
         command_line: key.command_line.clone(),
     };
     let (vm, agent) = start_machine(config, key, boot).await?;

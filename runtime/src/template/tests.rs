@@ -46,6 +46,16 @@ fn its_key_is_what_it_was_made_from() {
         ..config.clone()
     };
     differs(&parameters, HOST);
+    // A copy has a debug shell where its pod may have one, and nowhere else.
+    let shell = Config {
+        debug_shell: true,
+        ..config.clone()
+    };
+    assert_eq!(TemplateKey::of_node(&shell, HOST), None);
+    std::fs::write(dir.path().join("debug.cpio"), "busybox").unwrap();
+    differs(&shell, HOST);
+    std::fs::write(dir.path().join("debug.cpio"), "another busybox").unwrap();
+    differs(&shell, HOST);
     std::fs::write(&config.kernel, "another kernel").unwrap();
     differs(&config, HOST);
     std::fs::remove_file(&config.initramfs).unwrap();

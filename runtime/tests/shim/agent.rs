@@ -12,7 +12,7 @@ use husk_protocol::agent::{
     Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
     CreateSandboxResponse, DeleteContainerRequest, Empty, Event, ExecRequest, ExecResponse,
     ProcessRequest, RemoveDeviceRequest, ServeNamesRequest, SignalRequest, StatsResponse, Streams,
-    UpdateNetworkRequest, WaitResponse, create_agent,
+    UpdateNetworkRequest, WaitResponse, create_agent, create_shell,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, watch};
@@ -20,6 +20,7 @@ use ttrpc::r#async::{Server, TtrpcContext};
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::{Code, Error, Result};
 
+use crate::guest_shell::Shells;
 use crate::vmm::{self, Ports};
 
 /// What `flood` writes, bytes: more than a fifo holds.
@@ -47,7 +48,8 @@ struct Process {
 }
 
 /// Serves until the connection ends or the guest is powered off.
-pub fn serve(connection: UnixStream, ports: Ports) {
+pub fn serve(connection: UnixStream, ports: Ports, has_shells: bool) {
+    let shells = Shells::new(Arc::clone(&ports));
     let (tell, events) = mpsc::unbounded_channel();
     let (off, mut is_off) = watch::channel(false);
     let guest = Arc::new(Guest {
@@ -71,6 +73,9 @@ pub fn serve(connection: UnixStream, ports: Ports) {
         let mut server = Server::new()
             .add_listener(listener)
             .register_service(create_agent(guest));
+        if has_shells {
+            server = server.register_service(create_shell(Arc::new(shells)));
+        }
         server.start().await.unwrap();
         is_off.wait_for(|off| *off).await.unwrap();
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -164,7 +169,7 @@ fn wonder(stream: UnixStream) {
 }
 
 /// What a command does; its exit code, if it ends by itself.
-fn act(
+pub fn act(
     arguments: &[String],
     stdin: Option<UnixStream>,
     stdout: Option<UnixStream>,
@@ -232,11 +237,11 @@ fn told_of_disks(request: &CreateContainerRequest) -> Vec<String> {
     words.collect()
 }
 
-pub fn status(code: Code, message: &str) -> Error {
+pub pub fn status(code: Code, message: &str) -> Error {
     Error::RpcStatus(ttrpc::get_status(code, message))
 }
 
-fn missing() -> Error {
+pub fn missing() -> Error {
     status(Code::NOT_FOUND, "no such process")
 }
 

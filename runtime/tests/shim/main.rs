@@ -13,6 +13,7 @@ mod devices;
 mod ends;
 mod errors;
 mod faults;
+mod guest_shell;
 mod hostile;
 mod interfaces;
 mod joined;
@@ -22,6 +23,7 @@ mod names;
 mod program;
 mod sandbox;
 mod second_line;
+mod shell;
 mod template;
 mod users;
 mod vmm;
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
         liar::CASES,
         hostile::CASES,
         second_line::CASES,
+        shell::CASES,
     ]
     .concat();
     if !rustix::process::geteuid().is_root() {

@@ -31,14 +31,14 @@ async fn node_with(lines: &str) -> Node {
     node
 }
 
-fn configure(node: &Node, lines: &str) {
+pub fn configure(node: &Node, lines: &str) {
     let dir = node.path("templates").display().to_string();
     let on = "template_max_age_seconds = 3600";
     node.configure(&format!("{lines}{on}\ntemplate_dir = {dir:?}\n"));
 }
 
 /// The directory of the template, once it is there and whoever made it is gone.
-async fn made(node: &Node) -> PathBuf {
+pub async fn made(node: &Node) -> PathBuf {
     let began = Instant::now();
     loop {
         let entries = fs::read_dir(node.path("templates"));

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
+use husk_protocol::path::DEBUG_SHELL;
 use husk_vmm_spec::{
     BucketSpec, CONTROL_FD, Descriptor, DeviceSpec, ExitReason, Failure, HostPort, Message,
     PACKET_BYTES, PACKET_DESCRIPTORS, Reply, Request, SavedSpec, StartSpec, Timeline, ValidVmSpec,
@@ -122,6 +123,7 @@ pub fn run() {
         connection.shutdown(std::net::Shutdown::Both).unwrap();
     }
     let agents = Arc::clone(&ports);
+    let has_shells = line.split(' ').any(|word| word == DEBUG_SHELL);
     let mut words = line.split(' ');
     let how = words.find_map(|word| word.strip_prefix(liar::PARAMETER));
     let how = how.map(str::to_owned);
@@ -134,7 +136,7 @@ pub fn run() {
             // The machine goes on without it.
             return liar::serve(connection, &how);
         }
-        agent::serve(connection, agents);
+        agent::serve(connection, agents, has_shells);
         tell(&Message::Exited(ExitReason::Shutdown));
         std::process::exit(0);
     });

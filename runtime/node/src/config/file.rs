@@ -76,6 +76,7 @@ fn checked(key: &Key, value: &DeValue<'_>) -> Result<Value, String> {
             let printable = text.bytes().all(|b| (b' '..=b'~').contains(&b));
             (text.len() <= longest && printable, format!("{text:?}"))
         }
+        (Kind::Switch, DeValue::Boolean(value)) => return Ok(Value::Boolean(*value)),
         (Kind::Number { least, most, .. }, DeValue::Integer(number)) => {
             let parsed = i64::from_str_radix(number.as_str(), number.radix()).ok();
             let range = i64::from(least)..=i64::from(most);

@@ -30,6 +30,8 @@ pub enum Kind {
         /// What it counts.
         unit: &'static str,
     },
+    /// True or false.
+    Switch,
     /// Printable ASCII in one line.
     Text {
         /// The longest, bytes.
@@ -42,7 +44,7 @@ pub enum Kind {
 const LARGEST_PID: u32 = 1 << 22;
 
 /// All of them, in the order in which they are shown.
-pub const KEYS: [Key; 18] = [
+pub const KEYS: [Key; 19] = [
     Key {
         name: "vmm",
         kind: Kind::Path,
@@ -110,6 +112,14 @@ pub const KEYS: [Key; 18] = [
         name: "kernel_parameters",
         kind: Kind::Text { longest: 1024 },
         meaning: "Added to the guest kernel's command line.",
+    },
+    Key {
+        name: "debug_shell",
+        kind: Kind::Switch,
+        meaning: "Whether root of this node may run programs in the guests themselves, with `husk exec` \
+                  and `husk console`. Only machines that begin while it is true have what that needs: \
+                  `debug.cpio` beside the initramfs, whose shell is in each of them. No annotation of a \
+                  pod changes it.",
     },
     Key {
         name: "disk_kib_per_second",
@@ -212,6 +222,7 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Path => f.write_str("an absolute path"),
+            Self::Switch => f.write_str("true or false"),
             Self::Number { least, most, .. } => write!(f, "a whole number from {least} to {most}"),
             Self::Text { longest } => write!(f, "printable ASCII, at most {longest} characters"),
         }

@@ -37,7 +37,7 @@ then that one is read, and nothing else.
         };
         let value = match key.kind {
             Kind::Number { unit, .. } => format!("{} ({unit})", key.kind),
-            Kind::Path | Kind::Text { .. } => key.kind.to_string(),
+            Kind::Path | Kind::Switch | Kind::Text { .. } => key.kind.to_string(),
         };
         page.push_str(&format!(
             "## `{}`\n\n{}\n\n- Value: {value}\n- Default: {default}\n\n",

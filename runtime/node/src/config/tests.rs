@@ -144,6 +144,14 @@ fn names_what_is_wrong_in_one_line() {
         ("vmm = ['/v']", "`vmm` is a list; it must be"),
         ("kernel_parameters = \"a\\u0007\"", "it must be printable"),
         ("[vmm]\nx = 1", "`vmm` is a table"),
+        (
+            "debug_shell = 'yes'",
+            "`debug_shell` is a string; it must be true or false",
+        ),
+        (
+            "debug_shell = 1",
+            "`debug_shell` is a whole number; it must be",
+        ),
         ("kernel = ", "line 1: "),
         ("vmm = '/a'\nvmm = '/b'", "line 2: "),
     ];
