@@ -10,6 +10,8 @@ use std::thread;
 mod files;
 #[path = "probe/life.rs"]
 mod life;
+#[path = "probe/ring.rs"]
+mod ring;
 
 const USAGE: &str = "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | huge MIB | pattern BYTES | check BYTES | count DIR | files DIR | many DIR COUNT | hold FILE | try-lock FILE | map FILE | watch DIR | poke FILE TEXT | listen PATH | ask PATH TEXT | ids | die SIGNAL | serve ADDR FILE";
 

@@ -45,8 +45,8 @@ fn bind(from: &Path, to: &str) -> String {
     format!("type=bind,src={},dst={to},options=rbind:rw", from.display())
 }
 
-/// Hard links, holes, direct and mapped access, locks, attributes and the like,
-/// on the root and on a volume.
+/// Hard links, holes, direct and mapped access, locks, attributes, io_uring and the
+/// like, on the root and on a volume.
 fn files(bench: &Bench) -> Result<()> {
     let volume = bench.folder().join("volume");
     fs::create_dir_all(&volume)?;
@@ -63,7 +63,7 @@ fn files(bench: &Bench) -> Result<()> {
         .collect();
     ensure!(failed.is_empty(), "{}", done.tail());
     let done = done.ok()?;
-    ensure!(done.out().matches(" ok\n").count() == 24, "{}", done.tail());
+    ensure!(done.out().matches(" ok\n").count() == 26, "{}", done.tail());
     ensure!(fs::read_dir(&volume)?.next().is_none(), "files are left");
     Ok(())
 }

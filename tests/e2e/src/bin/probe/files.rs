@@ -27,6 +27,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
     ("long-names", long_names),
     ("append", append),
     ("listing", listing),
+    ("ring", super::ring::ring),
 ];
 
 /// Tries every operation below DIR; a line for each, and how it failed.
@@ -47,7 +48,7 @@ pub fn files(dir: &str) -> io::Result<()> {
     expect(failed == 0, || format!("{failed} failed"))
 }
 
-fn expect(is_so: bool, otherwise: impl FnOnce() -> String) -> io::Result<()> {
+pub fn expect(is_so: bool, otherwise: impl FnOnce() -> String) -> io::Result<()> {
     match is_so {
         true => Ok(()),
         false => Err(io::Error::other(otherwise())),
