@@ -14,6 +14,8 @@ pub const FAILED: u8 = 1;
 pub const NO_POD: u8 = 3;
 /// What was looked at is wrong.
 pub const WRONG: u8 = 4;
+/// Nothing was run in a guest: programs have other codes, as a rule.
+pub const NOT_RUN: u8 = 125;
 
 /// For standard output, and the exit code.
 #[derive(Debug, PartialEq, Eq)]
@@ -35,6 +37,18 @@ impl std::fmt::Display for NoPod {
 }
 
 impl std::error::Error for NoPod {}
+
+/// The error of a program that was not run in a guest, or of whose end nobody knows.
+#[derive(Debug)]
+pub struct NotRun(pub anyhow::Error);
+
+impl std::fmt::Display for NotRun {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#}", self.0)
+    }
+}
+
+impl std::error::Error for NotRun {}
 
 impl Answer {
     /// All is well.
@@ -77,5 +91,11 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 /// The exit code of an error.
 pub fn code_of(error: &anyhow::Error) -> u8 {
-    if error.is::<NoPod>() { NO_POD } else { FAILED }
+    if error.is::<NoPod>() {
+        NO_POD
+    } else if error.is::<NotRun>() {
+        NOT_RUN
+    } else {
+        FAILED
+    }
 }

@@ -14,7 +14,9 @@ Exit codes:
   1  could not be done; standard error says why
   2  wrong usage
   3  no such pod, or several of that name
-  4  something that was looked at is wrong: a check, or a configuration";
+  4  something that was looked at is wrong: a check, or a configuration
+exec and console end as what they ran; 125 where nothing was run, 126 and 127
+where it could not be run or was not found";
 
 /// Installs Husk on a node and looks into its pods
 #[derive(Debug, Parser)]
@@ -76,6 +78,22 @@ pub enum Command {
         #[arg(long)]
         no_logs: bool,
     },
+    /// Run a program in a pod's guest itself, beside its containers
+    ///
+    /// Only where the configuration has `debug_shell = true`, and in pods that began
+    /// since. The guest has the programs of busybox, and the containers' files below
+    /// /run/husk/containers. What it prints reaches this terminal as it is.
+    Exec(ExecArguments),
+    /// Open a shell in a pod's guest itself; Ctrl-] leaves it where it does not answer
+    ///
+    /// As `husk exec -it POD -- sh` does.
+    Console {
+        /// Its id or the beginning of it, or NAMESPACE/NAME in Kubernetes
+        pod: String,
+    },
+    /// Look at the booted machines from which pods begin, make and drop them
+    #[command(subcommand)]
+    Template(TemplateCommand),
     /// Let containerd, Docker and CRI-O know Husk
     Install {
         /// Let pods choose the size of their machine by annotations (io.husk.*)
@@ -102,6 +120,36 @@ pub enum Command {
     Check,
     /// Show the configuration in effect, and where each value was said
     Config(ConfigArguments),
+}
+
+/// What to run where.
+#[derive(Debug, Args)]
+pub struct ExecArguments {
+    /// Pass standard input on
+    #[arg(long, short = 'i')]
+    pub stdin: bool,
+    /// Give it a terminal; Ctrl-] leaves it where it does not answer
+    #[arg(long, short = 't')]
+    pub tty: bool,
+    /// Its id or the beginning of it, or NAMESPACE/NAME in Kubernetes
+    pub pod: String,
+    /// The program and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub args: Vec<String>,
+}
+
+/// What to do with templates.
+#[derive(Debug, Subcommand)]
+pub enum TemplateCommand {
+    /// List them: size, age, pods that began as their copies, whether they fit what is installed
+    List,
+    /// Make the one that pods would begin as, unless it is there
+    Build,
+    /// Drop them; pods that run keep what they have
+    Drop {
+        /// Only the one whose name begins so
+        name: Option<String>,
+    },
 }
 
 /// How often.

@@ -17,6 +17,8 @@ mod kernel;
 mod kvm;
 mod limits;
 
+pub use files::{SHIM, installed_shim};
+
 /// What was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {

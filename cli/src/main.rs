@@ -18,7 +18,9 @@ mod memory;
 mod metrics;
 mod pods;
 mod ps;
+mod shell;
 mod support;
+mod template;
 mod text;
 mod timeline;
 mod top;
@@ -66,6 +68,25 @@ fn run(arguments: Arguments) -> anyhow::Result<Answer> {
         Command::Events { pod } => events::run(pod.as_deref(), json),
         Command::Top(asked) => top::run(&asked, json),
         Command::Metrics(asked) => metrics::run(&asked),
+        Command::Exec(asked) => shell::run(
+            shell::Asking {
+                pod: &asked.pod,
+                args: asked.args,
+                stdin: asked.stdin,
+                terminal: asked.tty,
+            },
+            json,
+        ),
+        Command::Console { pod } => shell::run(
+            shell::Asking {
+                pod: &pod,
+                args: Vec::new(),
+                stdin: true,
+                terminal: true,
+            },
+            json,
+        ),
+        Command::Template(command) => template::run(&command, json),
         Command::SupportBundle { output, no_logs } => support::run(output, !no_logs),
         Command::Check => check::run(json),
         Command::Config(asked) => config::run(&asked, json),

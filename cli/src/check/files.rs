@@ -2,14 +2,14 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use husk_node::config::{Config, ConfigError, Loaded};
 
 use super::{Finding, Node};
 
 /// The shim; containerd finds it by its name in its own PATH.
-const SHIM: &str = "containerd-shim-husk-v2";
+pub const SHIM: &str = "containerd-shim-husk-v2";
 
 /// Where containerd looks mostly.
 const PATH: [&str; 4] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"];
@@ -58,6 +58,14 @@ fn shim(node: &Node) -> Finding {
             "install the package, or put the shim into /usr/bin",
         ),
     }
+}
+
+/// The shim of this node, as a shell here or containerd would find it.
+pub fn installed_shim() -> Option<PathBuf> {
+    let own = std::env::var_os("PATH").unwrap_or_default();
+    let usual = PATH.iter().map(PathBuf::from);
+    let mut dirs = std::env::split_paths(&own).chain(usual);
+    dirs.find_map(|dir| Some(dir.join(SHIM)).filter(|path| path.is_file()))
 }
 
 /// A file that begins with `magic`.

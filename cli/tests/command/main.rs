@@ -6,9 +6,11 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+mod guest;
 mod listen;
 mod node;
 mod streams;
+mod template;
 
 use node::{Node, expect, json, out};
 

@@ -1,5 +1,7 @@
 //! The operator's command, against pods that run.
 
+pub mod guest;
+
 use std::fs;
 use std::process::Command;
 

@@ -257,6 +257,7 @@ pub fn all() -> Vec<&'static Case> {
         abuse::CASES,
         churn::CASES,
         cli::CASES,
+        cli::guest::CASES,
         crash::CASES,
         soak::CASES,
     ]

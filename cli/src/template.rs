@@ -1,0 +1,391 @@
+//! `husk template`: the booted machines from which pods begin.
+
+use std::fs::{self, DirEntry, File, OpenOptions};
+use std::io::{self, IsTerminal, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, bail, ensure};
+use rustix::fs::{FlockOperation, flock};
+use serde_json::{Value, json};
+
+use husk_node::config::{Config, Sources};
+
+use crate::answer::Answer;
+use crate::arguments::TemplateCommand;
+use crate::check;
+use crate::pods::{self, Pod};
+use crate::text;
+
+/// As long is a template's name, hexadecimal digits.
+const NAME: usize = 32;
+
+/// How often it is looked at how far a template is.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What a machine's maker needs beside the machine's start.
+const BESIDE_BOOT: Duration = Duration::from_secs(60);
+
+/// Longest complaint of a maker's that is passed on, bytes.
+const COMPLAINT: u64 = 4096;
+
+/// A template.
+#[derive(Debug)]
+struct Template {
+    name: String,
+    /// What it takes of the file system.
+    bytes: u64,
+    age: Option<Duration>,
+    is_too_old: bool,
+    /// It is made from what is installed and configured now; unknown where the shim
+    /// cannot be asked.
+    fits: Option<bool>,
+    /// Pods that are there and began as its copies.
+    pods: usize,
+}
+
+/// Does what is asked.
+///
+/// # Errors
+/// It cannot be done.
+pub fn run(command: &TemplateCommand, json: bool) -> anyhow::Result<Answer> {
+    let config = Sources::of_node().load()?.config;
+    match command {
+        TemplateCommand::List => list(&config, json),
+        TemplateCommand::Drop { name } => drop_some(&config, name.as_deref(), json),
+        TemplateCommand::Build => build(&config, json),
+    }
+}
+
+fn list(config: &Config, json: bool) -> anyhow::Result<Answer> {
+    let installed = installed();
+    let pods = pods::all(&config.state_dir)?;
+    let templates = all(config, installed.as_deref().ok(), &pods)?;
+    let failure = failure(config);
+    if json {
+        let templates: Vec<Value> = templates.iter().map(value).collect();
+        return Answer::json(&json!({
+            "enabled": is_on(config),
+            "directory": config.template_dir,
+            "templates": templates,
+            "failed": failure,
+        }));
+    }
+    let mut shown = table(&templates);
+    if !is_on(config) {
+        shown.push_str("templates are off (template_max_age_seconds = 0): every pod boots\n");
+    }
+    if let Err(error) = installed {
+        let error = text::plain(&format!("{error:#}"));
+        shown.push_str(&format!("whether they fit is not known: {error}\n"));
+    }
+    if let Some(failure) = failure {
+        let failure = text::short(&failure);
+        shown.push_str(&format!("the last could not be made: {failure}\n"));
+    }
+    Ok(Answer::done(shown))
+}
+
+fn value(template: &Template) -> Value {
+    json!({
+        "name": template.name,
+        "bytes": template.bytes,
+        "age_seconds": template.age.map(|age| age.as_secs()),
+        "too_old": template.is_too_old,
+        "fits": template.fits,
+        "pods": template.pods,
+    })
+}
+
+fn table(templates: &[Template]) -> String {
+    let row = |template: &Template| {
+        let fits = match (template.fits, template.is_too_old) {
+            (None, _) => "-",
+            (Some(false), _) => "no: made from something else",
+            (Some(true), true) => "no: too old",
+            (Some(true), false) => "yes",
+        };
+        vec![
+            template.name.clone(),
+            text::mib(template.bytes >> 10),
+            template.age.map_or_else(|| "-".to_owned(), text::age),
+            template.pods.to_string(),
+            fits.to_owned(),
+        ]
+    };
+    let rows: Vec<_> = templates.iter().map(row).collect();
+    text::table(&["TEMPLATE", "SIZE", "AGE", "PODS", "FITS"], &rows)
+}
+
+fn is_on(config: &Config) -> bool {
+    config.template_max_age_seconds > 0
+}
+
+/// Those that are made, in the order of their names.
+fn all(config: &Config, fitting: Option<&str>, pods: &[Pod]) -> anyhow::Result<Vec<Template>> {
+    let most = Duration::from_secs(config.template_max_age_seconds.into());
+    let mut templates = Vec::new();
+    for entry in entries(&config.template_dir)? {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !is_name(&name) {
+            continue;
+        }
+        let files = ["state", "memory"].map(|file| fs::symlink_metadata(entry.path().join(file)));
+        // It may go at any time.
+        let [Ok(state), Ok(memory)] = files else {
+            continue;
+        };
+        let age = state.modified().ok();
+        let age = age.and_then(|made| SystemTime::now().duration_since(made).ok());
+        templates.push(Template {
+            // Blocks of stat(2) are of 512 bytes whatever the file system's are.
+            bytes: (state.blocks() + memory.blocks()) * 512,
+            age,
+            is_too_old: age.is_some_and(|age| age > most),
+            fits: fitting.map(|fitting| fitting == name),
+            pods: pods
+                .iter()
+                .filter(|pod| began_as(pod) == Some(&name))
+                .count(),
+            name,
+        });
+    }
+    templates.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(templates)
+}
+
+fn began_as(pod: &Pod) -> Option<&String> {
+    pod.state.machine.as_ref()?.template.as_ref()
+}
+
+fn is_name(name: &str) -> bool {
+    name.len() == NAME && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+fn entries(dir: &Path) -> anyhow::Result<Vec<DirEntry>> {
+    match fs::read_dir(dir) {
+        Ok(entries) => Ok(entries.filter_map(Result::ok).collect()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error).with_context(|| format!("templates below {}", dir.display())),
+    }
+}
+
+/// Why the last could not be made.
+fn failure(config: &Config) -> Option<String> {
+    let mut why = String::new();
+    let file = File::open(config.template_dir.join("failed")).ok()?;
+    file.take(COMPLAINT).read_to_string(&mut why).ok()?;
+    Some(why.trim().to_owned())
+}
+
+/// The shim's program.
+fn shim() -> anyhow::Result<PathBuf> {
+    check::installed_shim().with_context(|| format!("no {} is installed", check::SHIM))
+}
+
+/// The name of the template from which pods would begin now.
+fn installed() -> anyhow::Result<String> {
+    let output = Command::new(shim()?)
+        .args(["template", "name"])
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .output()
+        .context(check::SHIM)?;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "{}: {}", check::SHIM, error.trim());
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+/// Forgets them. Whoever runs from one keeps what it has mapped.
+fn drop_some(config: &Config, name: Option<&str>, json: bool) -> anyhow::Result<Answer> {
+    let mut dropped = Vec::new();
+    for template in all(config, None, &[])? {
+        if name.is_none_or(|name| template.name.starts_with(name)) {
+            dropped.push(template);
+        }
+    }
+    if let Some(name) = name {
+        ensure!(
+            !dropped.is_empty(),
+            "no template {name:?}; see `husk template list`"
+        );
+        ensure!(
+            dropped.len() == 1,
+            "{name:?} may be one of {}",
+            dropped.len()
+        );
+    }
+    for template in &dropped {
+        remove(&config.template_dir.join(&template.name))?;
+    }
+    if json {
+        let names: Vec<&str> = dropped.iter().map(|template| &*template.name).collect();
+        return Answer::json(&json!({ "dropped": names }));
+    }
+    let lines = dropped.iter().map(|template| {
+        let size = text::mib(template.bytes >> 10);
+        format!("dropped {}, {size}\n", template.name)
+    });
+    Ok(Answer::done(lines.collect()))
+}
+
+/// At once for whoever is about to open it.
+fn remove(dir: &Path) -> anyhow::Result<()> {
+    let old = dir.with_extension(format!("dropped-{}", std::process::id()));
+    match fs::rename(dir, &old) {
+        // Its shim was quicker.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        renamed => renamed.with_context(|| dir.display().to_string())?,
+    }
+    fs::remove_dir_all(&old).with_context(|| old.display().to_string())
+}
+
+/// Makes the one from which pods would begin now, as a shim would have it made.
+fn build(config: &Config, json: bool) -> anyhow::Result<Answer> {
+    ensure!(
+        is_on(config),
+        "templates are off: template_max_age_seconds is 0 in the configuration"
+    );
+    let name = installed()?;
+    ensure!(
+        !name.is_empty(),
+        "a file that templates are made from is missing; see `husk check`"
+    );
+    let began = Instant::now();
+    let is_made = || {
+        let templates = all(config, Some(&name), &[])?;
+        let made = templates.into_iter().find(|template| template.name == name);
+        anyhow::Ok(made.filter(|template| !template.is_too_old))
+    };
+    let (template, was_there) = match is_made()? {
+        Some(template) => (template, true),
+        None => {
+            make(config, &name)?;
+            let made = is_made()?;
+            let failed = || failure(config).unwrap_or_else(|| "no template was made".to_owned());
+            (made.with_context(failed)?, false)
+        }
+    };
+    let seconds = began.elapsed().as_secs_f64();
+    if json {
+        let mut shown = value(&template);
+        shown["was_there"] = was_there.into();
+        shown["seconds"] = seconds.into();
+        return Answer::json(&shown);
+    }
+    let size = text::mib(template.bytes >> 10);
+    Ok(Answer::done(match was_there {
+        true => format!("{name}, {size}, is there already\n"),
+        false => format!("made {name}, {size}, in {seconds:.1} s\n"),
+    }))
+}
+
+/// Runs the maker, or waits for the one that is at work.
+fn make(config: &Config, name: &str) -> anyhow::Result<()> {
+    let patience = Duration::from_secs(config.boot_timeout_seconds.into());
+    let deadline = Instant::now() + patience + config.patience().of(BESIDE_BOOT);
+    let mut progress = Progress::new(config.template_dir.join(format!("{name}.new")));
+    let mut maker = Maker(
+        Command::new(shim()?)
+            .arg("template")
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context(check::SHIM)?,
+    );
+    let status = loop {
+        if let Some(status) = maker.0.try_wait()? {
+            break status;
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the template's maker does not end"
+        );
+        progress.look();
+        thread::sleep(LOOK);
+    };
+    // It leaves a maker that was there before alone.
+    while is_locked(&config.template_dir) {
+        ensure!(Instant::now() < deadline, "another maker does not end");
+        progress.look();
+        thread::sleep(LOOK);
+    }
+    progress.end();
+    if !status.success() {
+        let mut why = String::new();
+        if let Some(stderr) = maker.0.stderr.take() {
+            stderr.take(COMPLAINT).read_to_string(&mut why)?;
+        }
+        bail!("{}", why.trim());
+    }
+    Ok(())
+}
+
+/// Ends with the command that waits for it.
+struct Maker(Child);
+
+impl Drop for Maker {
+    fn drop(&mut self) {
+        if matches!(self.0.try_wait(), Ok(None)) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+}
+
+fn is_locked(dir: &Path) -> bool {
+    let lock = OpenOptions::new().write(true).open(dir.join("lock"));
+    lock.is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err())
+}
+
+/// Says on standard error how far it is.
+struct Progress {
+    /// What is being made.
+    dir: PathBuf,
+    began: Instant,
+    told: &'static str,
+    is_terminal: bool,
+}
+
+impl Progress {
+    fn new(dir: PathBuf) -> Self {
+        Self {
+            dir,
+            began: Instant::now(),
+            told: "",
+            is_terminal: io::stderr().is_terminal(),
+        }
+    }
+
+    fn stage(&self) -> &'static str {
+        match fs::metadata(self.dir.join("state")) {
+            Err(_) => "waits for others",
+            Ok(state) if state.len() == 0 => "boots",
+            Ok(_) => "is saved",
+        }
+    }
+
+    fn look(&mut self) {
+        let stage = self.stage();
+        let seconds = self.began.elapsed().as_secs();
+        let mut stderr = io::stderr().lock();
+        let _ = match (self.is_terminal, stage == self.told) {
+            (true, _) => write!(stderr, "\r\x1b[Kthe machine {stage} ({seconds} s)"),
+            (false, false) => writeln!(stderr, "the machine {stage}"),
+            (false, true) => Ok(()),
+        };
+        let _ = stderr.flush();
+        self.told = stage;
+    }
+
+    fn end(&self) {
+        if self.is_terminal {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+}
