@@ -31,6 +31,8 @@ if [ -n "$remove" ]; then
         "$root/usr/bin/husk" uninstall --no-restart --root "$root/" > /dev/null ||
             { echo "install.sh: the engines would keep a handler without its shim: nothing is removed" >&2; exit 1; }
     fi
+    # The machines from which pods begin: some 40 MiB of memory (template_dir).
+    rm -rf -- "$root/run/husk-templates"
     # Directories that are empty then go as well; those that the system has are not.
     dirs=$(while read -r file; do dirname "$file"; done < "$root/$list" | sort -ru)
     while read -r file; do echo "$root/$file"; done < "$root/$list" | xargs -d '\n' rm -f --
