@@ -1,7 +1,7 @@
 //! Pods that begin as copies of a machine that was saved.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -65,14 +65,20 @@ async fn pod(node: &Node, id: &str, command: &[&str]) -> (String, bool) {
     let shim = node.start(&bundle).await;
     let mut request = bundle.request();
     request.stdout = bundle.fifo("out");
-    let path = request.stdout.clone();
-    let reader = tokio::task::spawn_blocking(move || fs::read_to_string(path).unwrap());
+    // Open before the shim writes: it need not wait for who reads.
+    let output = fs::File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&request.stdout)
+        .unwrap();
     shim.create(&request).await.unwrap();
     shim.run(id, "").await.unwrap();
     let state = fs::read(node.state_dir().join("test").join(id).join("state.json")).unwrap();
     let state: Value = serde_json::from_slice(&state).unwrap();
     shim.wait(id, "").await.unwrap();
-    let said = reader.await.unwrap();
+    rustix::io::ioctl_fionbio(&output, false).unwrap();
+    let said = tokio::task::spawn_blocking(|| std::io::read_to_string(output).unwrap());
+    let said = said.await.unwrap();
     finish(node, &shim, id).await;
     (said, state["machine"]["from_template"].as_bool().unwrap())
 }
@@ -148,6 +154,15 @@ fn not_made() {
         assert!(why.contains("not to be"), "{why}");
         assert_eq!(fs::read_dir(node.path("templates")).unwrap().count(), 2);
         assert!(!pod(&node, "b", &["echo", "x"]).await.1);
+        // An operator who has mended it has one made at once.
+        configure(&node, "");
+        assert!(
+            node.shim(&["template"], &node.path(""), b"")
+                .status
+                .success()
+        );
+        made(&node).await;
+        assert!(pod(&node, "c", &["echo", "x"]).await.1);
     });
 }
 
