@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
 use super::{Bench, Case, case};
 use crate::netns::{Netns, node_ip};
@@ -18,6 +19,7 @@ pub const CASES: &[Case] = &[
     case("network/rules-and-neighbours", 40, rules_and_neighbours),
     case("network/joined-namespace", 60, joined_namespace),
     case("network/shared-namespace", 60, shared_namespace),
+    case("network/by-hook", 60, by_hook),
     case("network/late-interface", 90, late_interface),
 ];
 
@@ -302,6 +304,35 @@ fn shared_namespace(bench: &Bench) -> Result<()> {
     let ping = ["ping", "-c", "1", "-W", "5", "10.201.0.1"];
     ctr.exec(&[], &second, "e2", &ping)?.ok()?;
     ctr.remove(&second)
+}
+
+/// A network that a hook of the spec makes for the pid that it is told, as nerdctl
+/// has it.
+fn by_hook(bench: &Bench) -> Result<()> {
+    const HOOK: &str = "set -e; pid=$(grep -o '\"pid\": *[0-9]*' | grep -o '[0-9]*$'); \
+         ip link add hkh0 type veth peer name eth0 netns $pid; \
+         ip address add 10.211.0.1/24 dev hkh0; ip link set hkh0 up; \
+         nsenter --net=/proc/$pid/ns/net sh -ec 'ip link set lo up; \
+         ip address add 10.211.0.2/24 dev eth0; ip link set eth0 up; \
+         ip route add default via 10.211.0.1'";
+    let script = "ip -o address show dev eth0; ip route; \
+                  ping -c 1 -W 5 10.211.0.1 > /dev/null && echo reached";
+    let done = crate::oci::run(bench, &["sh", "-c", script], |spec| {
+        spec["hooks"]["createRuntime"] = json!([{
+            "path": "/bin/sh", "args": ["sh", "-c", HOOK],
+            "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
+        }]);
+    });
+    // It goes with the namespace, but not at once.
+    let _ = node_ip("link delete hkh0");
+    contains_all(
+        &done?.ok()?.out(),
+        &[
+            "10.211.0.2/24",
+            "default via 10.211.0.1 dev eth0",
+            "reached",
+        ],
+    )
 }
 
 /// Network namespaces with names, as CNI makes them.
