@@ -188,6 +188,44 @@ fn each_metric_and_event_is_documented() {
     assert!(told.len() > 5, "{told:?}");
 }
 
+/// The names of all metrics that `husk metrics` has.
+fn metrics() -> BTreeSet<String> {
+    let sources: String = ["metrics.rs", "metrics/starts.rs"]
+        .map(|name| plain(&fs::read_to_string(root().join("cli/src").join(name)).unwrap()))
+        .concat();
+    let made = names(&sources, "\"husk_");
+    made.into_iter().map(str::to_owned).collect()
+}
+
+#[test]
+fn each_query_of_the_dashboard_has_its_metric() {
+    let file = root().join("package/grafana/husk.json");
+    let dashboard = fs::read_to_string(file).unwrap();
+    let dashboard: serde_json::Value = serde_json::from_str(&dashboard).unwrap();
+    let metrics = metrics();
+    let variables = dashboard["templating"]["list"].as_array().unwrap();
+    let variables = variables.iter().map(|variable| &variable["query"]);
+    let panels = dashboard["panels"].as_array().unwrap();
+    assert!(panels.len() > 5);
+    let targets = panels
+        .iter()
+        .flat_map(|panel| panel["targets"].as_array().unwrap());
+    let queries = targets.map(|target| &target["expr"]);
+    let mut seen = 0;
+    for query in queries.chain(variables) {
+        let query = query.as_str().unwrap();
+        let used = names(query, "husk_");
+        assert!(!used.is_empty() || query == "prometheus", "{query}");
+        for name in used {
+            let family = ["_bucket", "_sum", "_count"];
+            let family = family.iter().find_map(|end| name.strip_suffix(end));
+            assert!(metrics.contains(family.unwrap_or(name)), "{name}: {query}");
+            seen += 1;
+        }
+    }
+    assert!(seen > 8, "{seen}");
+}
+
 /// The targets of a page's links, without those to other hosts.
 fn links(page: &str) -> Vec<String> {
     let mut found = Vec::new();
