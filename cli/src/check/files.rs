@@ -41,6 +41,10 @@ pub fn check(node: &Node, loaded: Result<Loaded, ConfigError>) -> Vec<Finding> {
     let mut findings = vec![first, shim(node)];
     findings.extend(programs);
     findings.extend(rest);
+    if config.debug_shell {
+        let archive = config.debug_initramfs();
+        findings.push(file(node, "debug shell", &archive, false, b"070701"));
+    }
     findings
 }
 
@@ -142,5 +146,15 @@ mod tests {
         assert_eq!(verdicts(), [Fine, Fine, Problem, Warning, Fine, Problem]);
         std::os::unix::fs::chown(&path, Some(1), None).unwrap();
         assert_eq!(verdicts()[3], Problem);
+        // Nobody misses what is not used.
+        let mut loaded = Loaded::default();
+        loaded.config.debug_shell = true;
+        let last = |loaded: &Loaded| check(&node, Ok(loaded.clone())).pop().unwrap();
+        assert_eq!(last(&loaded).verdict, Problem);
+        put("/usr/share/husk/debug.cpio", "0707010000", 0o644);
+        assert_eq!(
+            (last(&loaded).about, last(&loaded).verdict),
+            ("debug shell", Fine)
+        );
     }
 }
