@@ -166,9 +166,16 @@ impl Shells {
             pidfd: PidFd::open(pid).doing("open", "the shell")?,
             exit: around.reaper.claim(pid),
         };
-        let terminal = master.map(stdio::Terminal::new).transpose();
-        let terminal = terminal.doing("use", "the terminal")?;
-        let carried = stdio.start(terminal.as_ref())?;
+        let wired = || {
+            let terminal = master.map(stdio::Terminal::new).transpose();
+            let terminal = terminal.doing("use", "the terminal")?;
+            let carried = stdio.start(terminal.as_ref())?;
+            Ok::<_, OsError>((terminal, carried))
+        };
+        let (terminal, carried) = wired().inspect_err(|_| {
+            // It may not be in its cgroup yet, with which it would end.
+            let _ = child.pidfd.signal(libc::SIGKILL);
+        })?;
         Ok(Process::new(child, terminal, carried, || ()))
     }
 

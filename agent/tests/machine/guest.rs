@@ -62,6 +62,31 @@ fn limits_hold_in_a_guest() {
     assert!(!console.contains("SKIP"), "{console}");
 }
 
+/// What debug shells need comes in an archive behind the agent's.
+#[test]
+fn a_second_archive_is_unpacked_over_the_first() {
+    let Some(guest) = Guest::new("archives") else {
+        return;
+    };
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let second = root.join("target/guest-image/debug.cpio");
+    if !second.exists() {
+        let reason = "needs debug.cpio (make guest-image)";
+        crate::agent::skip("a_second_archive_is_unpacked_over_the_first", reason);
+        return;
+    }
+    let script = "#!/bin/busybox sh\n[ -L /bin/ls ] && ls -l /init /bin/busybox\npoweroff -f\n";
+    guest.file("/init", &guest.script(script));
+    let console = guest.boot_with("", &[], Some(&second));
+    for line in ["/init", "/bin/busybox"] {
+        let is_it = |shown: &str| shown.contains("-rwxr-xr-x") && shown.trim().ends_with(line);
+        assert!(
+            console.lines().any(is_it),
+            "{line} is missing in:\n{console}"
+        );
+    }
+}
+
 /// A root that can be left, what the tests expect of a machine, the tests.
 const INIT: &str = r#"#!/bin/busybox sh
 PATH=/bin
@@ -156,6 +181,11 @@ impl Guest {
 
     /// Boots, waits for the power-off; what the console said.
     fn boot(&self, command_line: &str, more: &[&str]) -> String {
+        self.boot_with(command_line, more, None)
+    }
+
+    /// The same, with another archive behind the first.
+    fn boot_with(&self, command_line: &str, more: &[&str], second: Option<&Path>) -> String {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         let list = std::fs::File::open(self.directory.join("list")).unwrap();
         let initramfs = self.directory.join("initramfs.cpio");
@@ -164,6 +194,10 @@ impl Guest {
             .stdout(std::fs::File::create(&initramfs).unwrap())
             .status();
         assert!(made.unwrap().success());
+        if let Some(second) = second {
+            let both = [initramfs.as_path(), second].map(|path| std::fs::read(path).unwrap());
+            std::fs::write(&initramfs, both.concat()).unwrap();
+        }
         let append = format!("console=ttyS0 quiet panic=-1 {command_line}");
         let output = Command::new("timeout")
             .args([
