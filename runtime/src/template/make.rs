@@ -12,6 +12,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use husk_node::rates::Rates;
+use husk_vmm_spec::ExitReason;
 use rustix::fs::{FlockOperation, flock};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
@@ -302,10 +303,14 @@ async fn start_machine(
     };
     match answered {
         Ok(Ok(agent)) => Ok((vm, agent)),
-        Ok(Err(source)) => {
-            vm.kill().await;
-            Err(io_error("the agent's answer")(source))
-        }
+        Ok(Err(source)) => match vm.kill().await {
+            // Nobody else had a part in it.
+            VmEnd {
+                reason: Some(ExitReason::Killed),
+                ..
+            } => Err(io_error("the agent's answer")(source)),
+            end => Err(VmError::Ended(end).into()),
+        },
         Err(_) => {
             let VmEnd { console, .. } = vm.kill().await;
             let seconds = patience.as_secs();
