@@ -12,6 +12,7 @@ const RTM_NEWRULE: u16 = 32;
 const FRA_DST: u16 = 1;
 const FRA_SRC: u16 = 2;
 const FRA_IIFNAME: u16 = 3;
+const FRA_GOTO: u16 = 4;
 const FRA_PRIORITY: u16 = 6;
 const FRA_FWMARK: u16 = 10;
 const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
@@ -34,6 +35,16 @@ pub fn add(socket: &RouteSocket, rule: &Rule) -> Result<(), NetworkError> {
     let length = |prefix: &Option<Prefix>| prefix.as_ref().map_or(0, |prefix| prefix.length);
     let short_table = u8::try_from(rule.table).unwrap_or(RT_TABLE_COMPAT as u8);
     let flags = if rule.inverted { FIB_RULE_INVERT } else { 0 };
+    let action = match u8::try_from(rule.action) {
+        Ok(0) => FR_ACT_TO_TBL,
+        Ok(action) => action,
+        Err(_) => {
+            return Err(NetworkError::Invalid {
+                field: "rule action",
+                value: rule.action.to_string(),
+            });
+        }
+    };
     // struct fib_rule_hdr
     let fixed = [
         family,
@@ -43,7 +54,7 @@ pub fn add(socket: &RouteSocket, rule: &Rule) -> Result<(), NetworkError> {
         short_table,
         0,
         0,
-        FR_ACT_TO_TBL,
+        action,
     ];
     let mut request = Request::new(RTM_NEWRULE, Mode::Create, &[&fixed, &flags.to_ne_bytes()])
         .number(FRA_TABLE, rule.table)
@@ -64,6 +75,9 @@ pub fn add(socket: &RouteSocket, rule: &Rule) -> Result<(), NetworkError> {
         request = request
             .number(FRA_FWMARK, rule.mark)
             .number(FRA_FWMASK, rule.mask);
+    }
+    if rule.target != 0 {
+        request = request.number(FRA_GOTO, rule.target);
     }
     let protocol = u8::try_from(rule.ip_protocol).unwrap_or(0);
     if protocol != 0 {

@@ -149,6 +149,21 @@ fn network() -> Network {
                 uids: range(5, 9),
                 ..Default::default()
             },
+            // FR_ACT_GOTO, to one that comes after it; FR_ACT_PROHIBIT.
+            Rule {
+                family: 2,
+                priority: 703,
+                action: 2,
+                target: 704,
+                ..Default::default()
+            },
+            Rule {
+                family: 2,
+                priority: 704,
+                action: 8,
+                destination: "10.66.0.0/16".to_owned(),
+                ..Default::default()
+            },
         ],
         ..Default::default()
     }
@@ -254,6 +269,8 @@ async fn the_network_is_as_asked_for() {
         for rule in [
             "700:\tfrom 10.1.0.5 lookup 1000",
             "701:\tnot from all fwmark 0/0xf lookup 1000 suppress_prefixlength 0",
+            "703:\tfrom all goto 704\n",
+            "704:\tfrom all to 10.66.0.0/16 prohibit",
         ] {
             assert!(rules.contains(rule), "{rule}: {rules}");
         }

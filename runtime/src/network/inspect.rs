@@ -402,8 +402,16 @@ fn rule(message: &RuleMessage) -> Option<Rule> {
         tos: header.tos.into(),
         ..Default::default()
     };
-    let mut unknown =
-        (header.action != RuleAction::ToTable).then(|| format!("{:?}", header.action));
+    let mut unknown = None;
+    match header.action {
+        RuleAction::ToTable => {}
+        RuleAction::Goto
+        | RuleAction::Nop
+        | RuleAction::Blackhole
+        | RuleAction::Unreachable
+        | RuleAction::Prohibit => rule.action = u8::from(header.action).into(),
+        other => unknown = Some(format!("{other:?}")),
+    }
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Source(ip) => rule.source = format!("{ip}/{}", header.src_len),
@@ -411,6 +419,7 @@ fn rule(message: &RuleMessage) -> Option<Rule> {
                 rule.destination = format!("{ip}/{}", header.dst_len);
             }
             RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::Goto(priority) => rule.target = *priority,
             RuleAttribute::FwMark(mark) => rule.mark = *mark,
             RuleAttribute::FwMask(mask) => rule.mask = *mask,
             RuleAttribute::Table(table) => rule.table = *table,
@@ -479,7 +488,8 @@ mod tests {
         ip rule add ipproto tcp dport 80-90 table 100 priority 501 suppress_prefixlength 0
         ip rule add uidrange 5-9 table 100 priority 502
         ip rule add goto 32766 priority 503
-        ip rule add tos 0x10 unreachable priority 504";
+        ip rule add tos 0x10 unreachable priority 504
+        ip rule add table 100 priority 505 suppress_ifgroup 5";
 
     /// What a namespace of this thread's own holds after those commands.
     fn inspected() -> Option<Network> {
@@ -545,8 +555,9 @@ mod tests {
         assert_eq!(network.routes.len(), 5, "{:?}", network.routes);
 
         let rules: Vec<_> = network.rules.iter().map(|rule| rule.priority).collect();
-        assert_eq!(rules, [500, 501, 502], "what can't be said is left out");
-        let [turned, ports, uids] = &network.rules[..] else {
+        let expected = [500, 501, 502, 503, 504];
+        assert_eq!(rules, expected, "what can't be said is left out");
+        let [turned, ports, uids, leads, refuses] = &network.rules[..] else {
             unreachable!()
         };
         assert!(turned.inverted && turned.mask == 15);
@@ -554,5 +565,9 @@ mod tests {
         let ends = |range: &Range| (range.first, range.last);
         assert_eq!(ports.destination_ports.as_ref().map(ends), Some((80, 90)));
         assert_eq!(uids.uids.as_ref().map(ends), Some((5, 9)));
+        assert_eq!((turned.action, turned.target), (0, 0));
+        // FR_ACT_GOTO and FR_ACT_UNREACHABLE.
+        assert_eq!((leads.action, leads.target, leads.table), (2, 32766, 0));
+        assert_eq!((refuses.action, refuses.tos), (7, 16));
     }
 }

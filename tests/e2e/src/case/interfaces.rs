@@ -241,6 +241,10 @@ fn rules_and_neighbours(bench: &Bench) -> Result<()> {
         "rule add not fwmark 0x0/0xf table 100 priority 503",
         "rule add ipproto tcp dport 80-90 table 100 priority 504",
         "-6 rule add from fd00:201::/64 table 100 priority 505",
+        "rule add to 10.45.0.0/16 prohibit priority 506",
+        // Past the one behind it.
+        "rule add to 10.201.0.1/32 goto 32766 priority 507",
+        "rule add to 10.201.0.1/32 unreachable priority 508",
         "neighbour add 10.201.0.77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent",
         "-6 neighbour add fd00:201::77 lladdr 02:00:00:00:00:78 dev eth0 nud permanent",
     ] {
@@ -265,8 +269,10 @@ fn rules_and_neighbours(bench: &Bench) -> Result<()> {
     contains_all(line("fd00:201::77")?, &["02:00:00:00:00:78"])?;
     // A rule that is turned round, or of some traffic, must not become one of all:
     // nothing answers at the gateway of table 100.
-    let script = "ping -c 1 -W 5 10.201.0.1 > /dev/null && echo direct";
-    contains_all(&shown(bench, &netns, script)?, &["direct"])
+    let script = "ping -c 1 -W 5 10.201.0.1 > /dev/null && echo direct; \
+                  probe fetch 10.45.0.1:7 nobody 2>&1; true";
+    let seen = shown(bench, &netns, script)?;
+    contains_all(&seen, &["direct", "Permission denied"])
 }
 
 /// A namespace that a container has: another may join it, and both have one
