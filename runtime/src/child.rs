@@ -43,7 +43,14 @@ impl Child {
             .spawn(move || sender.send(spawn(command, &socket)))?;
         let (process, pidfd) = receiver.await.map_err(io::Error::other)??;
         // SAFETY: an OwnedFd is the same open descriptor until it is dropped.
-        let pidfd = unsafe { AsyncFd::register(pidfd)? };
+        let registered = unsafe { AsyncFd::register(pidfd) };
+        let pidfd = registered.map_err(|error| {
+            let (pidfd, error) = error.into_parts();
+            // It ends at once, and this waits for nothing else.
+            let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+            let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+            error
+        })?;
         Ok(Self {
             process,
             pidfd: Arc::new(pidfd),
@@ -105,10 +112,19 @@ fn spawn(mut command: Command, socket: &OwnedFd) -> io::Result<(Process, OwnedFd
             _ => Ok(()),
         });
     }
-    let child = command.spawn()?;
-    // Not reaped before this type does it, so the number is still its own.
-    let missing = || io::Error::from(io::ErrorKind::NotFound);
-    let process = Process::find(child.id()).ok_or_else(missing)?;
-    let pid = Pid::from_child(&child);
-    Ok((process, pidfd_open(pid, PidfdFlags::empty())?))
+    let mut child = command.spawn()?;
+    // Not reaped before this type does it, so the number is still its own. Both
+    // take a descriptor, and it is the second that says that there is none.
+    let process = Process::find(child.id());
+    let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
+    match (process, pidfd) {
+        (Some(process), Ok(pidfd)) => Ok((process, pidfd)),
+        (_, pidfd) => {
+            // Nobody else will.
+            child.kill()?;
+            child.wait()?;
+            let missing = io::Error::from(io::ErrorKind::NotFound);
+            Err(pidfd.map_or_else(io::Error::from, |_| missing))
+        }
+    }
 }

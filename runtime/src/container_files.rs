@@ -6,6 +6,7 @@ use std::sync::Arc;
 use husk_protocol::agent::{DeviceNumber, Storage};
 
 use crate::agent_client::Agent;
+use crate::blocking;
 use crate::bundle::Bundle;
 use crate::device::Devices;
 use crate::disk::{DiskUse, PodDisks};
@@ -74,12 +75,12 @@ impl FilesRequest {
     /// A source is not there, or the kernel refuses.
     pub async fn prepare(self) -> Result<(ContainerFiles, GuestFiles), Box<Unprepared>> {
         // mount(2) may wait for a disk.
-        let prepared = tokio::task::spawn_blocking(move || self.prepare_blocking()).await;
+        let prepared = blocking::run(move || self.prepare_blocking()).await;
         let (error, files) = match prepared {
             Ok(Ok((files, Ok(guest)))) => return Ok((files, guest)),
             Ok(Ok((files, Err(error)))) => (error, Some(files)),
             Ok(Err(error)) => (error, None),
-            Err(_) => (Error::ShuttingDown, None),
+            Err(error) => (Error::Thread(error), None),
         };
         Err(Box::new(Unprepared { error, files }))
     }
@@ -189,6 +190,6 @@ impl ContainerFiles {
             tree.tree().mirrors().remove_unused(agent).await;
         }
         // umount(2) may wait for a disk.
-        let _ = tokio::task::spawn_blocking(move || drop(tree)).await;
+        blocking::discard(tree).await;
     }
 }

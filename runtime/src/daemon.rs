@@ -1,17 +1,30 @@
-//! The daemon that `start` leaves behind: it serves once `start` has said so,
-//! and ends where `start` was killed before. containerd knows nothing of one
-//! whose address it was not told, so nobody would ever end it.
+//! The daemon that `start` leaves behind: it says when it can serve, serves once
+//! `start` has said so, and ends where `start` was killed before. containerd knows
+//! nothing of one whose address it was not told, so nobody would ever end it; and
+//! it learns only from `start` why there is none.
 
 use std::env;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// What the daemon says when it can serve. Whatever else it says is why not.
+const READY: &[u8] = b"\n";
+
+/// Longest word of a daemon that cannot serve, bytes.
+const COMPLAINT: u64 = 4096;
+
+/// How long a daemon may take to be ready; some nodes are slow.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A daemon that waits for its word, and dies unless it gets it.
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
-    word: Option<ChildStdin>,
+    /// Its standard input, both ways.
+    line: Option<UnixStream>,
 }
 
 impl Daemon {
@@ -25,14 +38,18 @@ impl Daemon {
         listener: OwnedFd,
         command: impl FnOnce(&mut Command) -> &mut Command,
     ) -> io::Result<Self> {
+        let (line, far) = UnixStream::pair()?;
+        line.set_read_timeout(Some(PATIENCE))?;
         let mut program = Command::new(env::current_exe()?);
-        let mut child = command(&mut program)
-            .stdin(Stdio::piped())
+        let child = command(&mut program)
+            .stdin(Stdio::from(OwnedFd::from(far)))
             .stdout(Stdio::from(listener))
             .stderr(Stdio::null())
             .spawn()?;
-        let word = child.stdin.take();
-        Ok(Self { child, word })
+        Ok(Self {
+            child,
+            line: Some(line),
+        })
     }
 
     /// Its process id.
@@ -40,13 +57,34 @@ impl Daemon {
         self.child.id()
     }
 
+    /// Waits until it can serve.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub fn await_ready(&mut self) -> io::Result<()> {
+        let Some(line) = &self.line else {
+            return Ok(());
+        };
+        let mut said = [0];
+        let count = { line }.read(&mut said)?;
+        if said[..count] == *READY {
+            return Ok(());
+        }
+        let mut complaint = said[..count].to_vec();
+        line.take(COMPLAINT).read_to_end(&mut complaint)?;
+        if complaint.is_empty() {
+            complaint.extend(b"it ended without a word");
+        }
+        Err(io::Error::other(String::from_utf8_lossy(&complaint)))
+    }
+
     /// Says that it may serve, and lets it go.
     ///
     /// # Errors
     /// It has ended already.
     pub fn release(mut self) -> io::Result<()> {
-        match self.word.take() {
-            Some(mut word) => word.write_all(b"\n"),
+        match self.line.take() {
+            Some(mut line) => line.write_all(b"\n"),
             None => Ok(()),
         }
     }
@@ -54,11 +92,25 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if self.word.is_some() {
+        if self.line.is_some() {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
     }
+}
+
+/// Says, as the daemon, that it can serve.
+///
+/// # Errors
+/// Nobody hears it.
+pub fn tell_ready() -> io::Result<()> {
+    say(READY)
+}
+
+/// Says, as the daemon, why it cannot.
+pub fn tell_failure(why: &str) {
+    // Started by hand, there may be nobody to tell.
+    let _ = say(why.as_bytes());
 }
 
 /// Waits, as the daemon, for the word; false: nobody will say it any more.
@@ -66,5 +118,15 @@ impl Drop for Daemon {
 /// # Errors
 /// The standard input cannot be read.
 pub fn is_released() -> io::Result<bool> {
-    Ok(io::stdin().read(&mut [0])? > 0)
+    match io::stdin().read(&mut [0]) {
+        // It has not even read that this is ready.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(false),
+        read => Ok(read? > 0),
+    }
+}
+
+fn say(text: &[u8]) -> io::Result<()> {
+    let stdin = io::stdin();
+    rustix::io::write(stdin.as_fd(), text)?;
+    Ok(())
 }

@@ -99,6 +99,9 @@ pub enum Error {
     /// A hook of the spec.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// What may wait for a disk has a thread of its own.
+    #[error("thread of the shim")]
+    Thread(#[source] io::Error),
     /// A disk of the machine.
     #[error("disk of the machine")]
     Disk(#[source] io::Error),
@@ -144,6 +147,7 @@ impl Error {
             Self::Config(_)
             | Self::Vm(_)
             | Self::Hook(_)
+            | Self::Thread(_)
             | Self::Disk(_)
             | Self::SharedTree(_)
             | Self::Network(_)

@@ -9,6 +9,7 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::Semaphore;
 
 use crate::agent_client::Agent;
+use crate::blocking;
 use crate::error::Error;
 use crate::network::{Netns, PortForward};
 use crate::ports;
@@ -21,14 +22,17 @@ const CONNECTIONS: usize = 256;
 /// Forwards until the machine has ended. A node whose kernel cannot do this has
 /// pods all the same.
 pub async fn serve(netns: Netns, vm: Vm, agent: Agent) {
-    let opened = tokio::task::spawn_blocking(move || PortForward::open(&netns)).await;
+    let opened = blocking::run(move || PortForward::open(&netns)).await;
     let (listener, _attachment) = match opened {
         Ok(Ok(forward)) => forward.into_parts(),
         Ok(Err(error)) => {
             tracing::warn!("no port forwarding: {}", crate::error::chain(&error));
             return;
         }
-        Err(_) => return,
+        Err(error) => {
+            tracing::warn!(%error, "no port forwarding");
+            return;
+        }
     };
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,

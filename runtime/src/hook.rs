@@ -26,6 +26,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::{ChildStderr, Command};
 use tokio::time::timeout;
 
+use crate::descriptors;
+
 /// How long a hook may take that names no time.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -219,9 +221,9 @@ pub fn among_node_mounts(command: &mut Command) -> io::Result<()> {
     let enter = move || {
         setns(mounts.as_fd(), CloneFlags::CLONE_NEWNS)?;
         rustix::process::chdir(directory.as_c_str())?;
-        Ok(())
+        descriptors::give_back()
     };
-    // SAFETY: two system calls on what was made before.
+    // SAFETY: a few system calls on what was made before.
     unsafe { command.pre_exec(enter) };
     Ok(())
 }

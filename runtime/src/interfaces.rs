@@ -308,8 +308,6 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce(&Netns) -> Result<T, NetworkError> + Send + 'static,
 ) -> Result<T, Error> {
     let netns = netns.clone();
-    match tokio::task::spawn_blocking(move || work(&netns)).await {
-        Ok(done) => Ok(done?),
-        Err(_) => Err(Error::ShuttingDown),
-    }
+    let done = crate::blocking::run(move || work(&netns)).await;
+    Ok(done.map_err(Error::Thread)??)
 }

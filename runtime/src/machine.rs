@@ -19,6 +19,7 @@ use nix::unistd::{SysconfVar, sysconf};
 use tokio::time::timeout;
 
 use crate::agent_client::{Agent, AgentError};
+use crate::blocking;
 use crate::bundle::PodSpec;
 use crate::clock;
 use crate::config::{Config, Patience};
@@ -495,15 +496,12 @@ fn sandbox_request(pod: &PodSpec, network: Network, patience: Patience) -> Creat
 /// From here on the namespace is what was opened, wherever its path leads.
 async fn attach(path: Option<PathBuf>) -> Result<Option<(Netns, PodNetwork)>, Error> {
     let Some(path) = path else { return Ok(None) };
-    let attached = tokio::task::spawn_blocking(move || {
+    let attached = blocking::run(move || {
         let netns = Netns::open(&path)?;
         let network = PodNetwork::attach(&netns)?;
         Ok::<_, NetworkError>((netns, network))
     });
-    match attached.await {
-        Ok(network) => Ok(Some(network?)),
-        Err(_) => Err(Error::ShuttingDown),
-    }
+    Ok(Some(attached.await.map_err(Error::Thread)??))
 }
 
 /// Opens a file that a machine is made of.

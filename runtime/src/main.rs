@@ -10,6 +10,7 @@ use flags::Invocation;
 use husk_node::{config, process};
 
 mod agent_client;
+mod blocking;
 mod bundle;
 mod cgroup;
 mod child;
@@ -18,6 +19,7 @@ mod clock;
 mod container;
 mod container_files;
 mod daemon;
+mod descriptors;
 mod debug_shell;
 mod device;
 mod disk;

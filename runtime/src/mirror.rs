@@ -20,6 +20,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use crate::agent_client::{Agent, AgentError};
+use crate::blocking;
 use crate::id_map::IdMaps;
 
 mod snapshot;
@@ -281,8 +282,8 @@ async fn follow(watch: Watch, original: Original, id: String, mut last: Digest, 
         }
         sleep(SETTLED).await;
         let (now, at) = (original.clone(), original.directory.display());
-        let seen = tokio::task::spawn_blocking(move || now.look()).await;
-        match seen.map_err(io::Error::other).and_then(|seen| seen) {
+        let seen = blocking::run(move || now.look()).await;
+        match seen.and_then(|seen| seen) {
             Ok(Some(entries)) if last.is_of(&entries) => is_late = false,
             Ok(Some(entries)) => match set(&agent, &id, entries).await {
                 Ok(now) => {

@@ -13,6 +13,7 @@ use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio::time::timeout;
 
 use crate::agent_client::Agent;
+use crate::blocking;
 use crate::error::Error;
 use crate::network::{Netns, NetworkError, resolver};
 use crate::pace::{Pace, Rate};
@@ -52,13 +53,14 @@ impl Names {
             return;
         }
         let inside = netns.clone();
-        let there = tokio::task::spawn_blocking(move || resolver::is_there(&inside)).await;
+        let there = blocking::run(move || resolver::is_there(&inside)).await;
         match there {
             Ok(Ok(true)) => {}
-            Ok(Ok(false)) | Err(_) => return,
+            Ok(Ok(false)) => return,
             Ok(Err(error)) => {
                 return tracing::debug!("names: {}", crate::error::chain(&error));
             }
+            Err(error) => return tracing::debug!(%error, "names"),
         }
         match begin(vm, agent).await {
             Ok(guest) => {
@@ -183,6 +185,6 @@ async fn opened<T: Send + 'static>(
     open: fn(&Netns) -> Result<T, NetworkError>,
 ) -> io::Result<T> {
     let netns = netns.clone();
-    let opened = tokio::task::spawn_blocking(move || open(&netns)).await?;
+    let opened = blocking::run(move || open(&netns)).await?;
     opened.map_err(io::Error::other)
 }

@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::agent_client::Agent;
+use crate::blocking;
 use crate::cgroup::PodCgroup;
 use crate::clock;
 use crate::config::Config;
@@ -236,7 +237,7 @@ impl Pod {
             MachineState::None | MachineState::Booting => {}
         }
         // A file system may take its time to be unmounted.
-        let unmounted = tokio::task::spawn_blocking(move || drop(containers));
+        let unmounted = blocking::discard(containers);
         if timeout(UNDER_WAY, unmounted).await.is_err() {
             tracing::warn!("the pod's file systems are still being unmounted");
         }

@@ -9,14 +9,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::stream;
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tokio::time::{sleep, timeout};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
+use crate::blocking;
 use crate::config::{Config, ConfigError};
 use crate::daemon;
+use crate::descriptors;
 use crate::event::Publisher;
 use crate::flags::Flags;
 use crate::hook;
@@ -34,6 +37,9 @@ const LAST_EVENTS: Duration = Duration::from_secs(10);
 
 /// How long work on other threads may take that nobody waits for.
 const LAST_WORK: Duration = Duration::from_secs(1);
+
+/// Pause before a connection that could not be taken is tried again.
+const AGAIN: Duration = Duration::from_millis(100);
 
 /// How long the last answers may take.
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
@@ -74,7 +80,9 @@ pub fn serve(flags: &Flags) -> Result<(), ServeError> {
     log::start(Path::new("."), flags);
     let served = try_serve(flags);
     if let Err(error) = &served {
-        tracing::error!("{}", crate::error::chain(error));
+        let why = crate::error::chain(error);
+        tracing::error!("{why}");
+        daemon::tell_failure(&why);
     }
     served
 }
@@ -82,6 +90,7 @@ pub fn serve(flags: &Flags) -> Result<(), ServeError> {
 fn try_serve(flags: &Flags) -> Result<(), ServeError> {
     let listener = take_listener().map_err(io_error("taking the socket"))?;
     hold_descriptor_3().map_err(io_error("/dev/null"))?;
+    descriptors::raise().map_err(io_error("raising the limit of open files"))?;
     // Not a leader yet unless started by hand, and then it may stay.
     let _ = rustix::process::setsid();
     own_mounts().map_err(io_error("making a mount namespace"))?;
@@ -91,6 +100,13 @@ fn try_serve(flags: &Flags) -> Result<(), ServeError> {
         config: Arc::new(Config::load()?),
         debug: flags.debug,
     };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .map_err(io_error("runtime"))?;
+    // Whoever was started by hand need not have somebody who hears it.
+    let _ = daemon::tell_ready();
     if !daemon::is_released().map_err(io_error("waiting for the word to serve"))? {
         tracing::info!("whoever started the shim is gone and has told nobody of it");
         if let Some(path) = listener
@@ -103,15 +119,10 @@ fn try_serve(flags: &Flags) -> Result<(), ServeError> {
         }
         return Ok(());
     }
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .thread_keep_alive(Duration::from_secs(1))
-        .build()
-        .map_err(io_error("runtime"))?;
     let served = runtime.block_on(run(listener, settings));
     // Some file system may never answer who unmounts it.
-    runtime.shutdown_timeout(LAST_WORK);
+    blocking::finish(LAST_WORK);
+    runtime.shutdown_background();
     served
 }
 
@@ -121,7 +132,7 @@ async fn run(listener: UnixListener, settings: PodSettings) -> Result<(), ServeE
     tracing::info!(pid = std::process::id(), "shim serves");
     let (pod, over) = Pod::start(settings, events);
     let path = listener.local_addr().map_err(io_error("socket"))?;
-    let listener = Listener::try_from(listener).map_err(io_error("socket"))?;
+    let listener = listen(listener).map_err(io_error("socket"))?;
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(TaskService::new(pod.clone()).services())
@@ -141,6 +152,24 @@ async fn run(listener: UnixListener, settings: PodSettings) -> Result<(), ServeE
         let _ = std::fs::remove_file(path);
     }
     Ok(())
+}
+
+/// Connections as they come. Where one cannot be had, for want of a descriptor
+/// mostly, it stays where it is until it can.
+fn listen(listener: UnixListener) -> io::Result<Listener> {
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::UnixListener::from_std(listener)?;
+    Ok(Listener::new(stream::unfold(listener, async |listener| {
+        loop {
+            match listener.accept().await {
+                Ok((connection, _)) => return Some((Ok(connection), listener)),
+                Err(error) => {
+                    tracing::warn!(%error, "a connection cannot be taken");
+                    sleep(AGAIN).await;
+                }
+            }
+        }
+    })))
 }
 
 /// The listening socket comes as standard output; nobody shall write there.

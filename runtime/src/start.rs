@@ -13,6 +13,7 @@ use containerd_shim_protos::protobuf::Message;
 use crate::bundle::{Bundle, BundleError, Role};
 use crate::config::{Config, ConfigError};
 use crate::daemon::Daemon;
+use crate::descriptors::{self, TooFewDescriptors};
 use crate::flags::Flags;
 use crate::id::Id;
 use crate::joined::{self, POD_FILE};
@@ -39,6 +40,9 @@ pub enum StartError {
     /// The node's configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// No pod fits in the limit.
+    #[error(transparent)]
+    Descriptors(#[from] TooFewDescriptors),
     /// The bundle.
     #[error(transparent)]
     Bundle(#[from] BundleError),
@@ -80,6 +84,7 @@ struct Wish {
 /// # Errors
 /// There is no shim and none could be started; nothing stays.
 pub fn start(flags: &Flags) -> Result<(), StartError> {
+    descriptors::check()?;
     // Told here already, where the error reaches whoever asked.
     let config = Config::load()?;
     let mut input = Vec::new();
@@ -148,9 +153,11 @@ fn start_shim(
     socket: &ShimSocket,
 ) -> Result<(), StartError> {
     let listener = socket.listen()?;
-    let started = spawn(flags, wish, listener.into()).and_then(|daemon| {
+    let started = spawn(flags, wish, listener.into()).and_then(|mut daemon| {
         write(bundle, ADDRESS_FILE, &socket.address())?;
         write(bundle, PID_FILE, &daemon.pid().to_string())?;
+        // From the answer on, containerd takes it that the shim serves.
+        daemon.await_ready().map_err(io_error("the shim"))?;
         tell(wish, socket)?;
         let released = daemon.release();
         released.map_err(io_error("the shim ended as soon as it was started"))

@@ -4,7 +4,6 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -12,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use husk_protocol::agent::Streams as StreamPorts;
+use rustix::net::{Shutdown, shutdown};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
@@ -367,13 +367,7 @@ async fn copy_out(
     }
     progress.end();
     // Nobody takes more: the process shall know.
-    let _ = shutdown_read(&socket);
-}
-
-fn shutdown_read(socket: &UnixStream) -> io::Result<()> {
-    use std::os::fd::AsFd;
-    let socket: std::os::unix::net::UnixStream = socket.as_fd().try_clone_to_owned()?.into();
-    socket.shutdown(Shutdown::Both)
+    let _ = shutdown(&socket, Shutdown::Both);
 }
 
 #[cfg(test)]

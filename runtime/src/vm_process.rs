@@ -153,13 +153,14 @@ impl Vmm {
         rates: Rates,
     ) -> Result<(Vm, Timeline), VmError> {
         let process = self.process();
-        self.control
-            .send(spec.spec(), &descriptors)
-            .await
-            .map_err(|source| VmError::Io {
+        match self.control.send(spec.spec(), &descriptors).await {
+            // It has ended: why is asked below.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            sent => sent.map_err(|source| VmError::Io {
                 what: "sending the machine's specification to the VMM",
                 source,
-            })?;
+            })?,
+        }
         drop(descriptors);
         let (calls, call_receiver) = mpsc::channel(16);
         let (started, start) = oneshot::channel();

@@ -17,6 +17,7 @@ use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 use super::StdioError;
+use crate::descriptors;
 
 /// Descriptors of the program: output, errors, readiness.
 const DESCRIPTORS: [i32; 3] = [3, 4, 5];
@@ -162,7 +163,7 @@ fn spawn(mut command: Command, descriptors: [OwnedFd; 3]) -> io::Result<Child> {
         sources.push(fcntl_dupfd_cloexec(&descriptor, 10)?);
     }
     let numbers: Vec<i32> = sources.iter().map(AsRawFd::as_raw_fd).collect();
-    // SAFETY: between fork and exec only dup2(2) is called, which is
+    // SAFETY: between fork and exec only system calls are made, which is
     // async-signal-safe. The low numbers are long taken by the shim's own
     // descriptors, so none that the spawning needs is lost.
     unsafe {
@@ -172,7 +173,7 @@ fn spawn(mut command: Command, descriptors: [OwnedFd; 3]) -> io::Result<Child> {
                     return Err(io::Error::last_os_error());
                 }
             }
-            Ok(())
+            descriptors::give_back()
         });
     }
     command.spawn()

@@ -10,6 +10,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 
 use super::StdioError;
+use crate::blocking;
 
 /// What takes the output of one stream.
 pub enum Sink {
@@ -57,8 +58,12 @@ impl Sink {
         match self {
             Self::Pipe(fifo) => fifo.write_all(bytes).await,
             Self::File(file) => {
-                let (mut file, bytes) = (Arc::clone(file), bytes.to_vec());
-                tokio::task::spawn_blocking(move || file.write_all(&bytes)).await?
+                let (mut other, copy) = (Arc::clone(file), bytes.to_vec());
+                match blocking::run(move || other.write_all(&copy)).await {
+                    Ok(written) => written,
+                    // Late is better than lost.
+                    Err(_) => file.as_ref().write_all(bytes),
+                }
             }
         }
     }

@@ -149,13 +149,15 @@ impl Guest {
             _ => {}
         }
         let arguments = arguments.clone();
-        std::thread::spawn(move || {
+        let started = std::thread::Builder::new().spawn(move || {
             let code = act(&arguments, stdin, stdout, stderr);
             if let Some(code) = code {
                 exit.send_replace(Some(code));
             }
         });
-        Ok(())
+        started
+            .map(drop)
+            .map_err(|error| Error::Others(error.to_string()))
     }
 }
 
@@ -237,7 +239,7 @@ fn told_of_disks(request: &CreateContainerRequest) -> Vec<String> {
     words.collect()
 }
 
-pub pub fn status(code: Code, message: &str) -> Error {
+pub fn status(code: Code, message: &str) -> Error {
     Error::RpcStatus(ttrpc::get_status(code, message))
 }
 

@@ -89,18 +89,22 @@ impl Node {
 
     /// The program, running, with pipes as standard streams.
     pub fn shim_process(&self, arguments: &[&str], dir: &Path) -> Child {
-        Command::new(env!("CARGO_BIN_EXE_containerd-shim-husk-v2"))
+        let mut command = self.shim_command(arguments, dir);
+        command.stdin(Stdio::piped()).spawn().unwrap()
+    }
+
+    fn shim_command(&self, arguments: &[&str], dir: &Path) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_containerd-shim-husk-v2"));
+        command
             .args(["-namespace", "test"])
             .args(["-address", &self.address(), "-publish-binary", "/bin/false"])
             .args(arguments)
             .env("HUSK_CONFIG", self.dir.path().join("config.toml"))
             .env("TTRPC_ADDRESS", self.events.path())
             .current_dir(dir)
-            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
+            .stderr(Stdio::piped());
+        command
     }
 
     /// Starts a shim for a bundle.
@@ -111,7 +115,18 @@ impl Node {
 
     /// Starts a shim for a bundle, unless it says why not.
     pub async fn try_start(&self, bundle: &Bundle) -> Result<Shim, String> {
-        let output = self.shim(&["-id", &bundle.id, "start"], &bundle.dir, b"");
+        self.try_start_with(bundle, |_| ()).await
+    }
+
+    /// Likewise, with the program changed by `change`.
+    pub async fn try_start_with(
+        &self,
+        bundle: &Bundle,
+        change: impl FnOnce(&mut Command),
+    ) -> Result<Shim, String> {
+        let mut command = self.shim_command(&["-id", &bundle.id, "start"], &bundle.dir);
+        change(&mut command);
+        let output = command.stdin(Stdio::null()).output().unwrap();
         if !output.status.success() {
             return Err(String::from_utf8_lossy(&output.stderr).into_owned());
         }

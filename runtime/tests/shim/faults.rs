@@ -24,8 +24,17 @@ pub const CASES: &[Case] = &[
 /// Kernel parameter that has the pretended VMM fail, and when.
 pub const PARAMETER: &str = "fake.fault=";
 
-/// As containerd tries it, and then removes it; the refusal, if it was one.
-async fn outcome(shim: &Shim, bundle: &Bundle) -> Option<(Code, String)> {
+/// As containerd tries it, and then removes it, and with it the pod; the refusal,
+/// if it was one.
+pub async fn outcome(shim: &Shim, bundle: &Bundle) -> Option<(Code, String)> {
+    let refused = attempt(shim, bundle).await;
+    shim.shut_down(&bundle.id).await;
+    shim.assert_gone().await;
+    refused
+}
+
+/// Likewise, of a container alone.
+pub async fn attempt(shim: &Shim, bundle: &Bundle) -> Option<(Code, String)> {
     let began = Instant::now();
     let created = shim.create(&bundle.request()).await;
     assert!(began.elapsed() < Duration::from_secs(30));
@@ -43,8 +52,6 @@ async fn outcome(shim: &Shim, bundle: &Bundle) -> Option<(Code, String)> {
     };
     // There may be nothing to delete.
     let _ = shim.delete(id, "").await;
-    shim.shut_down(id).await;
-    shim.assert_gone().await;
     if let Some((_, message)) = &refused {
         assert!(!message.contains('\n'), "{message}");
         assert!(!message.contains("panicked at"), "{message}");

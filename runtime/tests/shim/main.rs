@@ -22,6 +22,7 @@ mod lifecycle;
 mod names;
 mod program;
 mod sandbox;
+mod scarce;
 mod second_line;
 mod shell;
 mod template;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         program::CASES,
         errors::CASES,
         faults::CASES,
+        scarce::CASES,
         lifecycle::CASES,
         ends::CASES,
         sandbox::CASES,

@@ -17,6 +17,7 @@ use husk_vmm_spec::{
     VmSpec,
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::{agent, faults, liar};
 
@@ -70,6 +71,7 @@ pub static RESTORED: AtomicBool = AtomicBool::new(false);
 
 /// Lives as long as its control socket, like the real one.
 pub fn run() {
+    raise_limit();
     let (text, descriptors) = receive().expect("no specification");
     let count = descriptors.len();
     let spec: VmSpec = serde_json::from_slice(&text).unwrap();
@@ -129,9 +131,9 @@ pub fn run() {
     let how = how.map(str::to_owned);
     if let Some(file) = how.as_deref().and_then(|how| how.strip_prefix("console@")) {
         let file = file.to_owned();
-        std::thread::spawn(move || liar::flood_console(&file));
+        spawn(move || liar::flood_console(&file));
     }
-    std::thread::spawn(move || {
+    spawn(move || {
         if let Some(how) = how {
             // The machine goes on without it.
             return liar::serve(connection, &how);
@@ -220,6 +222,25 @@ fn restore(saved: &SavedSpec, descriptors: &[OwnedFd]) -> Result<String, String>
     }
     RESTORED.store(true, Ordering::Relaxed);
     Ok(line.to_owned())
+}
+
+/// As the real one, where that is allowed: what the shim may have open is no limit
+/// of its own.
+fn raise_limit() {
+    let limits = Rlimit {
+        current: Some(1024),
+        maximum: Some(1024),
+    };
+    let _ = setrlimit(Resource::Nofile, limits);
+}
+
+/// A thread, without which it ends as the real one does.
+fn spawn(work: impl FnOnce() + Send + 'static) {
+    if let Err(error) = std::thread::Builder::new().spawn(work) {
+        let message = format!("thread: {error}");
+        tell(&Message::Exited(ExitReason::Failed(Failure { message })));
+        std::process::exit(1);
+    }
 }
 
 /// Nobody would see a panic.

@@ -1,0 +1,86 @@
+//! How many files the shim may have open.
+
+use std::io;
+use std::sync::OnceLock;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// What the smallest pod needs, with some to spare. containerd's own limit, and so
+/// ours, is a thousand at least.
+const LEAST: u64 = 64;
+
+/// As the shim was given it.
+static GIVEN: OnceLock<Rlimit> = OnceLock::new();
+
+/// A shim could not have a pod.
+#[derive(Debug, thiserror::Error)]
+#[error("a shim needs {LEAST} open files, and its limit (RLIMIT_NOFILE) is {limit}")]
+pub struct TooFewDescriptors {
+    limit: u64,
+}
+
+/// Tells a limit that no pod fits in before anything else fails by it.
+///
+/// # Errors
+/// It is too low.
+pub fn check() -> Result<(), TooFewDescriptors> {
+    match getrlimit(Resource::Nofile).maximum {
+        Some(limit) if limit < LEAST => Err(TooFewDescriptors { limit }),
+        _ => Ok(()),
+    }
+}
+
+/// Takes as many as the shim may: each stream of each container is one or two, and
+/// the lower limit is for programs that could not count further.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn raise() -> io::Result<()> {
+    let given = GIVEN.get_or_init(|| getrlimit(Resource::Nofile));
+    let most = Rlimit {
+        current: given.maximum,
+        maximum: given.maximum,
+    };
+    Ok(setrlimit(Resource::Nofile, most)?)
+}
+
+/// Gives a program of the node's the limit that the shim was given. Allocates
+/// nothing: for a child before it executes that program.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn give_back() -> io::Result<()> {
+    let Some(given) = GIVEN.get() else {
+        return Ok(());
+    };
+    // What was lowered meanwhile cannot be had again.
+    let most = getrlimit(Resource::Nofile).maximum;
+    let lowest = |limit: Option<u64>| match (limit, most) {
+        (Some(limit), Some(most)) => Some(limit.min(most)),
+        (limit, most) => limit.or(most),
+    };
+    let limit = Rlimit {
+        current: lowest(given.current),
+        maximum: lowest(given.maximum),
+    };
+    Ok(setrlimit(Resource::Nofile, limit)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_gets_what_the_shim_was_given() {
+        let before = getrlimit(Resource::Nofile);
+        let Some(current) = before.current.filter(|limit| Some(*limit) < before.maximum) else {
+            println!("skipped: the limits are one");
+            return;
+        };
+        raise().unwrap();
+        assert_eq!(getrlimit(Resource::Nofile).current, before.maximum);
+        give_back().unwrap();
+        assert_eq!(getrlimit(Resource::Nofile).current, Some(current));
+        assert_eq!(getrlimit(Resource::Nofile), before);
+    }
+}
