@@ -48,6 +48,9 @@ impl Node {
                 text += &format!("{key} = {:?}\n", value.display().to_string());
             }
         }
+        if !lines.contains("template_max_age_seconds") {
+            text += "template_max_age_seconds = 0\n";
+        }
         fs::write(self.dir.path().join("config.toml"), text).unwrap();
     }
 

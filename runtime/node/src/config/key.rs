@@ -84,8 +84,8 @@ pub const KEYS: [Key; 19] = [
             most: 31_536_000,
             unit: "seconds",
         },
-        meaning: "The oldest template from which a pod begins; then another is made. 86400, a day, is \
-                  a good value. 0: there are no templates, and every pod boots.",
+        meaning: "The oldest template from which a pod begins; then another is made. 0: there are no \
+                  templates, and every pod boots.",
     },
     Key {
         name: "first_uid",
