@@ -154,7 +154,7 @@ fn machine_facts(machine: &MachineFacts) -> Vec<(&'static str, String)> {
 mod tests {
     use super::*;
     use crate::pods::Status;
-    use husk_node::state::{DiskFacts, NicFacts, State};
+    use husk_node::state::{DiskFacts, EndKind, NicFacts, State};
 
     #[test]
     fn tells_all_and_trusts_nobody() {
@@ -191,6 +191,7 @@ mod tests {
                 cgroup: Some("/default/a".into()),
                 machine: Some(machine),
                 end: Some(EndFacts {
+                    kind: EndKind::Panicked,
                     reason: "the guest's kernel panicked".into(),
                     was_asked: false,
                     console: "sysrq: Trigger a crash\x1b[2J".into(),
@@ -230,5 +231,6 @@ mod tests {
         assert_eq!(json["machine"]["disks"][0]["serial"], "disk-0");
         assert_eq!(json["processes"]["vmm"]["alive"], false);
         assert_eq!(json["end"]["reason"], "the guest's kernel panicked");
+        assert_eq!(json["end"]["kind"], "panicked");
     }
 }

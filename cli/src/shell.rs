@@ -20,7 +20,7 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetat
 use husk_node::config::{Loaded, Sources};
 use husk_node::shell::{self, Asked, Request, TerminalRequest, Told};
 
-use crate::answer::{Answer, NotRun};
+use crate::answer::{Answer, DONE, NotRun};
 use crate::pods::{self, Pod, Status};
 
 /// Ctrl-], which leaves a console whose guest does not answer.
@@ -126,8 +126,12 @@ fn listen(mut stream: UnixStream) -> anyhow::Result<u8> {
         };
         match Told::parse(kind, rest).map_err(io::Error::from)? {
             Told::Output(bytes) => {
-                stdout.write_all(&bytes)?;
-                stdout.flush()?;
+                let written = stdout.write_all(&bytes).and_then(|()| stdout.flush());
+                match written {
+                    // Whoever reads has seen enough.
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(DONE),
+                    written => written?,
+                }
             }
             Told::Errors(bytes) => stderr.write_all(&bytes)?,
             Told::Exit(code) => return Ok(code),

@@ -43,7 +43,7 @@ mod run;
 
 pub use create::{CreateRequest, SandboxRequest};
 use delete::Deletion;
-use end::end_without;
+use end::{Part, end_without};
 pub use run::ExecRequest;
 
 /// `SIGKILL` of signal(7).
@@ -116,7 +116,7 @@ pub struct Pod {
     /// Code with which the sandbox ends, once it was asked to.
     sandbox_exit: Option<u32>,
     /// What the machine was ended for the lack of.
-    lost_part: Option<&'static str>,
+    lost_part: Option<Part>,
     disks: Arc<PodDisks>,
     /// There has been a container.
     was_used: bool,
@@ -422,7 +422,7 @@ impl Pod {
                 _ = server_vm.ended() => return,
             }
             // It ends with the machine, unless it fails.
-            end_without("file server", &server_vm, &handle, patience).await;
+            end_without(Part::FileServer, &server_vm, &handle, patience).await;
         });
         let end_vm = vm.clone();
         self.later(async move {
@@ -470,7 +470,7 @@ async fn follow_agent(agent: Agent, vm: Vm, pod: PodHandle) {
             }
         }
     }
-    end_without("agent", &vm, &pod, agent.patience()).await;
+    end_without(Part::Agent, &vm, &pod, agent.patience()).await;
 }
 
 fn not_found(id: &str) -> Error {

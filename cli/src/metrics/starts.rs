@@ -6,6 +6,7 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use husk_node::process::Process;
+use husk_node::state::EndFacts;
 
 use crate::events::{self, Known};
 use crate::pods::Pod;
@@ -34,6 +35,8 @@ struct Histogram {
 pub struct Starts {
     by_stage: BTreeMap<&'static str, Histogram>,
     events: BTreeMap<&'static str, u64>,
+    /// Machines that have ended unasked.
+    failures: BTreeMap<&'static str, u64>,
     /// Pods that are there whose start has been counted, or was over before.
     counted: BTreeSet<(PathBuf, Option<(u32, u64)>)>,
 }
@@ -79,6 +82,9 @@ impl Starts {
         if known.is_some() {
             for (event, _) in events::happened(known, now) {
                 *self.events.entry(event.word()).or_default() += 1;
+            }
+            for end in failures(known, now) {
+                *self.failures.entry(end.kind.word()).or_default() += 1;
             }
         }
         for pod in now.values() {
@@ -129,8 +135,29 @@ impl Starts {
         for (event, count) in &self.events {
             writeln!(page, "{name}{{event=\"{event}\"}} {count}")?;
         }
+        let name = "husk_failures_total";
+        writeln!(
+            page,
+            "# HELP {name} Machines that ended unasked since this endpoint began, by why.\n\
+             # TYPE {name} counter"
+        )?;
+        for (kind, count) in &self.failures {
+            writeln!(page, "{name}{{kind=\"{kind}\"}} {count}")?;
+        }
         Ok(page)
     }
+}
+
+/// The ends that nobody asked for and that were noted since the look before.
+fn failures<'a>(known: Option<&'a Known>, now: &'a Known) -> impl Iterator<Item = &'a EndFacts> {
+    let before = move |pod: &Pod| {
+        let before = known?.get(&pod.dir)?;
+        let is_same = before.state.shim == pod.state.shim;
+        before.state.end.as_ref().filter(|_| is_same)
+    };
+    let new = now.values().filter(move |pod| before(pod).is_none());
+    let ends = new.filter_map(|pod| pod.state.end.as_ref());
+    ends.filter(|end| !end.was_asked)
 }
 
 fn key(process: Process) -> (u32, u64) {
@@ -141,7 +168,7 @@ fn key(process: Process) -> (u32, u64) {
 mod tests {
     use super::*;
     use crate::pods::Status;
-    use husk_node::state::{State, Timeline};
+    use husk_node::state::{EndKind, State, Timeline};
 
     fn pod(id: &str, started_ms: u64) -> Pod {
         let at = |ms: u64| 5_000_000_000 + ms * 1_000_000;
@@ -210,6 +237,31 @@ mod tests {
         starts.note(Some(&nothing), &started);
         assert_eq!(starts.by_stage[WHOLE].count, 3);
         assert_eq!(starts.events["removed"], 2);
+    }
+
+    #[test]
+    fn ends_that_nobody_asked_for_are_counted_once() {
+        let mut starts = Starts::default();
+        let mut pods = [pod("a", 40), pod("b", 40)];
+        let running = known(&pods);
+        starts.note(None, &running);
+        // The VMM's end is seen before the shim has said why.
+        pods[0].status = Status::Ended;
+        let gone = known(&pods);
+        starts.note(Some(&running), &gone);
+        for (pod, was_asked) in pods.iter_mut().zip([false, true]) {
+            pod.state.end = Some(EndFacts {
+                kind: EndKind::Panicked,
+                was_asked,
+                ..EndFacts::default()
+            });
+        }
+        let told = known(&pods);
+        starts.note(Some(&gone), &told);
+        starts.note(Some(&told), &told);
+        let page = starts.page().unwrap();
+        let line = "husk_failures_total{kind=\"panicked\"} 1";
+        assert!(page.lines().any(|shown| shown == line), "{page}");
     }
 
     #[test]

@@ -121,6 +121,24 @@ fn input_is_passed_on_where_it_is_wanted() {
 }
 
 #[test]
+fn whoever_reads_a_programs_output_may_stop() {
+    let pod = Pod::new();
+    pod.serve(|mut stream| {
+        request(&mut stream);
+        tell(
+            &mut stream,
+            &[Told::Output(b"more".to_vec()), Told::Exit(7)],
+        );
+        let _ = shell::read(&mut stream);
+    });
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = pod.node.command(&["exec", POD, "--", "yes"]);
+    let done = command.stdout(writer).output().unwrap();
+    expect(&done, 0, "");
+}
+
+#[test]
 fn nothing_runs_where_it_is_not_allowed() {
     let pod = Pod::new();
     let words = ["exec", POD, "--", "true"];

@@ -80,6 +80,8 @@ pub struct MachineFacts {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EndFacts {
+    /// In a word.
+    pub kind: EndKind,
     /// In a few words.
     pub reason: String,
     /// The pod was being stopped.
@@ -88,6 +90,49 @@ pub struct EndFacts {
     pub console: String,
     /// When, wall clock, nanoseconds since the epoch.
     pub at_ns: u64,
+}
+
+/// What ends machines.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EndKind {
+    /// The guest powered itself off.
+    PoweredOff,
+    /// It reset itself.
+    Reset,
+    /// Its kernel panicked.
+    Panicked,
+    /// The shim ended it.
+    Killed,
+    /// The VMM could not go on, and said why.
+    VmmFailed,
+    /// The VMM ended without a word.
+    VmmGone,
+    /// The agent had ended.
+    LostAgent,
+    /// The file server had ended.
+    LostFileServer,
+    /// What a newer shim knows, or an older one does not tell.
+    #[default]
+    #[serde(other)]
+    Unknown,
+}
+
+impl EndKind {
+    /// As it is written.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::PoweredOff => "powered-off",
+            Self::Reset => "reset",
+            Self::Panicked => "panicked",
+            Self::Killed => "killed",
+            Self::VmmFailed => "vmm-failed",
+            Self::VmmGone => "vmm-gone",
+            Self::LostAgent => "lost-agent",
+            Self::LostFileServer => "lost-file-server",
+            Self::Unknown => "unknown",
+        }
+    }
 }
 
 /// An interface of a machine.
@@ -172,5 +217,16 @@ mod tests {
         let state = State::read(dir.path()).unwrap();
         assert_eq!(state.shim.map(|shim| shim.pid), Some(7));
         assert!(state.is_deleted && state.machine.is_none());
+        for (text, kind) in [
+            (r#"{"end": {"reason": "x"}}"#, EndKind::Unknown),
+            (r#"{"end": {"kind": "eaten"}}"#, EndKind::Unknown),
+            (r#"{"end": {"kind": "lost-agent"}}"#, EndKind::LostAgent),
+        ] {
+            fs::write(dir.path().join(FILE), text).unwrap();
+            let end = State::read(dir.path()).unwrap().end.unwrap();
+            assert_eq!(end.kind, kind);
+            let word = serde_json::to_value(kind).unwrap();
+            assert_eq!(word, kind.word());
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use husk_node::state::EndFacts;
+use husk_node::state::{EndFacts, EndKind};
 use tokio::time::timeout;
 
 use super::exit::ended_now;
@@ -14,6 +14,29 @@ use crate::vm_process::{Vm, VmEnd};
 
 /// How long a machine may go on without its agent or its file server.
 const WITHOUT_PART: Duration = Duration::from_secs(1);
+
+/// A part without which a machine is ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Part {
+    Agent,
+    FileServer,
+}
+
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Agent => "agent",
+            Self::FileServer => "file server",
+        }
+    }
+
+    fn kind(self) -> EndKind {
+        match self {
+            Self::Agent => EndKind::LostAgent,
+            Self::FileServer => EndKind::LostFileServer,
+        }
+    }
+}
 
 impl Pod {
     /// The machine is gone, and with it every process in it.
@@ -29,8 +52,13 @@ impl Pod {
         } else {
             tracing::error!("machine: {end}");
         }
+        let (kind, reason) = match self.lost_part {
+            Some(part) => (part.kind(), format!("the {} had ended", part.name())),
+            None => (end.kind(), end.reason()),
+        };
         self.state.end = Some(EndFacts {
-            reason: self.lost_part.map_or_else(|| end.reason(), has_ended),
+            kind,
+            reason,
             was_asked,
             console: end.last_lines(),
             at_ns: clock::wall_ns(),
@@ -59,19 +87,14 @@ impl Pod {
 }
 
 /// Ends a machine that has lost a part of it, unless it is about to end anyway.
-pub(super) async fn end_without(part: &'static str, vm: &Vm, pod: &PodHandle, patience: Patience) {
+pub(super) async fn end_without(part: Part, vm: &Vm, pod: &PodHandle, patience: Patience) {
     if timeout(patience.of(WITHOUT_PART), vm.ended())
         .await
         .is_err()
         && !vm.is_dismissed()
     {
-        tracing::error!("the {part} has ended; so does the machine");
+        tracing::error!("the {} has ended; so does the machine", part.name());
         pod.send(Box::new(move |pod| pod.lost_part = Some(part)));
         vm.kill().await;
     }
-}
-
-/// Why a machine was ended that lost a part of it.
-fn has_ended(part: &str) -> String {
-    format!("the {part} had ended")
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use husk_node::state::EndKind;
 use husk_vmm_spec::{ExitReason, Failure};
 
 use super::console;
@@ -93,6 +94,18 @@ impl VmEnd {
             Some(ExitReason::Killed) => "the shim ended it".to_owned(),
             Some(ExitReason::Failed(failure)) => failure.to_string(),
             None => "the VMM ended without a word".to_owned(),
+        }
+    }
+
+    /// In a word.
+    pub fn kind(&self) -> EndKind {
+        match &self.reason {
+            Some(ExitReason::Shutdown) => EndKind::PoweredOff,
+            Some(ExitReason::Reset) => EndKind::Reset,
+            Some(ExitReason::Panic) => EndKind::Panicked,
+            Some(ExitReason::Killed) => EndKind::Killed,
+            Some(ExitReason::Failed(_)) => EndKind::VmmFailed,
+            None => EndKind::VmmGone,
         }
     }
 

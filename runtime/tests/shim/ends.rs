@@ -148,6 +148,7 @@ fn machine_dies() {
         assert_eq!(node.events.exits(), [("d".to_owned(), 137)]);
         let end = end_in_state(&node, "d");
         assert_eq!(end["reason"], "the VMM ended without a word");
+        assert_eq!(end["kind"], "vmm-gone");
         assert_eq!(end["was_asked"], false);
         finish(&node, &shim, "d").await;
     });
@@ -173,6 +174,7 @@ fn file_server_dies() {
         assert_eq!(shim.wait("f", "").await.unwrap().exit_status, 137);
         let end = end_in_state(&node, "f");
         assert_eq!(end["reason"], "the file server had ended");
+        assert_eq!(end["kind"], "lost-file-server");
         assert_eq!(end["was_asked"], false);
         assert!(end["at_ns"].as_u64() > Some(1_600_000_000_000_000_000));
         finish(&node, &shim, "f").await;
