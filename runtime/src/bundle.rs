@@ -334,6 +334,13 @@ impl Bundle {
         })
     }
 
+    /// Whether it says anything of I/O to disks.
+    pub fn limits_io(&self) -> bool {
+        let resources = self.spec.linux.as_ref().and_then(|l| l.resources.as_ref());
+        let block_io = resources.and_then(|r| r.block_io.as_ref());
+        block_io.is_some_and(|io| io.weight().is_some() || !io.throttles().is_empty())
+    }
+
     /// Checks what only matters for a container.
     ///
     /// # Errors

@@ -127,8 +127,11 @@ impl FilesRequest {
             volume::mount_volumes(tree, &mut devices, mirrors, mounts, pod_uid.as_deref())?;
         let (mut devices, of_devices) = devices.finish();
         files.disks.extend(of_devices);
-        let below = files.disks.iter().flat_map(DiskUse::stands_on);
-        devices.numbers.extend(below);
+        // The guest looks for each, which most containers need not wait for.
+        if self.bundle.limits_io() {
+            let below = files.disks.iter().flat_map(DiskUse::stands_on);
+            devices.numbers.extend(below);
+        }
         storages.extend(devices.storages);
         let binds = if self.pod_binds {
             volume::pod_binds(self.bundle.mounts())

@@ -183,17 +183,26 @@ fn below() {
         let words: Vec<&str> = std::iter::once("stands-on")
             .chain(words.iter().map(String::as_str))
             .collect();
-        let bundle = member(&node, "a", "d5", &words);
-        let devices = json!([disk.entry("/dev/xvda")]);
-        add(&node, &shim, &with(bundle, devices, &[disk.rule("rwm")])).await;
-        // Nothing stands there for one without disks.
-        let bundle = member(&node, "b", "d5", &words);
-        assert_eq!(node.start(&bundle).await.address, shim.address);
-        let refused = shim.create(&bundle.request()).await;
-        assert_eq!(
-            refusal(refused),
-            (ttrpc::Code::INVALID_ARGUMENT, String::new())
-        );
+        let own = |id: &str, block_io: Value| {
+            let devices = json!([disk.entry("/dev/xvda")]);
+            let bundle = member(&node, id, "d5", &words);
+            let bundle = with(bundle, devices, &[disk.rule("rwm")]);
+            bundle.with(|spec| spec["linux"]["resources"]["blockIO"] = block_io)
+        };
+        let throttle = json!([{"major": disk.number.0, "minor": disk.number.1, "rate": 1000}]);
+        let throttle = json!({"throttleReadBpsDevice": throttle});
+        add(&node, &shim, &own("a", throttle.clone())).await;
+        // Nobody is told where nothing is said of I/O, or there is no disk.
+        let without = with(member(&node, "c", "d5", &words), json!([]), &[]);
+        let without = without.with(|spec| spec["linux"]["resources"]["blockIO"] = throttle.clone());
+        for bundle in [own("b", json!({"weight": 0})), without] {
+            assert_eq!(node.start(&bundle).await.address, shim.address);
+            let refused = shim.create(&bundle.request()).await;
+            assert_eq!(
+                refusal(refused),
+                (ttrpc::Code::INVALID_ARGUMENT, String::new())
+            );
+        }
         for id in ["a", "d5"] {
             kill(&shim, id).await;
         }
