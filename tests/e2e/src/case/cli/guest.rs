@@ -18,6 +18,8 @@ pub const CASES: &[Case] = &[
     husk_case("cli/ended", 40, ended),
 ];
 
+/// Shells are allowed; the node's templates stay what they are.
+const SHELLS: &str = "debug_shell = true\ntemplate_max_age_seconds = 0\n";
 const DROP_INS: &str = "/etc/husk/conf.d";
 const DROP_IN: &str = "/etc/husk/conf.d/60-cli.toml";
 const TEMPLATES: &str = "/run/husk-cli-templates";
@@ -56,7 +58,7 @@ fn exec(bench: &Bench) -> Result<()> {
         refused.tail()
     );
 
-    let on = Configured::with("debug_shell = true\n")?;
+    let on = Configured::with(SHELLS)?;
     let refused = husk(bench, &["exec", &before, "--", "true"])?.expect_code(125)?;
     ensure!(
         refused.err().contains("the pod began while"),
@@ -111,7 +113,7 @@ fn exec(bench: &Bench) -> Result<()> {
 }
 
 fn console(bench: &Bench) -> Result<()> {
-    let _on = Configured::with("debug_shell = true\n")?;
+    let _on = Configured::with(SHELLS)?;
     let id = pod(bench)?;
     if !fs::exists(PROGRAM)? {
         return Err(Skip(format!("no {PROGRAM}")).into());
@@ -154,7 +156,9 @@ impl Drop for OwnTemplates<'_> {
 }
 
 fn templates(bench: &Bench) -> Result<()> {
-    let settings = format!("template_max_age_seconds = 3600\ntemplate_dir = \"{TEMPLATES}\"\n");
+    let settings = format!(
+        "template_max_age_seconds = 3600\ntemplate_dir = \"{TEMPLATES}\"\ndebug_shell = true\n"
+    );
     let _own = OwnTemplates(bench, Configured::with(&settings)?);
     let list = || json(bench, &["template", "list"]);
     ensure!(list()?["templates"] == serde_json::json!([]), "{}", list()?);
@@ -173,6 +177,8 @@ fn templates(bench: &Bench) -> Result<()> {
         machine["from_template"] == true && machine["template"] == only["name"],
         "{machine} {only}"
     );
+    // As the template is, so is its copy.
+    husk(bench, &["exec", &id, "--", "sh", "-c", "exit 5"])?.expect_code(5)?;
     // The pod keeps what it has mapped.
     let dropped = husk(bench, &["template", "drop"])?.ok()?;
     ensure!(dropped.out().starts_with("dropped "), "{}", dropped.tail());
