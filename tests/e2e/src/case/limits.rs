@@ -123,7 +123,7 @@ fn disk_rate(bench: &Bench) -> Result<()> {
         (
             "100 requests",
             requests,
-            "dd if=/dev/xvda of=/dev/null bs=512 count=100 iflag=direct 2> /dev/null",
+            "dd if=/dev/xvda of=/dev/null bs=4096 count=100 iflag=direct 2> /dev/null",
         ),
     ] {
         let both = side_by_side(bench, (&containers[0], script), (&containers[1], script))?;

@@ -15,10 +15,10 @@ use crate::case::crash::{TRUTH, kill_hard, restart_containerd};
 use crate::clean::pids;
 use crate::cri::Cri;
 use crate::cri::api::{ContainerState, PodSandboxState};
-use crate::footprint::{self, HostProcess};
 use crate::host::{self, HostState};
 use crate::pod::Pod;
 use crate::process::eventually;
+use crate::template;
 
 /// Environment variable with what the rounds follow from, to have them again.
 const SEED: &str = "HUSK_E2E_SEED";
@@ -173,6 +173,7 @@ pub fn rounds(bench: &Bench) -> Result<()> {
     let cri = bench.cri()?;
     let bystander = Bystander::start(bench, &cri)?;
     let calm = calm_life(bench)?;
+    template::await_maker(bench.seconds(60))?;
     host::await_rest(&bench.node, bench.seconds(20))?;
     let before = HostState::capture(&bench.node);
     drop(cri);
@@ -192,6 +193,7 @@ pub fn rounds(bench: &Bench) -> Result<()> {
         bystander
             .ensure_unharmed(&cri)
             .with_context(|| what.clone())?;
+        template::await_maker(bench.seconds(60)).with_context(|| what.clone())?;
         let same = before.await_same(&bench.node, bench.seconds(10), |_| true);
         same.with_context(|| what.clone())?;
     }
@@ -286,9 +288,9 @@ fn kill_when_there(
     let begun = Instant::now();
     loop {
         let found = of_other_pods(bystander, party);
-        if let Some(process) = found.first() {
+        if let Some(pid) = found.first() {
             // It may just have ended.
-            return Ok(kill_hard(process.pid).is_ok());
+            return Ok(kill_hard(*pid).is_ok());
         }
         if !may() || begun.elapsed() > bench.seconds(10) {
             return Ok(false);
@@ -297,29 +299,39 @@ fn kill_when_there(
     }
 }
 
-/// The processes of a party that are not the bystander's.
-fn of_other_pods(bystander: &str, party: Party) -> Vec<HostProcess> {
-    let mut all = Vec::new();
-    for pod in pids().filter_map(pod_of_shim) {
-        if pod != bystander {
-            all.extend(footprint::of_pod(&pod).unwrap_or_default());
-        }
-    }
-    let name = match party {
+/// The processes of a party that are not the bystander's. Who makes a template has
+/// a VMM, too, which is no pod's.
+fn of_other_pods(bystander: &str, party: Party) -> Vec<i32> {
+    let is_other = |pid: &i32| pod_of_shim(*pid).is_some_and(|pod| pod != bystander);
+    let shims: Vec<i32> = pids().filter(is_other).collect();
+    let program = match party {
         Party::Vmm => "husk-vmm",
         Party::FileServer => "husk-fs",
-        _ => "containerd-shim",
+        _ => return shims,
     };
-    all.retain(|process| process.name.starts_with(name));
-    all
+    let is_own = |pid: &i32| {
+        let found = name_and_parent(*pid);
+        found.is_some_and(|(name, parent)| name == program && shims.contains(&parent))
+    };
+    pids().filter(is_own).collect()
 }
 
-/// The pod whose shim a process is, if it is Husk's.
+/// Of a process.
+fn name_and_parent(pid: i32) -> Option<(String, i32)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (begin, fields) = stat.rsplit_once(") ")?;
+    let (_, name) = begin.split_once(" (")?;
+    let parent = fields.split(' ').nth(1)?.parse().ok()?;
+    Some((name.to_owned(), parent))
+}
+
+/// The pod whose shim a process is, if it is Husk's, and serves.
 fn pod_of_shim(pid: i32) -> Option<String> {
     let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
     let words: Vec<&str> = command.split('\0').collect();
     let program = Path::new(words.first()?).file_name()?;
-    if program != "containerd-shim-husk-v2" {
+    let acts = words.iter().any(|word| ["start", "delete"].contains(word));
+    if program != "containerd-shim-husk-v2" || acts {
         return None;
     }
     let pair = words.windows(2).find(|pair| pair[0] == "-id")?;

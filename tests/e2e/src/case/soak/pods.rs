@@ -12,6 +12,7 @@ use crate::cri::Cri;
 use crate::footprint;
 use crate::host::{self, HostState};
 use crate::pod::Pod;
+use crate::template;
 
 /// What comes and goes before anything is counted.
 const FIRST: u32 = 3;
@@ -100,6 +101,7 @@ pub fn one_after_another(bench: &Bench) -> Result<()> {
     for number in 0..FIRST {
         one(bench, &cri, number)?;
     }
+    template::await_maker(bench.seconds(60))?;
     host::await_rest(&bench.node, bench.seconds(20))?;
     let state = HostState::capture(&bench.node);
     let before = Count::take(&staying.id)?;
