@@ -5,16 +5,22 @@ use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use containerd_shim_protos::api::WaitRequest;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+use ttrpc::Code;
+use ttrpc::context::with_duration;
 
 use crate::Case;
 use crate::case::{Bundle, Node, Shim, block_on};
+use crate::containerd::{connect, refusal, soon};
 use crate::faults::{attempt, outcome};
 
 pub const CASES: &[Case] = &[
     ("scarce_descriptors_from_the_first", descriptors_at_start),
     ("scarce_descriptors_of_a_shim", descriptors_of_a_shim),
+    ("scarce_descriptors_for_a_connection", connection_waits),
     ("scarce_processes_from_the_first", processes_at_start),
     ("scarce_processes_of_a_shim", processes_of_a_shim),
     ("scarce_processes_of_a_member", processes_of_a_member),
@@ -126,6 +132,60 @@ fn descriptors_of_a_shim() {
     });
 }
 
+/// One that cannot be taken costs the shim next to nothing, and is taken as soon as
+/// it can be.
+fn connection_waits() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("c", &["sleep"]);
+        let shim = node.start(&bundle).await;
+        answers(&shim).await;
+        let pid = Pid::from_raw(shim.pid);
+        // The shim has raised its own as far as that.
+        let most = getrlimit(Resource::Nofile).maximum;
+        let before = Rlimit {
+            current: most,
+            maximum: most,
+        };
+        let none_free = Rlimit {
+            current: Some(first_free(shim.pid)),
+            ..before
+        };
+        prlimit(pid, Resource::Nofile, none_free).unwrap();
+        let other = connect(&shim.address).await;
+        let request = WaitRequest {
+            id: "nobody".into(),
+            ..WaitRequest::default()
+        };
+        let used = ticks(shim.pid);
+        let (began, half_a_second) = (Instant::now(), Duration::from_millis(500));
+        let answer = other.wait(with_duration(half_a_second), &request).await;
+        assert!(began.elapsed() >= half_a_second, "{answer:?}");
+        let used = ticks(shim.pid) - used;
+        assert!(used < 15, "{used} hundredths of a second");
+        prlimit(pid, Resource::Nofile, before).unwrap();
+        let (code, _) = refusal(other.wait(soon(), &request).await);
+        assert_eq!(code, Code::NOT_FOUND);
+        assert_eq!(outcome(&shim, &bundle).await, None);
+        node.assert_clean();
+    });
+}
+
+/// The number that the next descriptor of a process gets.
+fn first_free(pid: i32) -> u64 {
+    let is_free = |number: &u64| !PathBuf::from(format!("/proc/{pid}/fd/{number}")).exists();
+    (0..).find(is_free).unwrap()
+}
+
+/// Processor time of a process.
+fn ticks(pid: i32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    // proc_pid_stat(5): fields 14 and 15; the third is the first of these.
+    let times = fields.split(' ').skip(14 - 3).take(2);
+    times.map(|time| time.parse::<u64>().unwrap()).sum()
+}
+
 /// The shim has taken the connection.
 async fn answers(shim: &Shim) {
     shim.wait("nobody", "").await.unwrap_err();
@@ -190,14 +250,14 @@ impl Pids {
     /// Nobody is left in it, and nobody counts any more: who was orphaned is waited
     /// for by the machine's first process.
     async fn assert_empty(&self) {
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         while self.current() > 0 {
             assert!(
-                began.elapsed() < std::time::Duration::from_secs(30),
+                began.elapsed() < Duration::from_secs(30),
                 "{} processes are left",
                 self.current()
             );
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 }
@@ -294,7 +354,7 @@ fn processes_of_a_member() {
         let mut sweep = Sweep::default();
         for more in 0..20 {
             // The work of the last round may still be on its way out.
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
             pids.limit(pids.current() + more);
             let refusal = attempt(&shim, &member).await.map(|(_, message)| message);
             if sweep.note(more, refusal.as_deref(), &[NO_PROCESS]) {
