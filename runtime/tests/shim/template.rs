@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::Case;
 use crate::case::{Node, block_on};
 use crate::containerd::refusal;
+use crate::faults::PARAMETER;
 use crate::lifecycle::finish;
 
 pub const CASES: &[Case] = &[
@@ -19,6 +20,7 @@ pub const CASES: &[Case] = &[
     ("template_whose_copies_do_not_start_is_not_kept", no_copy),
     ("template_outlives_a_pod_that_is_refused", refused),
     ("template_of_a_maker_that_was_killed_is_made_later", killed),
+    ("template_is_doubted_where_a_copy_is_killed", copy_killed),
 ];
 
 async fn node() -> Node {
@@ -198,6 +200,27 @@ fn refused() {
                 assert!(pod(&node, other, &["echo", "x"]).await.1);
             }
         }
+    });
+}
+
+fn copy_killed() {
+    block_on(async {
+        let fault = format!("kernel_parameters = '{PARAMETER}copy'\n");
+        let node = node_with(&fault).await;
+        assert!(!pod(&node, "a", &["echo", "x"]).await.1);
+        let key = made(&node).await;
+        // Once it may be anything.
+        for kept in [true, false] {
+            let bundle = node.bundle("b", &["echo", "x"]);
+            let shim = node.start(&bundle).await;
+            let (_, message) = refusal(shim.create(&bundle.request()).await);
+            assert!(message.contains("ended without a word"), "{message}");
+            shim.shut_down("b").await;
+            shim.assert_gone().await;
+            node.assert_clean();
+            assert_eq!(key.exists(), kept);
+        }
+        assert!(!pod(&node, "c", &["echo", "x"]).await.1);
     });
 }
 
