@@ -209,7 +209,10 @@ pub fn find(state_dir: &Path, text: &str) -> anyhow::Result<Pod> {
     match found[..] {
         [pod] => Ok(pod.clone()),
         [] => {
-            let what = format!("no pod {text:?} runs under Husk on this node; see `husk ps`");
+            let what = format!(
+                "no pod {text:?} runs under Husk on this node; see `husk ps`, or \
+                 `husk logs` for one that is gone"
+            );
             Err(NoPod(what).into())
         }
         _ => {

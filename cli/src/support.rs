@@ -13,8 +13,9 @@ use toml::{Table, Value};
 use husk_node::config::Sources;
 
 use crate::answer::Answer;
+use crate::arguments::TemplateCommand;
 use crate::memory::Memory;
-use crate::{check, config, inspect, logs, pods, text, timeline};
+use crate::{check, config, inspect, logs, pods, template, text, timeline};
 
 /// Lines of logs in it at most.
 const LINES: usize = 20_000;
@@ -79,6 +80,8 @@ impl Bundle<File> {
         let loaded = Sources::of_node().load().map_err(anyhow::Error::from);
         let shown = loaded.and_then(|loaded| config::show(&loaded, true));
         self.answer("config.json", shown)?;
+        let templates = template::run(&TemplateCommand::List, true);
+        self.answer("templates.json", templates)?;
         match pods::state_dir().and_then(|dir| pods::all(&dir)) {
             Err(error) => self.add("pods.error", &format!("{error:#}\n"))?,
             Ok(pods) => {

@@ -72,6 +72,7 @@ fn list(config: &Config, json: bool) -> anyhow::Result<Answer> {
             "directory": config.template_dir,
             "templates": templates,
             "failed": failure,
+            "fits_unknown": installed.err().map(|error| format!("{error:#}")),
         }));
     }
     let mut shown = table(&templates);
@@ -364,6 +365,8 @@ impl Progress {
 
     fn stage(&self) -> &'static str {
         match fs::metadata(self.dir.join("state")) {
+            // It has got its name, or was given up.
+            Err(_) if !self.told.is_empty() => self.told,
             Err(_) => "waits for others",
             Ok(state) if state.len() == 0 => "boots",
             Ok(_) => "is saved",

@@ -156,6 +156,7 @@ fn metrics_and_a_bundle_are_written() {
         "version",
         "check.json",
         "config.json",
+        "templates.json",
         "pods/k8s.io-0123abc/inspect.json",
         "pods/k8s.io-0123abc/timeline.json",
         "node/proc/version",
