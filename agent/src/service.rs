@@ -278,6 +278,10 @@ impl Agent for Service {
         request: RemoveDeviceRequest,
     ) -> ttrpc::Result<Empty> {
         // On this thread, which is in the pod's network namespace.
+        if let Some(Device::Vlan(name)) = &request.device {
+            netlink::remove_vlan(name).map_err(Error::from)?;
+            return Ok(Empty::new());
+        }
         let device = find_device(&request)?;
         blocking(move || Ok(device::remove(&device)?)).await?;
         Ok(Empty::new())

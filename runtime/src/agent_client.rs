@@ -483,6 +483,18 @@ impl Agent {
         Ok(())
     }
 
+    /// Takes back a VLAN.
+    ///
+    /// # Errors
+    /// As the agent says.
+    pub async fn remove_vlan(&self, name: &str) -> Result<(), AgentError> {
+        let mut request = agent::RemoveDeviceRequest::default();
+        request.set_vlan(name.to_owned());
+        let ask = |context| self.client.remove_device(context, &request);
+        self.answer("RemoveDevice", QUICK, ask).await?;
+        Ok(())
+    }
+
     /// Lets go of a disk before it is unplugged.
     ///
     /// # Errors

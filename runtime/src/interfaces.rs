@@ -105,6 +105,9 @@ impl Interfaces {
         for link in known.gone(&found) {
             known.unplug(&link, vm, agent).await;
         }
+        for vlan in known.gone_vlans(&found) {
+            known.remove_vlan(&vlan, agent).await;
+        }
         let mut untaken = plug(&mut known, netns, &found, vm).await;
         tell(&mut known, found, agent, &mut untaken).await;
         untaken

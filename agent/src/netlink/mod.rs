@@ -97,6 +97,12 @@ pub async fn apply(network: &Network) -> Result<(), NetworkError> {
     Ok(())
 }
 
+/// Takes back a VLAN that [`apply`] has made; it may have gone already.
+pub fn remove_vlan(name: &str) -> Result<(), NetworkError> {
+    let socket = RouteSocket::open().doing("open", "a netlink socket")?;
+    vlan::remove(&socket, name)
+}
+
 /// The device of the interface of this hardware address, by its name on the virtio
 /// bus, wherever the interface is now: among the pod's, or where it appeared.
 pub fn find_device(address: &[u8]) -> Result<Option<String>, OsError> {

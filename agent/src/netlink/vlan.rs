@@ -50,7 +50,7 @@ pub(super) fn add(socket: &RouteSocket, interface: &Interface) -> Result<(), Net
             index,
             ..
         }) => {
-            remove(socket, *index).doing("remove interface", name)?;
+            delete(socket, *index).doing("remove interface", name)?;
         }
         _ => {}
     }
@@ -60,7 +60,17 @@ pub(super) fn add(socket: &RouteSocket, interface: &Interface) -> Result<(), Net
     Ok(())
 }
 
-fn remove(socket: &RouteSocket, index: u32) -> io::Result<()> {
+/// Removes the VLAN of this name, if there is one.
+pub(super) fn remove(socket: &RouteSocket, name: &str) -> Result<(), NetworkError> {
+    let links = links(socket).doing("list", "interfaces")?;
+    let is_it = |link: &&Link| link.name == name && link.vlan.is_some();
+    let Some(link) = links.iter().find(is_it) else {
+        return Ok(());
+    };
+    Ok(delete(socket, link.index).doing("remove interface", name)?)
+}
+
+fn delete(socket: &RouteSocket, index: u32) -> io::Result<()> {
     // struct ifinfomsg
     let fixed = [0, index, 0, 0].map(u32::to_ne_bytes).concat();
     socket.request(Request::new(RTM_DELLINK, Mode::Change, &[&fixed]))

@@ -1,8 +1,8 @@
 //! The pod's network, on veth devices of a fresh network namespace.
 
 use husk_protocol::agent::{
-    CreateSandboxRequest, DialRequest, Interface, Neighbour, Network, NextHop, Range, Route, Rule,
-    UpdateNetworkRequest,
+    CreateSandboxRequest, DialRequest, Interface, Neighbour, Network, NextHop, Range,
+    RemoveDeviceRequest, Route, Rule, UpdateNetworkRequest,
 };
 use std::io::{Read, Write};
 
@@ -384,6 +384,29 @@ async fn a_vlan_is_made_on_its_interface() {
         ..Default::default()
     };
     update(request).await.unwrap();
+    assert!(ip(&agent, "-o address show eth0").contains("10.1.0.5/24"));
+    // It goes, and may have gone.
+    for name in ["eth0.7", "eth0.7"] {
+        remove_vlan(&agent, name).await;
+        assert!(!ip(&agent, "-o link show").contains("eth0.7"));
+    }
+}
+
+async fn remove_vlan(agent: &Agent, name: &str) {
+    let mut request = RemoveDeviceRequest::default();
+    request.set_vlan(name.to_owned());
+    let removed = agent.client.remove_device(context(), &request).await;
+    removed.unwrap();
+}
+
+#[tokio::test]
+async fn only_a_vlan_is_taken_back_by_name() {
+    let Some(agent) = agent_with_network().await else {
+        return;
+    };
+    for name in ["eth0", "no-such", ""] {
+        remove_vlan(&agent, name).await;
+    }
     assert!(ip(&agent, "-o address show eth0").contains("10.1.0.5/24"));
 }
 

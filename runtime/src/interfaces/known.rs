@@ -83,6 +83,26 @@ impl Known {
         found.links.iter().filter(is_new).cloned().collect()
     }
 
+    /// The names of VLANs that have gone.
+    pub(super) fn gone_vlans(&self, found: &FoundNetwork) -> Vec<String> {
+        let is_there = |name: &str| found.all.iter().any(|link| link.name == name);
+        let vlans = self
+            .told
+            .interfaces
+            .iter()
+            .filter(|one| !one.lower.is_empty());
+        let gone = vlans.filter(|vlan| !is_there(&vlan.name));
+        gone.map(|vlan| vlan.name.clone()).collect()
+    }
+
+    pub(super) async fn remove_vlan(&mut self, name: &str, agent: &Agent) {
+        tracing::info!(name, "VLAN has gone");
+        forget(&mut self.told, name);
+        if let Err(error) = agent.remove_vlan(name).await {
+            tracing::warn!(name, %error, "VLAN");
+        }
+    }
+
     pub(super) async fn unplug(&mut self, link: &LinkId, vm: &Vm, agent: &Agent) {
         let Some(Plugged { mac, .. }) = self.nics.remove(link) else {
             return;
@@ -214,6 +234,24 @@ mod tests {
         assert_eq!(told.routes, [route("", "eth1.7")]);
         // When it comes again, they are new.
         assert_eq!(news(&told, &found).interfaces, found.interfaces[..3]);
+
+        // One that goes by itself; one that is down is there.
+        let known = Known {
+            told: found,
+            ..Known::default()
+        };
+        let names = ["lo", "eth0", "eth0.7.9", "eth1", "eth1.7"];
+        let all = names.iter().zip(1..).map(|(name, index)| LinkId {
+            index,
+            name: (*name).to_owned(),
+        });
+        let now = FoundNetwork {
+            links: Vec::new(),
+            all: all.collect(),
+            parted: BTreeSet::new(),
+            guest: Network::default(),
+        };
+        assert_eq!(known.gone_vlans(&now), ["eth0.7"]);
     }
 
     #[test]

@@ -384,6 +384,25 @@ fn late_interface(bench: &Bench) -> Result<()> {
             "default via",
         ],
     )?;
+    // A VLAN of it, which comes and goes by itself.
+    for line in [
+        "link add link hke9 name hke9.5 type vlan id 5".into(),
+        "address add 10.229.0.1/24 dev hke9.5".into(),
+        "link set hke9.5 up".into(),
+        format!("-n {netns} link add link late0 name late0.5 type vlan id 5"),
+        format!("-n {netns} address add 10.229.0.2/24 dev late0.5"),
+        format!("-n {netns} link set late0.5 up"),
+    ] {
+        node_ip(&line)?;
+    }
+    let script = "for i in 1 2 3 4 5 6 7 8 9 10; do \
+                  ping -c 1 -W 1 10.229.0.1 > /dev/null && exit 0; sleep 1; done; \
+                  ip address; exit 1";
+    cri.exec_sync(&container, &["sh", "-c", script], 40)?.ok()?;
+    node_ip(&format!("-n {netns} link delete late0.5"))?;
+    let script = "for i in 1 2 3 4 5 6 7 8 9 10; do [ -e /sys/class/net/late0.5 ] || exit 0; \
+                  sleep 1; done; ip address; exit 1";
+    cri.exec_sync(&container, &["sh", "-c", script], 30)?.ok()?;
     node_ip("link delete hke9")?;
     let script = "for i in 1 2 3 4 5 6 7 8 9 10; do [ -e /sys/class/net/late0 ] || exit 0; \
                   sleep 1; done; ip address; exit 1";
