@@ -11,6 +11,7 @@ use serde_json::json;
 use crate::Case;
 use crate::case::{Node, block_on, is_alive};
 use crate::containerd::connect;
+use crate::second_line::forbid;
 
 pub const CASES: &[Case] = &[
     ("program_tells_version_and_info", version_and_info),
@@ -26,6 +27,7 @@ pub const CASES: &[Case] = &[
     ("program_deletes_a_socket_where_it_was_made", delete_socket),
     ("program_leaves_nothing_when_start_fails", start_fails),
     ("program_leaves_nothing_when_start_is_killed", start_killed),
+    ("program_tells_why_a_shim_cannot_serve", cannot_serve),
 ];
 
 fn version_and_info() {
@@ -114,6 +116,29 @@ fn start_killed() {
         wait_for("its shim's end", || (!is_alive(shim)).then_some(())).await;
         assert_nothing_serves(&node);
     });
+}
+
+/// containerd is told no address of a shim that does not come to serve.
+fn cannot_serve() {
+    let without_mounts = || {
+        forbid(libc::SYS_unshare, libc::ENOSPC);
+        block_on(async {
+            let node = Node::new().await;
+            let bundle = node.bundle("w", &["sleep"]);
+            let input = params(&node, "w");
+            let output = node.shim(&["-id", "w", "start"], &bundle.dir, &input);
+            assert!(!output.status.success());
+            assert!(output.stdout.is_empty());
+            let errors = String::from_utf8(output.stderr).unwrap();
+            assert!(
+                errors.contains("making a mount namespace: No space left on device"),
+                "{errors}"
+            );
+            assert_nothing_serves(&node);
+        });
+    };
+    // The filter stays with the thread.
+    std::thread::spawn(without_mounts).join().unwrap();
 }
 
 fn assert_nothing_serves(node: &Node) {

@@ -30,7 +30,7 @@ fn there() {
 fn lacking() {
     // The filter stays with the thread and all that it starts.
     let log = std::thread::spawn(|| {
-        forbid_landlock();
+        forbid(libc::SYS_landlock_create_ruleset, libc::ENOSYS);
         log_of_a_pod()
     });
     let log = log.join().unwrap();
@@ -45,8 +45,9 @@ fn lacking() {
     );
 }
 
-/// As a kernel without it answers.
-fn forbid_landlock() {
+/// Has a system call answered with `error`, as by a kernel without it, for this
+/// thread and all that it starts.
+pub fn forbid(call: libc::c_long, error: i32) {
     let statement = |code: u32, k: u32| libc::sock_filter {
         code: code as u16,
         jt: 0,
@@ -60,11 +61,11 @@ fn forbid_landlock() {
             code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
             jt: 0,
             jf: 1,
-            k: libc::SYS_landlock_create_ruleset as u32,
+            k: call as u32,
         },
         statement(
             libc::BPF_RET | libc::BPF_K,
-            libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32,
+            libc::SECCOMP_RET_ERRNO | error as u32,
         ),
         statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
     ];
