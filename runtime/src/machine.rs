@@ -1,8 +1,7 @@
 //! A pod's machine: everything on the node that belongs to it, from start to
 //! end.
 
-use std::fs::{File, OpenOptions};
-use std::io::Read;
+use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -23,7 +22,6 @@ use crate::blocking;
 use crate::bundle::PodSpec;
 use crate::clock;
 use crate::config::{Config, Patience};
-use crate::debug_shell;
 use crate::error::Error;
 use crate::file_server::FileServer;
 use crate::growth::{Fitter, Growth};
@@ -38,11 +36,12 @@ use crate::vm_plan::{self, Disk, HostFacts, Room, Start, VmParts, VmSize};
 use crate::vm_process::{Vm, VmEnd, VmError, Vmm};
 use crate::volume;
 
+mod start_plan;
+
+use start_plan::{StartPlan, blame};
+
 /// How long a machine whose agent has gone may take to say why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-
-/// What the guest's kernel gets of the host's to tell it from its template.
-const ENTROPY_BYTES: usize = 64;
 
 /// What a machine is made from.
 #[derive(Debug)]
@@ -73,19 +72,6 @@ pub struct MachineParts {
     file_server: FileServer,
     file_server_socket: OwnedFd,
     network: Option<(Netns, PodNetwork)>,
-}
-
-/// How a machine is to begin.
-#[derive(Debug)]
-struct StartPlan {
-    /// What it begins with.
-    size: VmSize,
-    room: Room,
-    start: Start,
-    /// What a copy gets to tell it from its template; nothing where it boots.
-    entropy: Vec<u8>,
-    /// The template that it could begin as.
-    template: Option<TemplateKey>,
 }
 
 /// A machine whose agent has set the sandbox up.
@@ -210,10 +196,7 @@ impl MachineParts {
         let restored = matches!(parts.start, Start::Restore { .. });
         let used = template.as_ref().filter(|_| restored);
         let mut facts = machine_facts(self.size, size, room, &parts);
-        facts.template = template
-            .as_ref()
-            .filter(|_| restored)
-            .map(TemplateKey::name);
+        facts.template = used.map(TemplateKey::name);
         let (spec, descriptors) = vm_plan::plan(size, room, parts)?;
         let (vm, timeline) = match self
             .vmm
@@ -280,70 +263,6 @@ impl MachineParts {
             }
         }
     }
-}
-
-/// A template whose copy did not start may be damaged: the next pod boots, and
-/// has another made.
-fn blame(template: Option<&TemplateKey>, error: &Error) {
-    let Some(template) = template else { return };
-    match error {
-        // An agent that says no does so to what the pod asks for, mostly; and a VMM
-        // that ends without a word was killed.
-        Error::Agent(AgentError::Refused { .. } | AgentError::TooLarge { .. })
-        | Error::Vm(VmError::Ended(VmEnd { reason: None, .. })) => template.doubt(),
-        _ => template.discard(),
-    }
-}
-
-impl StartPlan {
-    /// From a template where there is one that fits the pod.
-    fn new(request: &MachineRequest, size: VmSize, host: HostFacts) -> Result<Self, Error> {
-        let (config, pod) = (&request.config, &request.pod);
-        let room = vm_plan::room(pod, size, host);
-        // One that is to tell more is told so as it boots.
-        let key = (!request.debug).then(|| TemplateKey::of_node(config, host));
-        let template = key.flatten().and_then(|key| {
-            let shape = key.shape(pod, size, room)?;
-            Some((key, shape))
-        });
-        if let Some((key, shape)) = &template
-            && let Some(files) = key.open()
-        {
-            return Ok(Self {
-                size: shape.size,
-                room: shape.room,
-                start: Start::Restore {
-                    template: files,
-                    origin: key.origin().to_owned(),
-                },
-                entropy: entropy()?,
-                template: Some(key.clone()),
-            });
-        }
-        let extra = debug_shell::kernel_parameters(config);
-        Ok(Self {
-            size,
-            room,
-            start: Start::Boot {
-                kernel: open("guest kernel", &config.kernel, false)?,
-                initramfs: debug_shell::initramfs(config)?,
-                command_line: vm_plan::command_line(size, room, &extra, request.debug),
-            },
-            entropy: Vec::new(),
-            template: template.map(|(key, _)| key),
-        })
-    }
-}
-
-fn entropy() -> Result<Vec<u8>, VmError> {
-    let mut entropy = vec![0; ENTROPY_BYTES];
-    File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut entropy))
-        .map_err(|source| VmError::Io {
-            what: "/dev/urandom",
-            source,
-        })?;
-    Ok(entropy)
 }
 
 impl Machine {

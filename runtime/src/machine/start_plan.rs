@@ -1,0 +1,97 @@
+//! How a pod's machine begins: it boots, or goes on from a template.
+
+use std::fs::File;
+use std::io::Read;
+
+use super::{MachineRequest, open};
+use crate::agent_client::AgentError;
+use crate::debug_shell;
+use crate::error::Error;
+use crate::template::TemplateKey;
+use crate::vm_plan::{self, HostFacts, Room, Start, VmSize};
+use crate::vm_process::{VmEnd, VmError};
+
+/// What the guest's kernel gets of the host's to tell it from its template.
+const ENTROPY_BYTES: usize = 64;
+
+/// How a machine is to begin.
+#[derive(Debug)]
+pub struct StartPlan {
+    /// What it begins with.
+    pub size: VmSize,
+    /// What it may grow to.
+    pub room: Room,
+    /// From what.
+    pub start: Start,
+    /// What a copy gets to tell it from its template; nothing where it boots.
+    pub entropy: Vec<u8>,
+    /// The template that it could begin as.
+    pub template: Option<TemplateKey>,
+}
+
+impl StartPlan {
+    /// From a template where there is one that fits the pod.
+    ///
+    /// # Errors
+    /// A file that it boots from is not there.
+    pub fn new(request: &MachineRequest, size: VmSize, host: HostFacts) -> Result<Self, Error> {
+        let (config, pod) = (&request.config, &request.pod);
+        let room = vm_plan::room(pod, size, host);
+        // One that is to tell more is told so as it boots.
+        let key = (!request.debug).then(|| TemplateKey::of_node(config, host));
+        let template = key.flatten().and_then(|key| {
+            let shape = key.shape(pod, size, room)?;
+            Some((key, shape))
+        });
+        if let Some((key, shape)) = &template
+            && let Some(files) = key.open()
+        {
+            return Ok(Self {
+                size: shape.size,
+                room: shape.room,
+                start: Start::Restore {
+                    template: files,
+                    origin: key.origin().to_owned(),
+                },
+                entropy: entropy()?,
+                template: Some(key.clone()),
+            });
+        }
+        let extra = debug_shell::kernel_parameters(config);
+        Ok(Self {
+            size,
+            room,
+            start: Start::Boot {
+                kernel: open("guest kernel", &config.kernel, false)?,
+                initramfs: debug_shell::initramfs(config)?,
+                command_line: vm_plan::command_line(size, room, &extra, request.debug),
+            },
+            entropy: Vec::new(),
+            template: template.map(|(key, _)| key),
+        })
+    }
+}
+
+fn entropy() -> Result<Vec<u8>, VmError> {
+    let mut entropy = vec![0; ENTROPY_BYTES];
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut entropy))
+        .map_err(|source| VmError::Io {
+            what: "/dev/urandom",
+            source,
+        })?;
+    Ok(entropy)
+}
+
+/// A template whose copy did not start may be damaged: the next pod boots, and
+/// has another made.
+pub fn blame(template: Option<&TemplateKey>, error: &Error) {
+    let Some(template) = template else { return };
+    match error {
+        // An agent that says no does so to what the pod asks for, mostly; and a VMM
+        // that ends without a word was killed.
+        Error::Agent(AgentError::Refused { .. } | AgentError::TooLarge { .. })
+        | Error::Vm(VmError::Ended(VmEnd { reason: None, .. })) => template.doubt(),
+        _ => template.discard(),
+    }
+}
