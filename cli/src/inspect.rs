@@ -6,6 +6,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use serde_json::{Value, json};
 
 use husk_node::process::Process;
+use husk_node::shell;
 use husk_node::state::{EndFacts, MachineFacts};
 
 use crate::answer::Answer;
@@ -47,7 +48,13 @@ pub fn value(pod: &Pod, memory: Option<Memory>) -> Value {
         "memory": memory,
         "machine": state.machine,
         "end": state.end,
+        "debug_shell": has_shell(pod),
     }))
+}
+
+/// Programs may be run in its guest: there is a socket for it.
+fn has_shell(pod: &Pod) -> bool {
+    pod.dir.join(shell::SOCKET).exists()
 }
 
 fn cgroup(path: &Path) -> String {
@@ -98,6 +105,9 @@ fn show(pod: &Pod, memory: Option<Memory>) -> String {
     }
     if let Some(path) = &state.cgroup {
         facts.push(("cgroup", cgroup(path)));
+    }
+    if has_shell(pod) {
+        facts.push(("debug shell", "allowed when it began".to_owned()));
     }
     facts.push(("state", pod.dir.to_string_lossy().into_owned()));
     for (_, value) in &mut facts {

@@ -13,7 +13,7 @@ use husk_node::shell::{self, Asked, Request, Told};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
-use super::node::{Node, Part, expect, out};
+use super::node::{Node, Part, expect, json, out};
 
 const POD: &str = "0123abc";
 
@@ -142,6 +142,8 @@ fn whoever_reads_a_programs_output_may_stop() {
 fn nothing_runs_where_it_is_not_allowed() {
     let pod = Pod::new();
     let words = ["exec", POD, "--", "true"];
+    let inspected = || json(&pod.node.husk(&["inspect", POD, "--json"]));
+    assert_eq!(inspected()["debug_shell"], false);
     expect(&pod.node.husk(&words), 125, "`debug_shell = true` in /");
     let state = pod.node.path().join("state");
     let line = format!("state_dir = '{}'\ndebug_shell = true\n", state.display());
@@ -165,6 +167,7 @@ fn nothing_runs_where_it_is_not_allowed() {
         .stdin(Stdio::null())
         .output();
     expect(&none.unwrap(), 125, "standard input is no terminal");
+    assert_eq!(inspected()["debug_shell"], true);
     for (told, why) in [
         (
             vec![Told::Failed("no\x1b[2J such".into())],

@@ -29,6 +29,9 @@ const FIRST: Duration = Duration::from_secs(10);
 /// Most words of a command line.
 const WORDS: usize = 1024;
 
+/// How much of a command line is logged, characters.
+const LOGGED: usize = 256;
+
 /// One read at most, bytes.
 const CHUNK: usize = 32 << 10;
 
@@ -55,7 +58,9 @@ pub async fn attend(stream: UnixStream, vm: Vm, agent: Agent) {
         Ok(Ok(Some(Asked::Run(request)))) if request.args.len() <= WORDS => request,
         _ => return tell_failure(tells, "this is no request".to_owned()).await,
     };
-    tracing::info!(args = ?request.args, "debug shell");
+    let line = request.args.join(" ");
+    let line: String = line.chars().take(LOGGED).collect();
+    tracing::info!(line, "debug shell");
     let id = match ports::random() {
         Ok(number) => format!("{number:x}"),
         Err(error) => return tell_failure(tells, error.to_string()).await,
