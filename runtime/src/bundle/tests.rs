@@ -107,6 +107,9 @@ fn names_a_wrong_annotation() {
         ("io.husk.vm.disk_burst_requests", "-1"),
         // A key that is none of these.
         ("io.husk.vm.first_uid", "1"),
+        // Neither is it a pod's to say who may look into it.
+        ("io.husk.vm.debug_shell", "true"),
+        ("io.husk.vm.kernel_parameters", "husk.debug_shell=1"),
         ("io.husk.disk_kib_per_second", "1"),
     ] {
         let bundle = bundle(json!({
