@@ -1,15 +1,10 @@
 //! What a pod's processes really use of the node's memory.
 
-use std::fs::File;
-use std::io::{self, BufRead, BufReader};
-
 use serde::Serialize;
 
 use husk_node::process::Process;
+use husk_node::smaps;
 use husk_node::state::State;
-
-/// Name of the file in memory that is the guest's memory; the VMM gives it.
-const GUEST_MEMORY: &str = "/memfd:guest-memory";
 
 /// Memory of a pod, KiB. Pages that several processes share count in parts
 /// (proportional set size), so that the sum over all processes is the truth.
@@ -48,49 +43,16 @@ impl Memory {
 /// A process's own memory, and its part of the guest's, KiB.
 fn measure(process: Option<Process>) -> Option<(u64, u64)> {
     let process = process.filter(|process| process.is_alive())?;
-    let smaps = File::open(format!("/proc/{}/smaps", process.pid)).ok()?;
-    let found = sum(BufReader::new(smaps)).ok()?;
+    let found = smaps::of_process(process.pid).ok()?;
     // What was read was another's if it has gone.
-    process.is_alive().then_some(found)
-}
-
-/// Of smaps (proc_pid_smaps(5)): a line a mapping, and its counters below.
-fn sum(smaps: impl BufRead) -> io::Result<(u64, u64)> {
-    let (mut own, mut guest, mut in_guest) = (0, 0, false);
-    for line in smaps.split(b'\n') {
-        let line = line?;
-        let line = String::from_utf8_lossy(&line);
-        if let Some(rest) = line.strip_prefix("Pss:") {
-            let kib = rest.split_whitespace().next().unwrap_or_default();
-            let kib: u64 = kib.parse().map_err(io::Error::other)?;
-            *(if in_guest { &mut guest } else { &mut own }) += kib;
-        } else if !line.split_whitespace().next().unwrap_or(":").ends_with(':') {
-            in_guest = line.contains(GUEST_MEMORY);
-        }
-    }
-    Ok((own, guest))
+    process
+        .is_alive()
+        .then_some((found.own_kib, found.guest_kib))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const SMAPS: &str = "\
-7f0000000000-7f0010000000 rw-s 00000000 00:01 17  /memfd:guest-memory (deleted)
-Size:             262144 kB
-Pss:               50000 kB
-Pss_Dirty:         50000 kB
-VmFlags: rd wr sh mr mw me ms
-7f0020000000-7f0020001000 r-xp 00000000 00:01 18  /usr/libexec/husk/husk-vmm
-Pss:                 700 kB
-7ffe00000000-7ffe00001000 rw-p 00000000 00:00 0   [stack]
-Pss:                  12 kB
-";
-
-    #[test]
-    fn tells_the_guest_from_the_rest() {
-        assert_eq!(sum(SMAPS.as_bytes()).unwrap(), (712, 50_000));
-    }
 
     #[test]
     fn measures_a_process() {

@@ -7,4 +7,5 @@ pub mod pod_log;
 pub mod process;
 pub mod rates;
 pub mod shell;
+pub mod smaps;
 pub mod state;

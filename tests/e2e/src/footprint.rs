@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use husk_node::smaps;
 
 use crate::template;
 
@@ -70,32 +71,13 @@ fn host_process(pid: i32) -> Result<HostProcess> {
             .find_map(|line| line.strip_prefix(name)?.split_whitespace().next())
             .with_context(|| format!("no {name} of {pid}"))
     };
-    let (own_kib, guest_kib) = memory(&folder.join("smaps")).unwrap_or_default();
+    let memory = smaps::of_process(pid.unsigned_abs()).unwrap_or_default();
     Ok(HostProcess {
         pid,
         parent: field("PPid:")?.parse()?,
         uid: field("Uid:")?.parse()?,
         name: field("Name:")?.to_owned(),
-        own_kib,
-        guest_kib,
+        own_kib: memory.own_kib,
+        guest_kib: memory.guest_kib,
     })
-}
-
-/// Proportional set size, KiB: of everything but memfds, and of memfds, which
-/// hold the guest's memory.
-fn memory(smaps: &Path) -> Result<(u64, u64)> {
-    let (mut own, mut guest, mut in_guest) = (0, 0, false);
-    for line in fs::read_to_string(smaps)?.lines() {
-        if let Some(rest) = line.strip_prefix("Pss:") {
-            let kib: u64 = rest.split_whitespace().next().unwrap_or_default().parse()?;
-            *(if in_guest { &mut guest } else { &mut own }) += kib;
-        } else if line
-            .split_whitespace()
-            .next()
-            .is_some_and(|word| !word.ends_with(':'))
-        {
-            in_guest = line.contains("/memfd:");
-        }
-    }
-    Ok((own, guest))
 }
