@@ -82,7 +82,7 @@ pub enum Command {
     ///
     /// Only where the configuration has `debug_shell = true`, and in pods that began
     /// since. The guest has the programs of busybox, and the containers' files below
-    /// /run/husk/containers. What it prints reaches this terminal as it is.
+    /// /run/husk/shared. What it prints reaches this terminal as it is.
     Exec(ExecArguments),
     /// Open a shell in a pod's guest itself; Ctrl-] leaves it where it does not answer
     ///

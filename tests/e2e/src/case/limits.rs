@@ -157,9 +157,9 @@ fn send(bytes: u32, address: &str, port: u16) -> String {
 
 fn network_rate(bench: &Bench) -> Result<()> {
     const KIB: u32 = 512;
-    const RATE: [(&str, u32); 2] = [("network_kib_per_second", 128), ("network_burst_kib", 32)];
+    const RATE: [(&str, u32); 2] = [("network_kib_per_second", 32), ("network_burst_kib", 32)];
     // One large frame may be owed.
-    let least = (512.0 - 32.0 - 64.0) / 128.0;
+    let least = (512.0 - 32.0 - 64.0) / 32.0;
     let cri = bench.cri()?;
     let limited = pod(bench, &cri, &RATE)?;
     let free = pod(bench, &cri, &[])?;

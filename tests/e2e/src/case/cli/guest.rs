@@ -77,7 +77,7 @@ fn exec(bench: &Bench) -> Result<()> {
     // The guest's own first process, and the container's file system from outside.
     let agent = run(&["readlink", "/proc/1/exe"])?.ok()?;
     ensure!(agent.out() == "/init\n", "{}", agent.tail());
-    let containers = run(&["ls", "/run/husk/containers"])?.ok()?;
+    let containers = run(&["ls", "/run/husk/shared"])?.ok()?;
     ensure!(containers.out().contains(&id), "{}", containers.tail());
     run(&["sh", "-c", "echo out; echo err >&2; exit 7"])?.expect_code(7)?;
     run(&["no-such-program"])?.expect_code(127)?;
