@@ -1,6 +1,6 @@
 //! The cgroup of a container.
 
-mod huge_pages;
+pub mod huge_pages;
 mod weight;
 
 use std::fs;

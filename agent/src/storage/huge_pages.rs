@@ -10,6 +10,7 @@ use husk_protocol::agent::{HugePagesStorage, Storage};
 use rustix::fs::statfs;
 
 use super::{Kind, Mounted, Source, StorageError};
+use crate::container::cgroup::huge_pages::allow_volume;
 use crate::error::Doing;
 use crate::lock::lock;
 
@@ -50,6 +51,8 @@ pub(super) fn attach(
         mounted.undo();
         return Err(error).doing("change the mode of", mounted.mount_point.display())?;
     }
+    let pages = storage.huge_pages();
+    allow_volume(&mounted.mount_point, pages.page_bytes, pages.size_bytes);
     Ok(Mounted::kept(mounted.mount_point))
 }
 

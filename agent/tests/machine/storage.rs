@@ -136,6 +136,10 @@ agent_test! {
             skip("volume of huge pages", "this kernel has none");
             return;
         }
+        // Which the machine that runs this test gets back.
+        let allowed = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages";
+        let allowed_before = std::fs::read(allowed).unwrap();
+        std::fs::write(allowed, "0").unwrap();
         // Of a size that there is not: nothing stays.
         let before = agent.mounts();
         let error = with_huge_pages(&agent, "a", 3 << 20).await.err().unwrap();
@@ -151,6 +155,9 @@ agent_test! {
         assert_eq!((root.uid(), root.gid(), root.mode() & 0o7777), (12, 34, 0o2770));
         let found = rustix::fs::statfs(&first).unwrap();
         assert_eq!((found.f_bsize, found.f_blocks), (2 << 20, 4));
+        // No limit has said that there may be such pages.
+        assert_ne!(std::fs::read(allowed).unwrap(), b"0\n");
+        std::fs::write(allowed, allowed_before).unwrap();
         std::fs::create_dir(first.join("left")).unwrap();
         assert!(second.join("left").is_dir());
         for id in ["a", "b"] {

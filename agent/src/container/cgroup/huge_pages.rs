@@ -16,17 +16,18 @@ const SIZES: &str = "/sys/kernel/mm/hugepages";
 /// More pages than any machine has.
 const NO_BOUND: &str = "4294967295";
 
-/// Pages of the sizes that have to be set aside, by the cgroup that may use them.
+/// Pages of the sizes that have to be set aside, by the cgroup or volume that may use
+/// them.
 #[derive(Debug)]
 struct SetAside(BTreeMap<(PathBuf, u64), u64>);
 
 static SET_ASIDE: Mutex<SetAside> = Mutex::new(SetAside(BTreeMap::new()));
 
 impl SetAside {
-    /// Notes the pages of a cgroup; those of all cgroups that are there.
-    fn sum_with(&mut self, cgroup: &Path, kib: u64, pages: u64) -> u64 {
-        self.0.retain(|(cgroup, _), _| cgroup.exists());
-        self.0.insert((cgroup.to_owned(), kib), pages);
+    /// Notes the pages of a cgroup or volume; those of all that are there.
+    fn sum_with(&mut self, user: &Path, kib: u64, pages: u64) -> u64 {
+        self.0.retain(|(user, _), _| user.exists());
+        self.0.insert((user.to_owned(), kib), pages);
         let same = self.0.iter().filter(|((_, of), _)| *of == kib);
         same.fold(0, |sum, (_, pages)| sum.saturating_add(*pages))
     }
@@ -37,18 +38,32 @@ impl SetAside {
 pub fn allow(cgroup: &Path, limits: &[HugepageLimit]) {
     for limit in limits {
         let finite = !matches!(limit.limit, 0 | u64::MAX);
-        let Some(kib) = kib_of(&limit.page_size).filter(|_| finite) else {
-            continue;
-        };
-        let folder = Path::new(SIZES).join(format!("hugepages-{kib}kB"));
-        // The kubelet names every size of its node; the guest may lack some.
-        let pages = limit.limit.div_ceil(kib << 10);
-        if folder.exists()
-            && let Err(error) =
-                allow_size(&folder, || lock(&SET_ASIDE).sum_with(cgroup, kib, pages))
-        {
-            log::warn!("huge pages of {}: {error}", limit.page_size);
+        if let Some(kib) = kib_of(&limit.page_size).filter(|_| finite) {
+            allow_pages(cgroup, kib, limit.limit.div_ceil(kib << 10));
         }
+    }
+}
+
+/// The same for a volume: containerd, as it comes, tells of no limits in pods, and
+/// the volume has a bound of its own.
+pub fn allow_volume(mount_point: &Path, page_bytes: u64, size_bytes: u64) {
+    if page_bytes > 0 {
+        allow_pages(
+            mount_point,
+            page_bytes >> 10,
+            size_bytes.div_ceil(page_bytes),
+        );
+    }
+}
+
+/// What is at `user` may use so many.
+fn allow_pages(user: &Path, kib: u64, pages: u64) {
+    let folder = Path::new(SIZES).join(format!("hugepages-{kib}kB"));
+    // The kubelet names every size of its node; the guest may lack some.
+    if folder.exists()
+        && let Err(error) = allow_size(&folder, || lock(&SET_ASIDE).sum_with(user, kib, pages))
+    {
+        log::warn!("huge pages of {kib} KiB: {error}");
     }
 }
 
