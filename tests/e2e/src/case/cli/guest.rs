@@ -97,7 +97,7 @@ fn exec(bench: &Bench) -> Result<()> {
     // What runs there ends with whoever asked for it.
     let mut command = Command::new(PROGRAM);
     let sleep = process::start(command.args(["exec", &id, "--", "sleep", "54321"]))?;
-    let is_there = || anyhow::Ok(run(&["pgrep", "-f", "sleep 54321"])?.code() == 0);
+    let is_there = || anyhow::Ok(run(&["ps"])?.ok()?.out().contains("sleep 54321"));
     eventually("the program", bench.seconds(10), || {
         Ok(is_there()?.then_some(()))
     })?;
