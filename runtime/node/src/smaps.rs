@@ -6,6 +6,9 @@ use std::io::{self, BufRead, BufReader};
 /// Name of the file in memory that is the guest's memory; the VMM gives it.
 const GUEST_MEMORY: &str = "/memfd:guest-memory";
 
+/// The same of a QEMU that gets its memory so, which Husk is compared with.
+const QEMU_MEMORY: &str = "/memfd:memory-backend";
+
 /// Ends the name of the template's file that a copy has mapped.
 const TEMPLATE_MEMORY: &str = "/memory";
 
@@ -71,7 +74,9 @@ impl<'a> Mapping<'a> {
     }
 
     fn is_of_guest(&self) -> bool {
-        self.name.starts_with(GUEST_MEMORY)
+        [GUEST_MEMORY, QEMU_MEMORY]
+            .iter()
+            .any(|name| self.name.starts_with(name))
             || self.name.ends_with(TEMPLATE_MEMORY)
             || (self.name.is_empty() && self.kib >= LARGE_KIB)
     }
