@@ -93,6 +93,13 @@ impl PodCgroup {
         Ok(Some(cgroup))
     }
 
+    /// What [`own_path`](Self::own_path) will say of a cgroup that is not there yet,
+    /// for a state file that is written before it is made.
+    pub fn to_be_made(cgroups_path: &str) -> Option<PathBuf> {
+        let path = host_path(cgroups_path).ok()?;
+        (is_v2() && !under_mount(&path).exists()).then_some(path)
+    }
+
     /// Below the mount point, for the state file: what `delete` may empty and
     /// remove. None when others may be in it.
     pub fn own_path(&self) -> Option<&Path> {
@@ -321,10 +328,13 @@ mod tests {
     fn leaves_what_others_made() {
         let path = format!("/husk-test-{}", std::process::id());
         let dir = under_mount(Path::new(&path));
+        let to_be_made = PodCgroup::to_be_made(&path);
         if !is_v2() || fs::create_dir(&dir).is_err() {
             println!("SKIPPED: no cgroup v2 can be made");
             return;
         }
+        assert_eq!(to_be_made.as_deref(), Some(Path::new(&path)));
+        assert_eq!(PodCgroup::to_be_made(&path), None);
         let mut bystander = std::process::Command::new("sleep")
             .arg("100")
             .spawn()

@@ -200,6 +200,9 @@ impl Pod {
         };
         self.state.timeline.request_ns = clock::monotonic_ns();
         if let Some(path) = &pod.cgroups_path {
+            // Who is killed as soon as it is there leaves it to `delete`.
+            self.state.cgroup = PodCgroup::to_be_made(path);
+            self.write_state();
             self.cgroup = PodCgroup::enter(path).inspect_err(|_| self.state_dir.remove())?;
             let own = self.cgroup.as_ref().and_then(PodCgroup::own_path);
             self.state.cgroup = own.map(Path::to_owned);
