@@ -1,16 +1,13 @@
 //! Who is measured.
 
-use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use husk_e2e::ctr::Ctr;
-use husk_e2e::node::{NAMESPACE, Node, Runtime};
-use husk_e2e::template;
+use husk_e2e::drop_in::DropIn;
+use husk_e2e::node::{Node, Runtime};
+use husk_e2e::{pod_state, template};
 use serde_json::Value;
-
-const DROP_INS: &str = "/etc/husk/conf.d";
-const DROP_IN: &str = "/etc/husk/conf.d/90-bench.toml";
 
 /// A way to start a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,21 +50,19 @@ impl Contender {
         }
     }
 
-    /// Configures the node for it.
-    pub fn prepare(self) -> Result<()> {
+    /// Configures the node for it, as long as what is returned lives.
+    pub fn prepare(self) -> Result<Option<DropIn>> {
         let age = match self {
-            Self::Runc => return Ok(()),
+            Self::Runc => return Ok(None),
             Self::Boot => 0,
             Self::Copy => 86_400,
         };
-        fs::create_dir_all(DROP_INS)?;
-        fs::write(DROP_IN, format!("template_max_age_seconds = {age}\n"))
-            .with_context(|| format!("write {DROP_IN}"))
+        DropIn::with(&format!("template_max_age_seconds = {age}\n")).map(Some)
     }
 
     /// Has the node make what is made once: caches, and a template.
     pub fn warm_up(self, node: &Node) -> Result<()> {
-        self.prepare()?;
+        let _prepared = self.prepare()?;
         let ctr = Ctr::new(node, self.runtime());
         let id = format!("warm-{}", self.word());
         ctr.run(&[], &id, &["uname"])?.ok()?;
@@ -80,18 +75,9 @@ impl Contender {
     /// Checks that a container of it really began as it should, from the shim's
     /// record, which is returned.
     pub fn record(self, id: &str) -> Result<Value> {
-        let file = format!("/run/husk/{NAMESPACE}/{id}/state.json");
-        let text = fs::read_to_string(&file).with_context(|| format!("read {file}"))?;
-        let state: Value = serde_json::from_str(&text)?;
+        let state = pod_state::of(id)?;
         let copied = state["machine"]["from_template"] == true;
         ensure!(copied == (self == Self::Copy), "{id} began wrong: {state}");
         Ok(state)
     }
-}
-
-/// Takes back what `prepare` did.
-pub fn restore_node() {
-    // Neither has to be there.
-    let _ = fs::remove_file(DROP_IN);
-    let _ = fs::remove_dir(DROP_INS);
 }

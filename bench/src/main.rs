@@ -78,9 +78,7 @@ fn run() -> Result<()> {
     let probe = std::env::current_exe()?.with_file_name("husk-probe");
     husk_e2e::image::install_for(&setup.node, &probe, &busybox)?;
 
-    let measured = measure_all(&setup);
-    contender::restore_node();
-    let all = measured?;
+    let all = measure_all(&setup)?;
     std::fs::write(
         out.join("results.json"),
         serde_json::to_vec_pretty(&table::as_json(&all, &method))?,

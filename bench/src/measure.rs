@@ -95,7 +95,7 @@ impl Setup {
     pub fn round(&self, round: u32) -> Result<Vec<Measured>> {
         let mut all = Vec::new();
         for contender in Contender::ALL {
-            contender.prepare()?;
+            let _prepared = contender.prepare()?;
             let ctr = Ctr::new(&self.node, contender.runtime());
             let id = format!("bench-{}-{round}", contender.word());
             let (first, end) =
@@ -136,7 +136,7 @@ impl Setup {
 
     /// What the node's memory loses for each idle pod after the first.
     pub fn one_more(&self, contender: Contender) -> Result<Measured> {
-        contender.prepare()?;
+        let _prepared = contender.prepare()?;
         let ctr = Ctr::new(&self.node, contender.runtime());
         let ids: Vec<String> = (0..=MORE)
             .map(|index| format!("more-{}-{index}", contender.word()))

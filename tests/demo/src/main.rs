@@ -12,8 +12,7 @@ use husk_e2e::host::HostState;
 use husk_e2e::image;
 use husk_e2e::node::{Node, Runtime};
 use husk_e2e::pod::Pod;
-use husk_e2e::{footprint, process, template};
-use serde_json::Value;
+use husk_e2e::{footprint, pod_state, process, template};
 
 const DEMO: Case = husk_case("demo", 180, demo);
 
@@ -199,9 +198,7 @@ const STAGES: &[(&str, &str)] = &[
 
 /// Prints the shim's timeline of a pod.
 fn timeline(pod: &str) -> Result<()> {
-    let file = format!("/run/husk/k8s.io/{pod}/state.json");
-    let text = std::fs::read_to_string(&file).with_context(|| format!("read {file}"))?;
-    let state: Value = serde_json::from_str(&text)?;
+    let state = pod_state::of(pod)?;
     let moment = |stage: &str| state["timeline"][stage].as_u64().filter(|ns| *ns > 0);
     let begun = moment("request_ns").context("no timeline")?;
     let mut last = begun;

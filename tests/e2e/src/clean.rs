@@ -70,3 +70,10 @@ pub fn pids() -> impl Iterator<Item = i32> {
         .flatten()
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
 }
+
+/// With which words a process was started; none where it is gone, or the kernel's.
+pub fn arguments(pid: i32) -> Vec<String> {
+    let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let command = String::from_utf8_lossy(&command);
+    command.split_terminator('\0').map(str::to_owned).collect()
+}

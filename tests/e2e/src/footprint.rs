@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use husk_node::smaps;
 
+use crate::clean::{arguments, pids};
 use crate::template;
 
 /// One process of a pod as the host sees it.
@@ -28,9 +29,7 @@ pub struct HostProcess {
 /// The shim of a pod and every process below it, but for what makes a template,
 /// which is nobody's.
 pub fn of_pod(pod: &str) -> Result<Vec<HostProcess>> {
-    let all: Vec<HostProcess> = crate::clean::pids()
-        .filter_map(|pid| host_process(pid).ok())
-        .collect();
+    let all: Vec<HostProcess> = pids().filter_map(|pid| host_process(pid).ok()).collect();
     let shim = all
         .iter()
         .find(|process| is_shim_of(process.pid, pod))
@@ -53,9 +52,9 @@ pub fn of_process(pid: i32) -> Result<HostProcess> {
     host_process(pid)
 }
 
-fn is_shim_of(pid: i32, pod: &str) -> bool {
-    let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let words: Vec<&str> = command.split('\0').collect();
+/// Whether a process is a pod's shim, of whatever runtime, or is about to start it.
+pub fn is_shim_of(pid: i32, pod: &str) -> bool {
+    let words = arguments(pid);
     words
         .first()
         .is_some_and(|name| name.contains("containerd-shim-"))

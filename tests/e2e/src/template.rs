@@ -1,11 +1,10 @@
 //! The node's own templates, which come and go beside the pods.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::clean::pids;
+use crate::clean::{arguments, pids};
 use crate::process::eventually;
 
 /// Where the shim keeps them (`template_dir`).
@@ -18,8 +17,10 @@ pub fn is_being_made() -> bool {
 
 /// Whether a process makes one.
 pub fn is_maker(pid: i32) -> bool {
-    let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    command.ends_with(b"containerd-shim-husk-v2\0template\0")
+    let [program, word] = &arguments(pid)[..] else {
+        return false;
+    };
+    program.ends_with("containerd-shim-husk-v2") && word == "template"
 }
 
 /// Waits until none is made.

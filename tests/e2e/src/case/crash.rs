@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use super::{Bench, Case, Skip, case, husk_case};
 use crate::clean::pids;
 use crate::cri::api::{ContainerState, PodSandboxState};
+use crate::footprint::is_shim_of;
 use crate::node::Runtime;
 use crate::pod::Pod;
 use crate::process::{self, eventually};
@@ -57,14 +58,7 @@ fn processes(program: &str) -> Vec<i32> {
 /// The shim that serves `id`; a runtime's shims differ by this argument.
 fn shim_of(id: &str) -> Result<i32> {
     pids()
-        .find(|pid| {
-            let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let words: Vec<&str> = command.split('\0').collect();
-            words
-                .first()
-                .is_some_and(|name| name.contains("containerd-shim-"))
-                && words.windows(2).any(|pair| pair == ["-id", id])
-        })
+        .find(|pid| is_shim_of(*pid, id))
         .with_context(|| format!("no shim of {id}"))
 }
 

@@ -7,7 +7,9 @@ use std::time::SystemTime;
 use anyhow::{Context, Result, ensure};
 
 use super::{Bench, Case, husk_case};
+use crate::drop_in::DropIn;
 use crate::pod::Pod;
+use crate::pod_state::is_copy;
 use crate::process::eventually;
 use crate::template;
 
@@ -17,8 +19,6 @@ pub const CASES: &[Case] = &[
     husk_case("template/pod", 120, pod),
 ];
 
-const DROP_INS: &str = "/etc/husk/conf.d";
-const DROP_IN: &str = "/etc/husk/conf.d/50-template.toml";
 /// Not the node's own, which there may be.
 const TEMPLATES: &str = "/run/husk-e2e-templates";
 
@@ -27,15 +27,17 @@ const IDENTITY: &str = "head -c 16 /dev/urandom | od -An -v -tx1; \
      cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid";
 
 /// Templates, for the time of a case.
-struct Templates<'a>(&'a Bench);
+struct Templates<'a> {
+    bench: &'a Bench,
+    on: Option<DropIn>,
+}
 
 impl<'a> Templates<'a> {
     /// Turns them on, and waits until there is one.
     fn ready(bench: &'a Bench) -> Result<Self> {
-        let this = Self(bench);
-        fs::create_dir_all(DROP_INS)?;
         let settings = format!("template_max_age_seconds = 3600\ntemplate_dir = \"{TEMPLATES}\"\n");
-        fs::write(DROP_IN, settings)?;
+        let on = Some(DropIn::with(&settings)?);
+        let this = Self { bench, on };
         let id = bench.id();
         bench.ctr.run_detached(&[], &id, &["sleep", "1000"])?.ok()?;
         ensure!(!is_copy(&id)?, "there was a template before");
@@ -55,23 +57,10 @@ impl<'a> Templates<'a> {
 
 impl Drop for Templates<'_> {
     fn drop(&mut self) {
-        let _ = fs::remove_file(DROP_IN);
-        let _ = fs::remove_dir(DROP_INS);
-        let _ = template::await_maker(self.0.seconds(30));
+        self.on = None;
+        let _ = template::await_maker(self.bench.seconds(30));
         let _ = fs::remove_dir_all(TEMPLATES);
     }
-}
-
-/// As the node tells of a running pod.
-fn is_copy(id: &str) -> Result<bool> {
-    let namespaces = fs::read_dir("/run/husk")?.flatten();
-    let mut files = namespaces.map(|folder| folder.path().join(id).join("state.json"));
-    let file = files.find(|path| path.exists());
-    let text = fs::read(file.with_context(|| format!("no state of {id}"))?)?;
-    let state: serde_json::Value = serde_json::from_slice(&text)?;
-    state["machine"]["from_template"]
-        .as_bool()
-        .with_context(|| format!("{state}"))
 }
 
 fn containers(bench: &Bench) -> Result<()> {

@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use super::{Bench, Case, PROGRAM, Skip, husk, husk_case, json, listed};
+use crate::drop_in::DropIn;
 use crate::process::{self, OnTerminal, eventually};
 use crate::template;
 
@@ -20,27 +21,7 @@ pub const CASES: &[Case] = &[
 
 /// Shells are allowed; the node's templates stay what they are.
 const SHELLS: &str = "debug_shell = true\ntemplate_max_age_seconds = 0\n";
-const DROP_INS: &str = "/etc/husk/conf.d";
-const DROP_IN: &str = "/etc/husk/conf.d/60-cli.toml";
 const TEMPLATES: &str = "/run/husk-cli-templates";
-
-/// A part of the node's configuration, for the time of a case.
-struct Configured;
-
-impl Configured {
-    fn with(text: &str) -> Result<Self> {
-        fs::create_dir_all(DROP_INS)?;
-        fs::write(DROP_IN, text)?;
-        Ok(Self)
-    }
-}
-
-impl Drop for Configured {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(DROP_IN);
-        let _ = fs::remove_dir(DROP_INS);
-    }
-}
 
 /// A pod that sleeps.
 fn pod(bench: &Bench) -> Result<String> {
@@ -58,7 +39,7 @@ fn exec(bench: &Bench) -> Result<()> {
         refused.tail()
     );
 
-    let on = Configured::with(SHELLS)?;
+    let on = DropIn::with(SHELLS)?;
     let refused = husk(bench, &["exec", &before, "--", "true"])?.expect_code(125)?;
     ensure!(
         refused.err().contains("the pod began while"),
@@ -113,7 +94,7 @@ fn exec(bench: &Bench) -> Result<()> {
 }
 
 fn console(bench: &Bench) -> Result<()> {
-    let _on = Configured::with(SHELLS)?;
+    let _on = DropIn::with(SHELLS)?;
     let id = pod(bench)?;
     if !fs::exists(PROGRAM)? {
         return Err(Skip(format!("no {PROGRAM}")).into());
@@ -146,7 +127,7 @@ fn console(bench: &Bench) -> Result<()> {
 }
 
 /// Templates of the case's own are gone with it.
-struct OwnTemplates<'a>(&'a Bench, Configured);
+struct OwnTemplates<'a>(&'a Bench, DropIn);
 
 impl Drop for OwnTemplates<'_> {
     fn drop(&mut self) {
@@ -159,7 +140,7 @@ fn templates(bench: &Bench) -> Result<()> {
     let settings = format!(
         "template_max_age_seconds = 3600\ntemplate_dir = \"{TEMPLATES}\"\ndebug_shell = true\n"
     );
-    let _own = OwnTemplates(bench, Configured::with(&settings)?);
+    let _own = OwnTemplates(bench, DropIn::with(&settings)?);
     let list = || json(bench, &["template", "list"]);
     ensure!(list()?["templates"] == serde_json::json!([]), "{}", list()?);
     let mut command = Command::new(PROGRAM);

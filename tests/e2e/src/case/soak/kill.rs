@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::KILL_ROUNDS;
 use crate::case::Bench;
 use crate::case::crash::{TRUTH, kill_hard, restart_containerd};
-use crate::clean::pids;
+use crate::clean::{arguments, pids};
 use crate::cri::Cri;
 use crate::cri::api::{ContainerState, PodSandboxState};
 use crate::host::{self, HostState};
@@ -340,15 +340,14 @@ fn name_and_parent(pid: i32) -> Option<(String, i32)> {
 
 /// The pod whose shim a process is, if it is Husk's, and serves.
 fn pod_of_shim(pid: i32) -> Option<String> {
-    let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
-    let words: Vec<&str> = command.split('\0').collect();
+    let words = arguments(pid);
     let program = Path::new(words.first()?).file_name()?;
-    let acts = words.iter().any(|word| ["start", "delete"].contains(word));
+    let acts = words.iter().any(|word| word == "start" || word == "delete");
     if program != "containerd-shim-husk-v2" || acts {
         return None;
     }
     let pair = words.windows(2).find(|pair| pair[0] == "-id")?;
-    Some(pair[1].to_owned())
+    Some(pair[1].clone())
 }
 
 /// False: its kernel has no way to.
