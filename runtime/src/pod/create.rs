@@ -199,13 +199,17 @@ impl Pod {
             ..State::default()
         };
         self.state.timeline.request_ns = clock::monotonic_ns();
-        if let Some(path) = &pod.cgroups_path {
-            // Who is killed as soon as it is there leaves it to `delete`.
-            self.state.cgroup = PodCgroup::to_be_made(path);
-            self.write_state();
+        // Who is killed as soon as the cgroup is there leaves it to `delete`.
+        let path = pod.cgroups_path.as_deref();
+        self.state.cgroup = path.and_then(PodCgroup::to_be_made);
+        self.write_state();
+        if let Some(path) = path {
             self.cgroup = PodCgroup::enter(path).inspect_err(|_| self.state_dir.remove())?;
             let own = self.cgroup.as_ref().and_then(PodCgroup::own_path);
-            self.state.cgroup = own.map(Path::to_owned);
+            if own != self.state.cgroup.as_deref() {
+                self.state.cgroup = own.map(Path::to_owned);
+                self.write_state();
+            }
         }
         if let Some(cgroup) = &self.cgroup {
             if pod.limits_are_a_sum {
@@ -214,7 +218,6 @@ impl Pod {
             let limited = cgroup.limit_io(&pod.block_io);
             limited.inspect_err(|_| self.release())?;
         }
-        self.write_state();
         Ok(MachineRequest {
             config: self.settings.config.clone(),
             pod,
