@@ -5,6 +5,7 @@
 
 use std::env;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
@@ -19,6 +20,9 @@ const COMPLAINT: u64 = 4096;
 /// How long a daemon may take to be ready; some nodes are slow.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long one may take to end that has lost whoever started it.
+const LAST_PATIENCE: Duration = Duration::from_secs(5);
+
 /// A daemon that waits for its word, and dies unless it gets it.
 #[derive(Debug)]
 pub struct Daemon {
@@ -28,22 +32,18 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Runs this program with what `command` adds. It gets `listener` as standard
-    /// output, which it has no other use for: whoever started us waits until
-    /// nobody holds our own any more.
+    /// Runs this program with what `command` adds. It does not get our standard
+    /// output: whoever started us waits until nobody holds that any more.
     ///
     /// # Errors
     /// The program cannot be run.
-    pub fn spawn(
-        listener: OwnedFd,
-        command: impl FnOnce(&mut Command) -> &mut Command,
-    ) -> io::Result<Self> {
+    pub fn spawn(command: impl FnOnce(&mut Command) -> &mut Command) -> io::Result<Self> {
         let (line, far) = UnixStream::pair()?;
         line.set_read_timeout(Some(PATIENCE))?;
         let mut program = Command::new(env::current_exe()?);
         let child = command(&mut program)
             .stdin(Stdio::from(OwnedFd::from(far)))
-            .stdout(Stdio::from(listener))
+            .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
         Ok(Self {
@@ -92,10 +92,15 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if self.line.is_some() {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
+        let Some(mut line) = self.line.take() else {
+            return;
+        };
+        // It ends by itself then, and takes its socket with it.
+        let _ = line.shutdown(Shutdown::Write);
+        let _ = line.set_read_timeout(Some(LAST_PATIENCE));
+        let _ = io::copy(&mut line, &mut io::sink());
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

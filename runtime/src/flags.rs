@@ -33,6 +33,8 @@ pub struct Flags {
     pub address: String,
     /// Program that publishes events; not used.
     pub publish_binary: String,
+    /// Where a shim serves; only given with `Serve`.
+    pub socket: Option<PathBuf>,
     /// Only given with `Delete`; else the working directory is the bundle.
     pub bundle: Option<PathBuf>,
     /// Log more.
@@ -98,6 +100,7 @@ pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Invocation, 
             "id" => flags.id = value()?,
             "address" => flags.address = value()?,
             "publish-binary" => flags.publish_binary = value()?,
+            "socket" => flags.socket = Some(value()?.into()),
             "bundle" => flags.bundle = Some(value()?.into()),
             "debug" => flags.debug = truth(name, given)?,
             "v" | "version" => version = truth(name, given)?,
@@ -160,6 +163,7 @@ mod tests {
             id: "abc".into(),
             address: "/run/c.sock".into(),
             publish_binary: "/usr/bin/containerd".into(),
+            socket: None,
             bundle: None,
             debug: true,
         };

@@ -3,7 +3,7 @@
 use std::env;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -27,6 +27,7 @@ use crate::id::{Id, IdError};
 use crate::log;
 use crate::pod::{Pod, PodSettings};
 use crate::sandbox_service::SandboxService;
+use crate::socket::{DEFAULT_DIR, ShimSocket, SocketError};
 use crate::task_service::TaskService;
 
 /// Environment variable with the address for events.
@@ -53,6 +54,9 @@ pub enum ServeError {
     /// The node's configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The shim's socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// The kernel refused.
     #[error("{what}")]
     Io {
@@ -71,8 +75,9 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> ServeError {
     move |source| ServeError::Io { what, source }
 }
 
-/// Serves on the socket that is the standard output, with the bundle as working
-/// directory, once the standard input says so. Returns when the pod is gone.
+/// Serves on the socket that the flags name, with the bundle as working directory,
+/// once the standard input says so. The socket is made here, so that it is there
+/// only while somebody lives who removes it. Returns when the pod is gone.
 ///
 /// # Errors
 /// Something that every pod needs could not be had.
@@ -88,7 +93,6 @@ pub fn serve(flags: &Flags) -> Result<(), ServeError> {
 }
 
 fn try_serve(flags: &Flags) -> Result<(), ServeError> {
-    let listener = take_listener().map_err(io_error("taking the socket"))?;
     hold_descriptor_3().map_err(io_error("/dev/null"))?;
     descriptors::raise().map_err(io_error("raising the limit of open files"))?;
     // Not a leader yet unless started by hand, and then it may stay.
@@ -105,33 +109,35 @@ fn try_serve(flags: &Flags) -> Result<(), ServeError> {
         .enable_time()
         .build()
         .map_err(io_error("runtime"))?;
+    let socket = socket_of(flags);
+    let listener = socket.listen()?;
     // Whoever was started by hand need not have somebody who hears it.
     let _ = daemon::tell_ready();
-    if !daemon::is_released().map_err(io_error("waiting for the word to serve"))? {
+    if !matches!(daemon::is_released(), Ok(true)) {
         tracing::info!("whoever started the shim is gone and has told nobody of it");
-        if let Some(path) = listener
-            .local_addr()
-            .ok()
-            .as_ref()
-            .and_then(|at| at.as_pathname())
-        {
-            let _ = std::fs::remove_file(path);
-        }
+        // Nobody else can have taken its place while this one listens.
+        socket.remove();
         return Ok(());
     }
-    let served = runtime.block_on(run(listener, settings));
+    let served = runtime.block_on(run(&socket, listener, settings));
+    if served.is_err() {
+        socket.remove();
+    }
     // Some file system may never answer who unmounts it.
     blocking::finish(LAST_WORK);
     runtime.shutdown_background();
     served
 }
 
-async fn run(listener: UnixListener, settings: PodSettings) -> Result<(), ServeError> {
+async fn run(
+    socket: &ShimSocket,
+    listener: UnixListener,
+    settings: PodSettings,
+) -> Result<(), ServeError> {
     let address = env::var(TTRPC_ADDRESS).unwrap_or_default();
     let (events, publisher) = Publisher::start(&address, settings.namespace.as_str());
     tracing::info!(pid = std::process::id(), "shim serves");
     let (pod, over) = Pod::start(settings, events);
-    let path = listener.local_addr().map_err(io_error("socket"))?;
     let listener = listen(listener).map_err(io_error("socket"))?;
     let mut server = Server::new()
         .add_listener(listener)
@@ -142,16 +148,25 @@ async fn run(listener: UnixListener, settings: PodSettings) -> Result<(), ServeE
 
     // Events are promised even to a containerd that is away; answers are not.
     publisher.finish(LAST_EVENTS).await;
+    // While it listens still, so that it cannot be a newer shim's.
+    socket.remove();
     if timeout(LAST_ANSWERS, server.shutdown()).await.is_err() {
         tracing::debug!("somebody still waits for an answer");
     }
     // The connections' writers end in their own time.
     sleep(Duration::from_millis(10)).await;
-    if let Some(path) = path.as_pathname() {
-        // `delete` may have been faster.
-        let _ = std::fs::remove_file(path);
-    }
     Ok(())
+}
+
+/// Where `start` wants the shim, or who starts it by hand would look for it.
+fn socket_of(flags: &Flags) -> ShimSocket {
+    match &flags.socket {
+        Some(path) => ShimSocket::at(path.clone()),
+        None => {
+            let dir = Path::new(DEFAULT_DIR);
+            ShimSocket::new(dir, &flags.address, &flags.namespace, &flags.id)
+        }
+    }
 }
 
 /// Connections as they come. Where one cannot be had, for want of a descriptor
@@ -170,14 +185,6 @@ fn listen(listener: UnixListener) -> io::Result<Listener> {
             }
         }
     })))
-}
-
-/// The listening socket comes as standard output; nobody shall write there.
-fn take_listener() -> io::Result<UnixListener> {
-    let listener: OwnedFd = io::stdout().as_fd().try_clone_to_owned()?;
-    let null = File::options().write(true).open("/dev/null")?;
-    rustix::stdio::dup2_stdout(&null)?;
-    Ok(listener.into())
 }
 
 /// Puts something on descriptor 3, where it is free, for good: programs get

@@ -37,6 +37,16 @@ impl ShimSocket {
         }
     }
 
+    /// The socket at `path`.
+    pub fn at(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// As containerd wants it.
     pub fn address(&self) -> String {
         format!("unix://{}", self.path.display())

@@ -4,7 +4,6 @@
 use std::env;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
@@ -19,7 +18,7 @@ use crate::id::Id;
 use crate::joined::{self, POD_FILE};
 use crate::network::NetnsId;
 use crate::serve::TTRPC_ADDRESS;
-use crate::socket::{DEFAULT_DIR, ShimSocket, SocketError};
+use crate::socket::{DEFAULT_DIR, ShimSocket};
 
 /// Most that containerd may send, bytes.
 const INPUT: u64 = 10 << 20;
@@ -46,9 +45,6 @@ pub enum StartError {
     /// The bundle.
     #[error(transparent)]
     Bundle(#[from] BundleError),
-    /// The shim's socket.
-    #[error(transparent)]
-    Socket(#[from] SocketError),
     /// A container of a pod that is not there.
     #[error("pod {0} has no shim: it has ended or was never started")]
     NoPod(String),
@@ -152,25 +148,28 @@ fn start_shim(
     bundle: &Path,
     socket: &ShimSocket,
 ) -> Result<(), StartError> {
-    let listener = socket.listen()?;
-    let started = spawn(flags, wish, listener.into()).and_then(|mut daemon| {
-        write(bundle, ADDRESS_FILE, &socket.address())?;
-        write(bundle, PID_FILE, &daemon.pid().to_string())?;
+    let started = spawn(flags, wish, socket).and_then(|mut daemon| {
         // From the answer on, containerd takes it that the shim serves.
         daemon.await_ready().map_err(io_error("the shim"))?;
+        write(bundle, ADDRESS_FILE, &socket.address())?;
+        write(bundle, PID_FILE, &daemon.pid().to_string())?;
         tell(wish, socket)?;
         let released = daemon.release();
         released.map_err(io_error("the shim ended as soon as it was started"))
     });
-    if started.is_err() {
+    // A daemon takes its own with it, unless it was killed; one that answers is
+    // another shim's.
+    if started.is_err() && !socket.answers() {
         socket.remove();
     }
     started
 }
 
-fn spawn(flags: &Flags, wish: &Wish, listener: OwnedFd) -> Result<Daemon, StartError> {
-    let daemon = Daemon::spawn(listener, |command| {
+fn spawn(flags: &Flags, wish: &Wish, socket: &ShimSocket) -> Result<Daemon, StartError> {
+    let daemon = Daemon::spawn(|command| {
         command
+            .arg("-socket")
+            .arg(socket.path())
             .args(["-namespace", &flags.namespace])
             .args(["-id", &flags.id])
             .args(["-address", &flags.address])

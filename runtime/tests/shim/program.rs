@@ -1,16 +1,20 @@
 //! The program's actions.
 
 use std::io::Write;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use containerd_shim_protos::api::ShutdownRequest;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::shim_async::TaskClient;
 use containerd_shim_protos::types::introspection::RuntimeInfo;
 use serde_json::json;
+use ttrpc::asynchronous::Client;
 
 use crate::Case;
-use crate::case::{Node, block_on, is_alive};
-use crate::containerd::connect;
+use crate::case::{Node, Shim, block_on, is_alive};
+use crate::containerd::{connect, soon};
 use crate::second_line::forbid;
 
 pub const CASES: &[Case] = &[
@@ -27,6 +31,11 @@ pub const CASES: &[Case] = &[
     ("program_deletes_a_socket_where_it_was_made", delete_socket),
     ("program_leaves_nothing_when_start_fails", start_fails),
     ("program_leaves_nothing_when_start_is_killed", start_killed),
+    (
+        "program_leaves_nothing_whenever_it_is_killed",
+        killed_at_times,
+    ),
+    ("program_leaves_the_shim_that_serves", serves_already),
     ("program_tells_why_a_shim_cannot_serve", cannot_serve),
 ];
 
@@ -56,19 +65,9 @@ fn newer_protocol() {
         let node = Node::new().await;
         let bundle = node.bundle("new", &["sleep"]);
         let output = node.shim(&["-id", "new", "start"], &bundle.dir, &params(&node, "new"));
-        let result = BootstrapResult::parse_from_bytes(&output.stdout).unwrap();
-        assert_eq!((result.version, &*result.protocol), (3, "ttrpc"));
-        assert!(
-            result
-                .address
-                .contains(&node.path("s").display().to_string())
-        );
-        let pid = std::fs::read_to_string(bundle.dir.join("shim.pid")).unwrap();
-        let shim = crate::case::Shim {
-            task: connect(&result.address).await,
-            pid: pid.parse().unwrap(),
-            address: result.address,
-        };
+        let shim = shim_at(&output.stdout, &bundle.dir).await;
+        let dir = node.path("s").display().to_string();
+        assert!(shim.address.contains(&dir), "{}", shim.address);
         shim.shut_down("new").await;
         shim.assert_gone().await;
         node.assert_clean();
@@ -118,6 +117,70 @@ fn start_killed() {
     });
 }
 
+/// At whichever moment, unless it was done and a shim serves.
+fn killed_at_times() {
+    block_on(async {
+        let node = Node::new().await;
+        for delay in 0..30 {
+            let id = format!("k{delay}");
+            let bundle = node.bundle(&id, &["sleep"]);
+            let mut start = node.shim_process(&["-id", &id, "start"], &bundle.dir);
+            let input = params(&node, &id);
+            start.stdin.take().unwrap().write_all(&input).unwrap();
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+            let _ = start.kill();
+            let output = start.wait_with_output().unwrap();
+            if output.status.success() {
+                shim_at(&output.stdout, &bundle.dir)
+                    .await
+                    .shut_down(&id)
+                    .await;
+            } else if let Ok(answer) = BootstrapResult::parse_from_bytes(&output.stdout) {
+                // Its last word may have been that the shim is to serve.
+                if let Ok(client) = Client::connect(&answer.address).await {
+                    let shutdown = ShutdownRequest {
+                        id,
+                        ..ShutdownRequest::default()
+                    };
+                    let _ = TaskClient::new(client).shutdown(soon(), &shutdown).await;
+                }
+            }
+        }
+        wait_for("end of the sockets", || (sockets(&node) == 0).then_some(())).await;
+        node.assert_clean();
+    });
+}
+
+/// A second start finds that somebody serves, says so and lets it be.
+fn serves_already() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("t", &["sleep"]);
+        let input = params(&node, "t");
+        let output = node.shim(&["-id", "t", "start"], &bundle.dir, &input);
+        let again = node.shim(&["-id", "t", "start"], &bundle.dir, &input);
+        assert!(!again.status.success());
+        let errors = String::from_utf8(again.stderr).unwrap();
+        assert!(errors.contains("Address already in use"), "{errors}");
+        let shim = shim_at(&output.stdout, &bundle.dir).await;
+        shim.shut_down("t").await;
+        shim.assert_gone().await;
+        assert_nothing_serves(&node);
+    });
+}
+
+/// The shim that an answer of the newer protocol names.
+async fn shim_at(answer: &[u8], bundle: &Path) -> Shim {
+    let result = BootstrapResult::parse_from_bytes(answer).unwrap();
+    assert_eq!((result.version, &*result.protocol), (3, "ttrpc"));
+    let pid = std::fs::read_to_string(bundle.join("shim.pid")).unwrap();
+    Shim {
+        task: connect(&result.address).await,
+        pid: pid.parse().unwrap(),
+        address: result.address,
+    }
+}
+
 /// containerd is told no address of a shim that does not come to serve.
 fn cannot_serve() {
     let without_mounts = || {
@@ -141,9 +204,12 @@ fn cannot_serve() {
     std::thread::spawn(without_mounts).join().unwrap();
 }
 
+fn sockets(node: &Node) -> usize {
+    std::fs::read_dir(node.path("s")).map_or(0, Iterator::count)
+}
+
 fn assert_nothing_serves(node: &Node) {
-    let sockets = std::fs::read_dir(node.path("s")).unwrap();
-    assert_eq!(sockets.count(), 0);
+    assert_eq!(sockets(node), 0);
     node.assert_clean();
 }
 
@@ -236,12 +302,11 @@ fn delete_socket() {
             &params(&node, "gone"),
         );
         assert!(output.status.success());
-        let sockets = || std::fs::read_dir(node.path("s")).unwrap().count();
-        assert_eq!(sockets(), 1);
+        assert_eq!(sockets(&node), 1);
         let dir = bundle.dir.display().to_string();
         let arguments = ["-id", "gone", "-bundle", &dir, "delete"];
         assert!(node.shim(&arguments, &bundle.dir, b"").status.success());
-        assert_eq!(sockets(), 0);
+        assert_eq!(sockets(&node), 0);
         node.assert_clean();
     });
 }
