@@ -1,5 +1,6 @@
 //! `husk template`: the booted machines from which pods begin.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirEntry, File, OpenOptions};
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::fs::MetadataExt;
@@ -25,6 +26,9 @@ const NAME: usize = 32;
 
 /// How often it is looked at how far a template is.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// How many templates a node has.
+const TEMPLATES: u32 = 2;
 
 /// What a machine's maker needs beside the machine's start.
 const BESIDE_BOOT: Duration = Duration::from_secs(60);
@@ -64,14 +68,14 @@ fn list(config: &Config, json: bool) -> anyhow::Result<Answer> {
     let installed = installed();
     let pods = pods::all(&config.state_dir)?;
     let templates = all(config, installed.as_deref().ok(), &pods)?;
-    let failure = failure(config);
+    let failures = failures(config);
     if json {
         let templates: Vec<Value> = templates.iter().map(value).collect();
         return Answer::json(&json!({
             "enabled": is_on(config),
             "directory": config.template_dir,
             "templates": templates,
-            "failed": failure,
+            "failed": failures,
             "fits_unknown": installed.err().map(|error| format!("{error:#}")),
         }));
     }
@@ -83,9 +87,9 @@ fn list(config: &Config, json: bool) -> anyhow::Result<Answer> {
         let error = text::plain(&format!("{error:#}"));
         shown.push_str(&format!("whether they fit is not known: {error}\n"));
     }
-    if let Some(failure) = failure {
+    for (name, failure) in failures {
         let failure = text::short(&failure);
-        shown.push_str(&format!("the last could not be made: {failure}\n"));
+        shown.push_str(&format!("{name} could not be made: {failure}\n"));
     }
     Ok(Answer::done(shown))
 }
@@ -126,7 +130,7 @@ fn is_on(config: &Config) -> bool {
 }
 
 /// Those that are made, in the order of their names.
-fn all(config: &Config, fitting: Option<&str>, pods: &[Pod]) -> anyhow::Result<Vec<Template>> {
+fn all(config: &Config, fitting: Option<&[String]>, pods: &[Pod]) -> anyhow::Result<Vec<Template>> {
     let most = Duration::from_secs(config.template_max_age_seconds.into());
     let mut templates = Vec::new();
     for entry in entries(&config.template_dir)? {
@@ -146,7 +150,7 @@ fn all(config: &Config, fitting: Option<&str>, pods: &[Pod]) -> anyhow::Result<V
             bytes: (state.blocks() + memory.blocks()) * 512,
             age,
             is_too_old: age.is_some_and(|age| age > most),
-            fits: fitting.map(|fitting| fitting == name),
+            fits: fitting.map(|fitting| fitting.contains(&name)),
             pods: pods
                 .iter()
                 .filter(|pod| began_as(pod) == Some(&name))
@@ -174,12 +178,18 @@ fn entries(dir: &Path) -> anyhow::Result<Vec<DirEntry>> {
     }
 }
 
-/// Why the last could not be made.
-fn failure(config: &Config) -> Option<String> {
-    let mut why = String::new();
-    let file = File::open(config.template_dir.join("failed")).ok()?;
-    file.take(COMPLAINT).read_to_string(&mut why).ok()?;
-    Some(why.trim().to_owned())
+/// Which could not be made, and why.
+fn failures(config: &Config) -> BTreeMap<String, String> {
+    let entries = entries(&config.template_dir).unwrap_or_default();
+    let failure = |entry: &DirEntry| {
+        let file = entry.file_name().into_string().ok()?;
+        let name = file.strip_suffix(".failed").filter(|name| is_name(name))?;
+        let mut why = String::new();
+        let file = File::open(entry.path()).ok()?;
+        file.take(COMPLAINT).read_to_string(&mut why).ok()?;
+        Some((name.to_owned(), why.trim().to_owned()))
+    };
+    entries.iter().filter_map(failure).collect()
 }
 
 /// The shim's program.
@@ -187,17 +197,18 @@ fn shim() -> anyhow::Result<PathBuf> {
     check::installed_shim().with_context(|| format!("no {} is installed", check::SHIM))
 }
 
-/// The name of the template from which pods would begin now.
-fn installed() -> anyhow::Result<String> {
+/// The names of the templates from which pods would begin now.
+fn installed() -> anyhow::Result<Vec<String>> {
     let output = Command::new(shim()?)
-        .args(["template", "name"])
+        .args(["template", "names"])
         .current_dir("/")
         .stdin(Stdio::null())
         .output()
         .context(check::SHIM)?;
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success(), "{}: {}", check::SHIM, error.trim());
-    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    let names = String::from_utf8(output.stdout)?;
+    Ok(names.lines().map(str::to_owned).collect())
 }
 
 /// Forgets them. Whoever runs from one keeps what it has mapped.
@@ -244,51 +255,64 @@ fn remove(dir: &Path) -> anyhow::Result<()> {
     fs::remove_dir_all(&old).with_context(|| old.display().to_string())
 }
 
-/// Makes the one from which pods would begin now, as a shim would have it made.
+/// Makes those from which pods would begin now, as shims would have them made.
 fn build(config: &Config, json: bool) -> anyhow::Result<Answer> {
     ensure!(
         is_on(config),
         "templates are off: template_max_age_seconds is 0 in the configuration"
     );
-    let name = installed()?;
+    let names = installed()?;
     ensure!(
-        !name.is_empty(),
+        !names.is_empty(),
         "a file that templates are made from is missing; see `husk check`"
     );
     let began = Instant::now();
-    let is_made = || {
-        let templates = all(config, Some(&name), &[])?;
-        let made = templates.into_iter().find(|template| template.name == name);
-        anyhow::Ok(made.filter(|template| !template.is_too_old))
+    let is_there = |template: &Template| template.fits == Some(true) && !template.is_too_old;
+    let made = || {
+        let mut templates = all(config, Some(&names), &[])?;
+        templates.retain(is_there);
+        anyhow::Ok(templates)
     };
-    let (template, was_there) = match is_made()? {
-        Some(template) => (template, true),
-        None => {
-            make(config, &name)?;
-            let made = is_made()?;
-            let failed = || failure(config).unwrap_or_else(|| "no template was made".to_owned());
-            (made.with_context(failed)?, false)
-        }
-    };
-    let seconds = began.elapsed().as_secs_f64();
-    if json {
-        let mut shown = value(&template);
-        shown["was_there"] = was_there.into();
-        shown["seconds"] = seconds.into();
-        return Answer::json(&shown);
+    let before: Vec<String> = made()?.into_iter().map(|made| made.name).collect();
+    let missing = names.iter().find(|name| !before.contains(name));
+    if missing.is_some() {
+        make(config)?;
     }
-    let size = text::mib(template.bytes >> 10);
-    Ok(Answer::done(match was_there {
-        true => format!("{name}, {size}, is there already\n"),
-        false => format!("made {name}, {size}, in {seconds:.1} s\n"),
-    }))
+    let after = made()?;
+    let missing = names
+        .iter()
+        .find(|name| !after.iter().any(|made| made.name == **name));
+    if let Some(name) = missing {
+        let why = failures(config).remove(name);
+        bail!("{name}: {}", why.as_deref().unwrap_or("it was not made"));
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    let was_there = |template: &Template| before.contains(&template.name);
+    if json {
+        let shown = after.iter().map(|template| {
+            let mut shown = value(template);
+            shown["was_there"] = was_there(template).into();
+            shown
+        });
+        let templates: Vec<Value> = shown.collect();
+        return Answer::json(&json!({ "templates": templates, "seconds": seconds }));
+    }
+    let lines = after.iter().map(|template| {
+        let (name, size) = (&template.name, text::mib(template.bytes >> 10));
+        match was_there(template) {
+            true => format!("{name}, {size}, is there already\n"),
+            false => format!("made {name}, {size}, within {seconds:.1} s\n"),
+        }
+    });
+    Ok(Answer::done(lines.collect()))
 }
 
 /// Runs the maker, or waits for the one that is at work.
-fn make(config: &Config, name: &str) -> anyhow::Result<()> {
+fn make(config: &Config) -> anyhow::Result<()> {
     let patience = Duration::from_secs(config.boot_timeout_seconds.into());
-    let deadline = Instant::now() + patience + config.patience().of(BESIDE_BOOT);
-    let mut progress = Progress::new(config.template_dir.join(format!("{name}.new")));
+    let one = patience + config.patience().of(BESIDE_BOOT);
+    let deadline = Instant::now() + one * TEMPLATES;
+    let mut progress = Progress::new(config.template_dir.clone());
     let mut maker = Maker(
         Command::new(shim()?)
             .arg("template")
@@ -346,7 +370,7 @@ fn is_locked(dir: &Path) -> bool {
 
 /// Says on standard error how far it is.
 struct Progress {
-    /// What is being made.
+    /// Where it is made.
     dir: PathBuf,
     began: Instant,
     told: &'static str,
@@ -364,7 +388,11 @@ impl Progress {
     }
 
     fn stage(&self) -> &'static str {
-        match fs::metadata(self.dir.join("state")) {
+        let is_new = |entry: &DirEntry| entry.path().extension().is_some_and(|is| is == "new");
+        let entries = entries(&self.dir).unwrap_or_default();
+        let new = entries.iter().find(|entry| is_new(entry));
+        let dir = new.map_or_else(|| self.dir.join("new"), DirEntry::path);
+        match fs::metadata(dir.join("state")) {
             // It has got its name, or was given up.
             Err(_) if !self.told.is_empty() => self.told,
             Err(_) => "waits for others",

@@ -14,10 +14,10 @@ pub enum Invocation {
     Start(Flags),
     /// Clean up after a shim that died.
     Delete(Flags),
-    /// Make the node's template.
-    Template,
-    /// Print its name.
-    TemplateName,
+    /// Make the node's templates, or that of this much memory, MiB.
+    Template(Option<u32>),
+    /// Print their names.
+    TemplateNames,
     /// Be the shim of a pod.
     Serve(Flags),
 }
@@ -116,9 +116,12 @@ pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Invocation, 
     }
     if action.as_deref() == Some("template") {
         return match arguments.next().as_deref() {
-            None => Ok(Invocation::Template),
-            Some("name") => Ok(Invocation::TemplateName),
-            Some(other) => Err(FlagError::Action(format!("template {other}"))),
+            None => Ok(Invocation::Template(None)),
+            Some("names") => Ok(Invocation::TemplateNames),
+            Some(other) => match other.parse() {
+                Ok(memory_mib) => Ok(Invocation::Template(Some(memory_mib))),
+                Err(_) => Err(FlagError::Action(format!("template {other}"))),
+            },
         };
     }
     if flags.namespace.is_empty() {
@@ -182,8 +185,10 @@ mod tests {
     fn needs_no_names_for_version_and_info() {
         assert_eq!(parse_text("-v"), Ok(Invocation::Version));
         assert_eq!(parse_text("-info"), Ok(Invocation::Info));
-        assert_eq!(parse_text("template"), Ok(Invocation::Template));
-        assert_eq!(parse_text("template name"), Ok(Invocation::TemplateName));
+        assert_eq!(parse_text("template"), Ok(Invocation::Template(None)));
+        let one = Ok(Invocation::Template(Some(128)));
+        assert_eq!(parse_text("template 128"), one);
+        assert_eq!(parse_text("template names"), Ok(Invocation::TemplateNames));
         let other = Err(FlagError::Action("template drop".into()));
         assert_eq!(parse_text("template drop"), other);
     }

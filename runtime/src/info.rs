@@ -25,16 +25,17 @@ pub fn print() -> io::Result<()> {
     io::stdout().write_all(&text)
 }
 
-/// Prints the name of the template from which pods of this node begin, as it is
-/// installed and configured now; nothing where there is to be none.
+/// Prints the names of the templates from which pods of this node begin, as it is
+/// installed and configured now, one a line; nothing where there are to be none.
 ///
 /// # Errors
 /// The configuration is wrong, or nobody reads it.
-pub fn print_template() -> Result<(), Box<dyn Error>> {
+pub fn print_templates() -> Result<(), Box<dyn Error>> {
     let config = Config::load()?;
-    let key = TemplateKey::of_node(&config, host_facts());
-    let name = key.map(|key| key.name()).unwrap_or_default();
-    Ok(writeln!(io::stdout(), "{name}")?)
+    for key in TemplateKey::all_of_node(&config, host_facts()) {
+        writeln!(io::stdout(), "{}", key.name())?;
+    }
+    Ok(())
 }
 
 fn info() -> RuntimeInfo {

@@ -83,7 +83,7 @@ pub struct Machine {
     netns: Option<Netns>,
     interfaces: Interfaces,
     fitter: Fitter,
-    lacks_template: bool,
+    lacking: Option<TemplateKey>,
 }
 
 impl MachineParts {
@@ -191,10 +191,10 @@ impl MachineParts {
             room,
             entropy,
             template,
+            lacking,
             ..
         } = self.plan;
-        let restored = matches!(parts.start, Start::Restore { .. });
-        let used = template.as_ref().filter(|_| restored);
+        let used = template.as_ref();
         let mut facts = machine_facts(self.size, size, room, &parts);
         facts.template = used.map(TemplateKey::name);
         let (spec, descriptors) = vm_plan::plan(size, room, parts)?;
@@ -238,7 +238,7 @@ impl MachineParts {
             file_server: Arc::new(self.file_server),
             netns,
             fitter: Fitter::new(Growth::new(&request.pod, size, self.size, room, self.host)),
-            lacks_template: !restored && template.as_ref().is_some_and(|key| key.is_worth_making()),
+            lacking: lacking.filter(TemplateKey::is_worth_making),
         };
         let mut sandbox = sandbox_request(&request.pod, network, request.config.patience());
         sandbox.memory_max_mib = (size.memory_mib + room.pluggable_mib).into();
@@ -301,9 +301,9 @@ impl Machine {
         &self.fitter
     }
 
-    /// It has booted for want of a template.
-    pub fn lacks_template(&self) -> bool {
-        self.lacks_template
+    /// The template that is to be made for the next such machine.
+    pub fn lacking(&self) -> Option<&TemplateKey> {
+        self.lacking.as_ref()
     }
 
     /// Ends the machine at once, and all that belongs to it.

@@ -86,8 +86,8 @@ fn run() -> Result<(), Box<dyn Error>> {
         Invocation::Info => info::print()?,
         Invocation::Start(flags) => start::start(&flags)?,
         Invocation::Delete(flags) => cleanup::delete(&flags)?,
-        Invocation::Template => template::make::run()?,
-        Invocation::TemplateName => info::print_template()?,
+        Invocation::Template(memory_mib) => template::make::run(memory_mib)?,
+        Invocation::TemplateNames => info::print_templates()?,
         Invocation::Serve(flags) => serve::serve(&flags)?,
     }
     Ok(())

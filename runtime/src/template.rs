@@ -4,13 +4,13 @@
 //! A template is a directory below `template_dir`, named by what it was made from:
 //!
 //! ```text
-//! KEY/state    processors and devices
-//! KEY/memory   guest memory
-//! KEY.…        half made, or given up
-//! lock         held by whoever makes one
-//! failed       why there is none
-//! discarded    since when one was of no use
-//! doubted      the last copy did not begin, which may be its pod's fault
+//! KEY/state       processors and devices
+//! KEY/memory      guest memory
+//! KEY.failed      why there is none
+//! KEY.discarded   since when one was of no use
+//! KEY.doubted     the last copy did not begin, which may be its pod's fault
+//! KEY.…           half made, or given up
+//! lock            held by whoever makes one
 //! ```
 
 use std::fs::{self, File, Metadata};
@@ -30,29 +30,27 @@ use crate::vm_plan::{self, HostFacts, Room, VmSize};
 
 pub mod make;
 
-/// What a template's machine begins with. Kernel and agent fit, and the least
-/// limits; what a pod has beyond it is plugged.
-const SIZE: VmSize = VmSize {
-    memory_mib: 128,
-    vcpus: 1,
-};
+/// What templates' machines begin with, MiB; what a pod has beyond it is plugged,
+/// which takes time and memory of the guest's, so that the first is that of the pods
+/// that say nothing. Where it is the last, kernel and agent fit, and the least limits.
+const SIZES_MIB: [u32; 2] = [vm_plan::DEFAULT_MEMORY_MIB, 128];
 
 /// Largest pod that begins as a template: what the guest's kernel keeps about each
 /// page that is plugged (`struct page`) comes from the memory it began with.
 const LARGEST_MIB: u32 = 2048;
 
-/// How long nobody tries again after a template could not be made.
+/// How long nobody tries again to make a template that could not be made.
 const AFTER_FAILURE: Duration = Duration::from_secs(600);
 
-/// File beside the templates that says why the last could not be made.
-const FAILED_FILE: &str = "failed";
+/// Extension of the file that says why a template could not be made.
+const FAILED: &str = "failed";
 
-/// File beside the templates, made when a copy did not start.
-const DISCARDED_FILE: &str = "discarded";
+/// Extension of the file that is made when a copy did not start.
+const DISCARDED: &str = "discarded";
 
-/// File beside the templates, from a copy that refused what its pod asked for, or was
-/// killed, until another has begun.
-const DOUBTED_FILE: &str = "doubted";
+/// Extension of the file that is there from a copy that refused what its pod asked
+/// for, or was killed, until another has begun.
+const DOUBTED: &str = "doubted";
 
 /// Length of a template's name.
 const NAME: usize = 32;
@@ -90,48 +88,57 @@ pub struct Shape {
 }
 
 impl TemplateKey {
-    /// That of this node, as it is configured. None where templates are off, or
-    /// something that they are made from is missing.
-    pub fn of_node(config: &Config, host: HostFacts) -> Option<Self> {
-        let max_age = Duration::from_secs(config.template_max_age_seconds.into());
-        if max_age.is_zero() {
-            return None;
+    /// Those of this node, as it is configured, the largest first. None where
+    /// templates are off, or something that they are made from is missing.
+    pub fn all_of_node(config: &Config, host: HostFacts) -> Vec<Self> {
+        if config.template_max_age_seconds == 0 {
+            return Vec::new();
         }
+        let files = files(config);
+        let of_size = |memory_mib| Some(Self::of_size(config, host, files.as_ref()?, memory_mib));
+        SIZES_MIB.into_iter().filter_map(of_size).collect()
+    }
+
+    fn of_size(config: &Config, host: HostFacts, files: &[String], memory_mib: u32) -> Self {
+        let size = VmSize {
+            memory_mib,
+            vcpus: 1,
+        };
         let room = Room {
             vcpus: vm_plan::usual_vcpus(host),
             // It is plugged or not; the kernel is told what to do with it.
             pluggable_mib: LARGEST_MIB,
         };
         let extra = debug_shell::kernel_parameters(config);
-        let command_line = vm_plan::command_line(SIZE, room, &extra, false);
+        let command_line = vm_plan::command_line(size, room, &extra, false);
         let mut digest = Sha256::new();
         let mut add = |part: &str| {
             digest.update(part);
             digest.update([0]);
         };
         add(env!("CARGO_PKG_VERSION"));
-        for path in [&config.vmm, &config.kernel, &config.initramfs] {
-            add(&identity(path).ok()?);
-        }
-        if config.debug_shell {
-            add(&identity(&config.debug_initramfs()).ok()?);
-        }
+        files.iter().for_each(|file| add(file));
         add(&command_line);
-        add(&format!("{SIZE:?} {}", room.vcpus));
+        add(&format!("{size:?} {}", room.vcpus));
         let origin: String = digest
             .finalize()
             .iter()
             .map(|b| format!("{b:02x}"))
             .collect();
         let name = origin.get(..NAME).unwrap_or(&origin);
-        Some(Self {
+        Self {
             dir: config.template_dir.join(name),
             origin,
             command_line,
-            max_age,
-            size: SIZE,
+            max_age: Duration::from_secs(config.template_max_age_seconds.into()),
+            size,
             vcpus_max: room.vcpus,
-        })
+        }
+    }
+
+    /// Memory with which its machine begins, MiB.
+    pub fn memory_mib(&self) -> u32 {
+        self.size.memory_mib
     }
 
     /// What it is called among the others.
@@ -208,7 +215,7 @@ impl TemplateKey {
     /// A copy has refused what its pod asked for, or was killed. A pod may ask for what
     /// cannot be, and others shall not suffer for it; but twice running is no accident.
     pub fn doubt(&self) {
-        let doubted = File::create_new(self.beside().join(DOUBTED_FILE));
+        let doubted = File::create_new(self.dir.with_extension(DOUBTED));
         match doubted {
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => self.discard(),
@@ -219,7 +226,7 @@ impl TemplateKey {
     /// A copy has done what its pod asked for.
     pub fn proved(&self) {
         // Mostly there is none.
-        let _ = fs::remove_file(self.beside().join(DOUBTED_FILE));
+        let _ = fs::remove_file(self.dir.with_extension(DOUBTED));
     }
 
     /// Forgets a template from which a pod could not begin. Another is made at once,
@@ -239,11 +246,11 @@ impl TemplateKey {
         if let Err(error) = fs::remove_dir_all(&old) {
             tracing::warn!(path = %old.display(), %error, "stays");
         }
-        let discarded = self.beside().join(DISCARDED_FILE);
+        let discarded = self.dir.with_extension(DISCARDED);
         let noted = match is_recent(&discarded) {
             false => fs::write(&discarded, ""),
             true => fs::write(
-                self.beside().join(FAILED_FILE),
+                self.dir.with_extension(FAILED),
                 "machines that began as copies did not start\n",
             ),
         };
@@ -258,7 +265,7 @@ impl TemplateKey {
             Ok(all) => trusted(&all).is_ok(),
             Err(error) => error.kind() == io::ErrorKind::NotFound,
         };
-        is_possible && !is_recent(&self.beside().join(FAILED_FILE))
+        is_possible && !is_recent(&self.dir.with_extension(FAILED))
     }
 }
 
@@ -269,11 +276,24 @@ fn is_recent(path: &Path) -> bool {
     matches!(since, Ok(Ok(since)) if since < AFTER_FAILURE)
 }
 
-/// Whether the shim gives files beside the templates such names, `lock` apart.
-fn is_ours(name: &str) -> bool {
+/// The template of which a file beside the templates is, `lock` apart.
+fn key_of(name: &str) -> Option<&str> {
     let key = name.split_once('.').map_or(name, |(key, _)| key);
     let is_key = key.len() == NAME && key.bytes().all(|byte| byte.is_ascii_hexdigit());
-    is_key || [FAILED_FILE, DISCARDED_FILE, DOUBTED_FILE].contains(&name)
+    is_key.then_some(key)
+}
+
+/// Which files a template of this node is made from.
+fn files(config: &Config) -> Option<Vec<String>> {
+    let mut paths = vec![
+        config.vmm.clone(),
+        config.kernel.clone(),
+        config.initramfs.clone(),
+    ];
+    if config.debug_shell {
+        paths.push(config.debug_initramfs());
+    }
+    paths.iter().map(|path| identity(path).ok()).collect()
 }
 
 /// Opens what nobody else can write to.

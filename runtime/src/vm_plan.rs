@@ -17,7 +17,7 @@ use crate::network::Nic;
 use crate::template::Template;
 
 /// Guest memory where nothing limits the pod, MiB. Only what is touched costs.
-const DEFAULT_MEMORY_MIB: u32 = 512;
+pub const DEFAULT_MEMORY_MIB: u32 = 512;
 
 /// What kernel and agent need beside the pod's limit, MiB.
 const OVERHEAD_MIB: u32 = 96;

@@ -25,27 +25,34 @@ pub struct StartPlan {
     pub start: Start,
     /// What a copy gets to tell it from its template; nothing where it boots.
     pub entropy: Vec<u8>,
-    /// The template that it could begin as.
+    /// The template as whose copy it begins.
     pub template: Option<TemplateKey>,
+    /// The one that would have been better, if it were there.
+    pub lacking: Option<TemplateKey>,
 }
 
 impl StartPlan {
-    /// From a template where there is one that fits the pod.
+    /// From a template where there is one that fits the pod: the largest.
     ///
     /// # Errors
     /// A file that it boots from is not there.
     pub fn new(request: &MachineRequest, size: VmSize, host: HostFacts) -> Result<Self, Error> {
         let (config, pod) = (&request.config, &request.pod);
         let room = vm_plan::room(pod, size, host);
+        let mut lacking = None;
         // One that is to tell more is told so as it boots.
-        let key = (!request.debug).then(|| TemplateKey::of_node(config, host));
-        let template = key.flatten().and_then(|key| {
-            let shape = key.shape(pod, size, room)?;
-            Some((key, shape))
-        });
-        if let Some((key, shape)) = &template
-            && let Some(files) = key.open()
-        {
+        let keys = match request.debug {
+            true => Vec::new(),
+            false => TemplateKey::all_of_node(config, host),
+        };
+        for key in keys {
+            let Some(shape) = key.shape(pod, size, room) else {
+                continue;
+            };
+            let Some(files) = key.open() else {
+                lacking = lacking.or(Some(key));
+                continue;
+            };
             return Ok(Self {
                 size: shape.size,
                 room: shape.room,
@@ -54,7 +61,8 @@ impl StartPlan {
                     origin: key.origin().to_owned(),
                 },
                 entropy: entropy()?,
-                template: Some(key.clone()),
+                template: Some(key),
+                lacking,
             });
         }
         let extra = debug_shell::kernel_parameters(config);
@@ -67,7 +75,8 @@ impl StartPlan {
                 command_line: vm_plan::command_line(size, room, &extra, request.debug),
             },
             entropy: Vec::new(),
-            template: template.map(|(key, _)| key),
+            template: None,
+            lacking,
         })
     }
 }

@@ -369,9 +369,9 @@ impl Pod {
     fn machine_ready(&mut self, machine: Machine, state: State) {
         self.state = state;
         self.write_state();
-        if machine.lacks_template() {
+        if let Some(template) = machine.lacking() {
             let procs = self.cgroup.as_ref().map(PodCgroup::procs_of_origin);
-            template::make::start(procs.as_deref());
+            template::make::start(template.memory_mib(), procs.as_deref());
         }
         self.follow_machine(machine);
     }

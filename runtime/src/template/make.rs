@@ -1,4 +1,4 @@
-//! Makes the node's template: boots a machine of no pod, waits for its agent, and
+//! Makes a template of the node's: boots a machine of no pod, waits for its agent, and
 //! saves it. A process of its own, which the first shim that could have used a
 //! template leaves behind.
 
@@ -16,9 +16,10 @@ use husk_vmm_spec::ExitReason;
 use rustix::fs::{FlockOperation, flock};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
+use tokio::runtime::Runtime;
 use tokio::time::{sleep, timeout};
 
-use super::{DISCARDED_FILE, FAILED_FILE, Template, TemplateKey, is_ours, trusted};
+use super::{DISCARDED, DOUBTED, FAILED, Template, TemplateKey, key_of, trusted};
 use crate::config::{Config, ConfigError};
 use crate::debug_shell;
 use crate::hook;
@@ -44,8 +45,11 @@ const NICE: i32 = 10;
 /// waits for it.
 const OOM_SCORE: &str = "1000";
 
-/// What stays free where templates are, beside what one takes at most, bytes: others
-/// need that file system as well.
+/// More than a machine has in use that has just booted, however large it is, bytes.
+const MOST_SAVED: u64 = 128 << 20;
+
+/// What stays free where templates are beside that, bytes: others need that file
+/// system as well.
 const LEFT_FREE: u64 = 32 << 20;
 
 /// What a failure is until it is known.
@@ -95,19 +99,19 @@ fn file_error(path: &Path) -> impl FnOnce(io::Error) -> MakeError {
     move |source| MakeError::File { path, source }
 }
 
-/// Starts this program to make one, in the cgroup whose `cgroup.procs` is
-/// `procs`, and waits for nothing.
-pub fn start(procs: Option<&Path>) {
-    match spawn(procs) {
-        Ok(pid) => tracing::info!(pid, "a template is made"),
+/// Starts this program to make the one whose machine begins with `memory_mib`, in the
+/// cgroup whose `cgroup.procs` is `procs`, and waits for nothing.
+pub fn start(memory_mib: u32, procs: Option<&Path>) {
+    match spawn(memory_mib, procs) {
+        Ok(pid) => tracing::info!(pid, memory_mib, "a template is made"),
         Err(error) => tracing::warn!(%error, "no template is made"),
     }
 }
 
-fn spawn(procs: Option<&Path>) -> io::Result<u32> {
+fn spawn(memory_mib: u32, procs: Option<&Path>) -> io::Result<u32> {
     let mut command = Command::new(std::env::current_exe()?);
     command
-        .arg("template")
+        .args(["template", &memory_mib.to_string()])
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -122,19 +126,21 @@ fn spawn(procs: Option<&Path>) -> io::Result<u32> {
     Ok(command.spawn()?.id().unwrap_or_default())
 }
 
-/// Makes the template of this node where there is none, and nobody else does.
+/// Makes the templates of this node that are not there, or of them the one whose
+/// machine begins with `memory_mib`, unless somebody else is making one.
 ///
 /// # Errors
-/// What failed; it is also noted beside the templates.
-pub fn run() -> Result<(), MakeError> {
+/// What failed first; it is also noted beside the templates.
+pub fn run(memory_mib: Option<u32>) -> Result<(), MakeError> {
     let _ = rustix::process::setsid();
     std::env::set_current_dir("/").map_err(io_error("root directory"))?;
     let _ = rustix::process::nice(NICE);
     let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE);
     let config = Config::load()?;
-    let Some(key) = TemplateKey::of_node(&config, host_facts()) else {
+    let keys = TemplateKey::all_of_node(&config, host_facts());
+    if keys.is_empty() {
         return Ok(());
-    };
+    }
     let all = &config.template_dir;
     DirBuilder::new()
         .recursive(true)
@@ -152,37 +158,54 @@ pub fn run() -> Result<(), MakeError> {
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Ok(());
     }
-    // That one has failed lately is no reason: whoever starts this has looked, or is an
-    // operator who has mended something.
-    if key.open().is_some() {
-        return Ok(());
-    }
     hold_descriptor_3().map_err(io_error("/dev/null"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(io_error("runtime"))?;
-    let failed = all.join(FAILED_FILE);
-    let noted = fs::write(&failed, UNDERWAY).map_err(file_error(&failed));
-    let made = noted.and_then(|()| runtime.block_on(make(&config, &key)));
-    // What else there is was made from something that is no more, or has been left
-    // half done.
-    let discarded = all.join(DISCARDED_FILE);
-    match &made {
-        Ok(()) => remove_ours(all, &[&key.dir, &discarded]),
-        Err(error) => {
-            remove_ours(all, &[&failed, &discarded]);
-            let _ = fs::write(&failed, format!("{}\n", crate::error::chain(error)));
+    let mut outcome = Ok(());
+    for key in &keys {
+        let is_wanted = memory_mib.is_none_or(|mib| mib == key.memory_mib());
+        // That it has failed lately is no reason: whoever starts this has looked, or is
+        // an operator who has mended something.
+        if !is_wanted || key.open().is_some() {
+            continue;
         }
+        let made = note_and_make(&runtime, &config, key);
+        outcome = outcome.and(made);
     }
-    made
+    remove_others(all, &keys);
+    outcome
 }
 
-/// Removes what makers have left in a directory that may be somebody else's too.
-fn remove_ours(dir: &Path, kept: &[&Path]) {
+fn note_and_make(runtime: &Runtime, config: &Config, key: &TemplateKey) -> Result<(), MakeError> {
+    let failed = key.dir.with_extension(FAILED);
+    let noted = fs::write(&failed, UNDERWAY).map_err(file_error(&failed));
+    let made = noted.and_then(|()| runtime.block_on(make(config, key)));
+    let noted = match &made {
+        Ok(()) => fs::remove_file(&failed),
+        Err(error) => {
+            let _ = fs::remove_dir_all(&key.dir);
+            fs::write(&failed, format!("{}\n", crate::error::chain(error)))
+        }
+    };
+    made.and_then(|()| noted.map_err(file_error(&failed)))
+}
+
+/// Removes from a directory that may be somebody else's too what was made from
+/// something that is no more, and what has been left half done.
+fn remove_others(dir: &Path, keys: &[TemplateKey]) {
+    let is_kept = |name: &str| {
+        let (key, extension) = name.split_once('.').unwrap_or((name, ""));
+        keys.iter().any(|known| known.name() == key)
+            && ["", FAILED, DISCARDED, DOUBTED].contains(&extension)
+    };
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if !entry.file_name().to_str().is_some_and(is_ours) || kept.contains(&&*path) {
+        let (path, name) = (entry.path(), entry.file_name());
+        if !name
+            .to_str()
+            .is_some_and(|name| key_of(name).is_some() && !is_kept(name))
+        {
             continue;
         }
         let _ = match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -197,7 +220,7 @@ async fn make(config: &Config, key: &TemplateKey) -> Result<(), MakeError> {
     let new = key.dir.with_extension("new");
     // Of one that was interrupted.
     let _ = fs::remove_dir_all(&new);
-    has_room(&config.template_dir, key).map_err(file_error(&config.template_dir))?;
+    has_room(&config.template_dir).map_err(file_error(&config.template_dir))?;
     DirBuilder::new()
         .mode(0o700)
         .create(&new)
@@ -232,11 +255,11 @@ async fn make(config: &Config, key: &TemplateKey) -> Result<(), MakeError> {
     fs::rename(&new, &key.dir).map_err(file_error(&key.dir))
 }
 
-/// All of the machine's memory fits, and something is left.
-fn has_room(dir: &Path, key: &TemplateKey) -> io::Result<()> {
+/// What is saved fits, and something is left.
+fn has_room(dir: &Path) -> io::Result<()> {
     let all = rustix::fs::statvfs(dir)?;
     let free = all.f_bavail.saturating_mul(all.f_frsize);
-    let needed = (u64::from(key.size.memory_mib) << 20) + LEFT_FREE;
+    let needed = MOST_SAVED + LEFT_FREE;
     match free >= needed {
         true => Ok(()),
         false => Err(io::Error::other(format!(

@@ -22,23 +22,29 @@ fn config(dir: &Path) -> Config {
     }
 }
 
+fn largest(config: &Config, host: HostFacts) -> TemplateKey {
+    TemplateKey::all_of_node(config, host).remove(0)
+}
+
 #[test]
 fn its_key_is_what_it_was_made_from() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(dir.path());
-    let key = TemplateKey::of_node(&config, HOST).unwrap();
-    assert_eq!(Some(&key), TemplateKey::of_node(&config, HOST).as_ref());
+    let key = largest(&config, HOST);
+    assert_eq!(key, largest(&config, HOST));
     assert!((1..=husk_vmm_spec::ORIGIN_BYTES).contains(&key.origin().len()));
 
-    let mut others = vec![key];
+    let mut others = TemplateKey::all_of_node(&config, HOST);
+    assert_ne!(others[0].origin, others[1].origin);
     let mut differs = |config: &Config, host| {
-        let other = TemplateKey::of_node(config, host).unwrap();
-        assert!(
-            others
-                .iter()
-                .all(|key| key.origin != other.origin && key.dir != other.dir)
-        );
-        others.push(other);
+        for other in TemplateKey::all_of_node(config, host) {
+            assert!(
+                others
+                    .iter()
+                    .all(|key| key.origin != other.origin && key.dir != other.dir)
+            );
+            others.push(other);
+        }
     };
     differs(&config, HostFacts { cpus: 2, ..HOST });
     let parameters = Config {
@@ -51,7 +57,7 @@ fn its_key_is_what_it_was_made_from() {
         debug_shell: true,
         ..config.clone()
     };
-    assert_eq!(TemplateKey::of_node(&shell, HOST), None);
+    assert_eq!(TemplateKey::all_of_node(&shell, HOST), []);
     std::fs::write(dir.path().join("debug.cpio"), "busybox").unwrap();
     differs(&shell, HOST);
     std::fs::write(dir.path().join("debug.cpio"), "another busybox").unwrap();
@@ -59,18 +65,18 @@ fn its_key_is_what_it_was_made_from() {
     std::fs::write(&config.kernel, "another kernel").unwrap();
     differs(&config, HOST);
     std::fs::remove_file(&config.initramfs).unwrap();
-    assert_eq!(TemplateKey::of_node(&config, HOST), None);
+    assert_eq!(TemplateKey::all_of_node(&config, HOST), []);
     let off = Config {
         template_max_age_seconds: 0,
         ..config
     };
-    assert_eq!(TemplateKey::of_node(&off, HOST), None);
+    assert_eq!(TemplateKey::all_of_node(&off, HOST), []);
 }
 
 #[test]
 fn only_what_nobody_else_writes_is_opened() {
     let dir = tempfile::tempdir().unwrap();
-    let key = TemplateKey::of_node(&config(dir.path()), HOST).unwrap();
+    let key = largest(&config(dir.path()), HOST);
     assert!(key.open().is_none());
     std::fs::create_dir_all(&key.dir).unwrap();
     std::fs::write(key.dir.join("state"), "state").unwrap();
@@ -115,7 +121,7 @@ fn only_what_nobody_else_writes_is_opened() {
 #[test]
 fn what_is_of_no_use_is_made_again_once() {
     let dir = tempfile::tempdir().unwrap();
-    let key = TemplateKey::of_node(&config(dir.path()), HOST).unwrap();
+    let key = largest(&config(dir.path()), HOST);
     let make = || fs::create_dir_all(key.dir.join("state")).unwrap();
     make();
     // Those of a burst fail together: that is once.
@@ -132,13 +138,15 @@ fn what_is_of_no_use_is_made_again_once() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     left.sort();
-    assert_eq!(left, [DISCARDED_FILE, FAILED_FILE]);
+    let name = key.name();
+    let wanted = [DISCARDED, FAILED].map(|extension| format!("{name}.{extension}"));
+    assert_eq!(left, wanted);
 }
 
 #[test]
 fn a_refusal_is_no_proof() {
     let dir = tempfile::tempdir().unwrap();
-    let key = TemplateKey::of_node(&config(dir.path()), HOST).unwrap();
+    let key = largest(&config(dir.path()), HOST);
     fs::create_dir_all(&key.dir).unwrap();
     for _ in 0..3 {
         key.doubt();
@@ -157,12 +165,11 @@ fn a_refusal_is_no_proof() {
 #[test]
 fn names_that_are_not_ours_are_told_apart() {
     let dir = tempfile::tempdir().unwrap();
-    let key = TemplateKey::of_node(&config(dir.path()), HOST).unwrap();
+    let key = largest(&config(dir.path()), HOST);
     let name = key.dir.file_name().unwrap().to_str().unwrap();
     for ours in [name, &format!("{name}.new"), &format!("{name}.77")] {
-        assert!(is_ours(ours), "{ours}");
+        assert_eq!(key_of(ours), Some(name), "{ours}");
     }
-    assert!(is_ours(FAILED_FILE) && is_ours(DISCARDED_FILE));
     for other in [
         "",
         "lock",
@@ -171,7 +178,7 @@ fn names_that_are_not_ours_are_told_apart() {
         &name[1..],
         &format!("{name}0"),
     ] {
-        assert!(!is_ours(other), "{other}");
+        assert_eq!(key_of(other), None, "{other}");
     }
 }
 
@@ -179,10 +186,12 @@ fn names_that_are_not_ours_are_told_apart() {
 fn a_failure_is_not_tried_again_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(dir.path());
-    let key = TemplateKey::of_node(&config, HOST).unwrap();
+    let key = largest(&config, HOST);
     assert!(key.is_worth_making());
     std::fs::create_dir(&config.template_dir).unwrap();
-    let failed = File::create(config.template_dir.join(FAILED_FILE)).unwrap();
+    let failed = File::create(key.dir.with_extension(FAILED)).unwrap();
+    // The other is another matter.
+    assert!(TemplateKey::all_of_node(&config, HOST)[1].is_worth_making());
     assert!(!key.is_worth_making());
     let before = std::time::SystemTime::now() - AFTER_FAILURE - Duration::from_secs(1);
     failed.set_modified(before).unwrap();
@@ -192,7 +201,7 @@ fn a_failure_is_not_tried_again_at_once() {
 #[test]
 fn pods_that_fit_begin_as_it_is() {
     let dir = tempfile::tempdir().unwrap();
-    let key = TemplateKey::of_node(&config(dir.path()), HOST).unwrap();
+    let keys = TemplateKey::all_of_node(&config(dir.path()), HOST);
     let pod = |memory_mib: Option<u64>, cpu_millis, is_pod| PodSpec {
         limits: Limits {
             memory_bytes: memory_mib.map(|mib| mib << 20),
@@ -204,14 +213,19 @@ fn pods_that_fit_begin_as_it_is() {
     };
     let shape = |pod: &PodSpec| {
         let size = vm_plan::size(pod, HOST).unwrap();
-        key.shape(pod, size, vm_plan::room(pod, size, HOST))
-            .map(|shape| (shape.size, shape.room.vcpus, shape.room.pluggable_mib))
+        let room = vm_plan::room(pod, size, HOST);
+        let mut shapes = keys.iter().filter_map(|key| key.shape(pod, size, room));
+        let shape = shapes.next()?;
+        let Shape { size, room } = shape;
+        Some((size.memory_mib, room.vcpus, room.pluggable_mib))
     };
     // 512 MiB, and for a pod room for four times as much.
-    assert_eq!(shape(&pod(None, None, false)), Some((SIZE, 4, 384)));
-    assert_eq!(shape(&pod(None, None, true)), Some((SIZE, 4, 384 + 2048)));
+    assert_eq!(shape(&pod(None, None, false)), Some((512, 4, 0)));
+    assert_eq!(shape(&pod(None, None, true)), Some((512, 4, 2048)));
+    // 612 MiB: 100 of them are plugged.
+    assert_eq!(shape(&pod(Some(508), None, true)), Some((512, 4, 2560)));
     // 161 MiB: 33 of them are plugged.
-    assert_eq!(shape(&pod(Some(64), None, true)), Some((SIZE, 4, 768)));
+    assert_eq!(shape(&pod(Some(64), None, true)), Some((128, 4, 768)));
     assert_eq!(shape(&pod(Some(64), None, false)), None, "nobody counts it");
     for too_large in [pod(Some(4096), None, true), pod(None, Some(4500), true)] {
         assert_eq!(shape(&too_large), None);
@@ -219,6 +233,6 @@ fn pods_that_fit_begin_as_it_is() {
     assert_eq!(
         shape(&pod(Some(1), None, true)),
         None,
-        "less than the template has"
+        "less than the smallest has"
     );
 }

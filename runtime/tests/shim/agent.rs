@@ -134,8 +134,9 @@ impl Guest {
                 return Ok(());
             }
             ["plugged"] => {
-                let plugged = vmm::PLUGGED.load(Ordering::Relaxed).to_string();
-                stdout.unwrap().write_all(plugged.as_bytes()).unwrap();
+                let plugged = vmm::PLUGGED.load(Ordering::Relaxed);
+                let awaited = vmm::AWAITED.load(Ordering::Relaxed);
+                write!(stdout.unwrap(), "{plugged} of {awaited}").unwrap();
                 exit.send_replace(Some(0));
                 return Ok(());
             }
@@ -272,10 +273,11 @@ impl Agent for Guest {
         if is_new != vmm::RESTORED.load(Ordering::Relaxed) {
             return Err(status(Code::INVALID_ARGUMENT, "the entropy is wrong"));
         }
-        // A copy has 128 MiB, and lacks the rest of what pods get.
-        if request.plugged_mib != if is_new { 512 - 128 } else { 0 } {
+        // Who has booted has all that it needs.
+        if !is_new && request.plugged_mib != 0 {
             return Err(status(Code::INVALID_ARGUMENT, "the memory is wrong"));
         }
+        vmm::AWAITED.store(request.plugged_mib, Ordering::Relaxed);
         let ids = [&request.uid_mappings, &request.gid_mappings];
         let roots = ids.map(|maps| maps.first().map(|map| map.host_id));
         let shm = request.storages.iter().find(|storage| storage.has_tmpfs());

@@ -2,19 +2,20 @@
 
 use std::fs;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::Case;
-use crate::case::{Node, block_on};
+use crate::case::{Bundle, Node, block_on};
 use crate::containerd::refusal;
 use crate::faults::PARAMETER;
 use crate::lifecycle::finish;
 
 pub const CASES: &[Case] = &[
     ("template_is_made_and_used", made_and_used),
+    ("template_is_of_the_size_of_its_pods", sizes),
     ("template_that_is_damaged_is_made_again", damaged),
     ("template_that_cannot_be_made_is_told_of", not_made),
     ("template_whose_copies_do_not_start_is_not_kept", no_copy),
@@ -46,7 +47,8 @@ pub async fn made(node: &Node) -> PathBuf {
         let entries = fs::read_dir(node.path("templates"));
         let entries = entries.into_iter().flatten();
         let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
-        paths.retain(|path| !path.ends_with("discarded") && !path.ends_with("theirs"));
+        let is_aside = |path: &PathBuf| path.ends_with("theirs") || extension(path) == "discarded";
+        paths.retain(|path| !is_aside(path));
         paths.sort();
         if let [key, lock] = &*paths
             && lock.ends_with("lock")
@@ -61,10 +63,26 @@ pub async fn made(node: &Node) -> PathBuf {
     }
 }
 
+fn extension(path: &Path) -> &str {
+    path.extension().and_then(|is| is.to_str()).unwrap_or("")
+}
+
+/// The file that says why there is none.
+fn failed(node: &Node) -> Option<PathBuf> {
+    let entries = fs::read_dir(node.path("templates")).into_iter().flatten();
+    let mut paths = entries.map(|entry| entry.unwrap().path());
+    paths.find(|path| extension(path) == "failed")
+}
+
 /// What a pod of one container prints, and whether it began as a copy.
 async fn pod(node: &Node, id: &str, command: &[&str]) -> (String, bool) {
-    let bundle = node.bundle(id, command);
-    let shim = node.start(&bundle).await;
+    pod_of(node, &node.bundle(id, command)).await
+}
+
+/// Likewise, of its bundle.
+async fn pod_of(node: &Node, bundle: &Bundle) -> (String, bool) {
+    let id = &bundle.id;
+    let shim = node.start(bundle).await;
     let mut request = bundle.request();
     request.stdout = bundle.fifo("out");
     // Open before the shim writes: it need not wait for who reads.
@@ -92,7 +110,7 @@ fn made_and_used() {
         let theirs = node.path("templates").join("theirs");
         fs::create_dir_all(&theirs).unwrap();
         let cold = pod(&node, "a", &["plugged"]).await;
-        assert_eq!(cold, ("0".to_owned(), false));
+        assert_eq!(cold, ("0 of 0".to_owned(), false));
         let key = made(&node).await;
         for name in ["state", "memory"] {
             let mode = fs::metadata(key.join(name)).unwrap().permissions().mode();
@@ -100,7 +118,7 @@ fn made_and_used() {
         }
         // It has what its pod needs, and the guest is told whose copy it is not.
         let copy = pod(&node, "b", &["plugged"]).await;
-        assert_eq!(copy, ("384".to_owned(), true));
+        assert_eq!(copy, ("0 of 0".to_owned(), true));
         // A new kernel is another template's.
         configure(&node, "kernel = '/dev/zero'\n");
         assert!(!pod(&node, "c", &["echo", "x"]).await.1);
@@ -111,6 +129,46 @@ fn made_and_used() {
         }
         assert!(pod(&node, "d", &["echo", "x"]).await.1);
         assert!(theirs.exists());
+    });
+}
+
+/// A pod that is smaller than most has another template, and takes what is there
+/// while the better one is not.
+fn sizes() {
+    block_on(async {
+        let node = node().await;
+        let sized = |id: &str, mib: &str| {
+            node.bundle(id, &["plugged"]).with(|spec| {
+                spec["annotations"] = json!({"io.husk.vm.memory_mib": mib});
+            })
+        };
+        assert!(!pod_of(&node, &sized("a", "256")).await.1);
+        let small = made(&node).await;
+        let copy = pod_of(&node, &sized("b", "256")).await;
+        assert_eq!(copy, ("128 of 128".to_owned(), true));
+        let copy = pod(&node, "c", &["plugged"]).await;
+        assert_eq!(copy, ("384 of 384".to_owned(), true));
+        let began = Instant::now();
+        while node
+            .shim(&["template"], &node.path(""), b"")
+            .status
+            .success()
+        {
+            let entries = fs::read_dir(node.path("templates")).unwrap();
+            let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+            paths.retain(|path| extension(path).is_empty() && !path.ends_with("lock"));
+            if paths.len() == 2 && paths.contains(&small) {
+                break;
+            }
+            assert!(began.elapsed() < Duration::from_secs(30), "{paths:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let copy = pod(&node, "d", &["plugged"]).await;
+        assert_eq!(copy, ("0 of 0".to_owned(), true));
+        let copy = pod_of(&node, &sized("e", "640")).await;
+        assert_eq!(copy, ("128 of 128".to_owned(), true));
+        // What cannot be plugged and is not counted is not begun with.
+        assert!(!pod_of(&node, &sized("f", "600")).await.1);
     });
 }
 
@@ -138,8 +196,8 @@ fn damaged() {
 async fn why_not(node: &Node, word: &str) -> String {
     let began = Instant::now();
     loop {
-        let failed = node.path("templates").join("failed");
-        let why = fs::read_to_string(failed).unwrap_or_default();
+        let why = failed(node).map(|path| fs::read_to_string(path).unwrap_or_default());
+        let why = why.unwrap_or_default();
         if why.contains(word) {
             return why;
         }
@@ -159,7 +217,7 @@ fn not_made() {
         // An operator who has mended it has one made at once.
         configure(&node, "");
         assert!(
-            node.shim(&["template"], &node.path(""), b"")
+            node.shim(&["template", "512"], &node.path(""), b"")
                 .status
                 .success()
         );
@@ -230,7 +288,7 @@ fn maker(node: &Node) -> Option<i32> {
     let mut pids = fs::read_dir("/proc").unwrap().filter_map(|entry| {
         let pid: i32 = entry.unwrap().file_name().to_str()?.parse().ok()?;
         let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
-        let is_maker = read("cmdline").ends_with(b"\0template\0");
+        let is_maker = read("cmdline").ends_with(b"\0template\x00512\0");
         let variables = String::from_utf8(read("environ")).unwrap_or_default();
         let is_of_node = variables.split('\0').any(|line| line.starts_with(&config));
         (is_maker && is_of_node).then_some(pid)
@@ -258,7 +316,7 @@ fn killed() {
         assert_eq!(maker(&node), None);
         let failed = fs::File::options()
             .write(true)
-            .open(node.path("templates").join("failed"))
+            .open(failed(&node).unwrap())
             .unwrap();
         let old = std::time::SystemTime::now() - Duration::from_secs(3600);
         failed.set_modified(old).unwrap();

@@ -66,6 +66,9 @@ fn note_rate(device: &DeviceSpec) {
 /// How much memory was plugged last, MiB.
 pub static PLUGGED: AtomicU32 = AtomicU32::new(0);
 
+/// How much the agent was told to wait for, MiB.
+pub static AWAITED: AtomicU32 = AtomicU32::new(0);
+
 /// It goes on from what was saved.
 pub static RESTORED: AtomicBool = AtomicBool::new(false);
 

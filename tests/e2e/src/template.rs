@@ -17,7 +17,7 @@ pub fn is_being_made() -> bool {
 
 /// Whether a process makes one.
 pub fn is_maker(pid: i32) -> bool {
-    let [program, word] = &arguments(pid)[..] else {
+    let [program, word, ..] = &arguments(pid)[..] else {
         return false;
     };
     program.ends_with("containerd-shim-husk-v2") && word == "template"
