@@ -7,6 +7,7 @@ use std::process::Output;
 use super::node::{Node, expect, json, out};
 
 const NAME: &str = "0123456789abcdef0123456789abcdef";
+const SECOND: &str = "89abcdef0123456789abcdef01234567";
 const OTHER: &str = "fedcba9876543210fedcba9876543210";
 
 /// A node with such a shim, which runs `maker` to make a template.
@@ -23,7 +24,7 @@ fn node(maker: &str, age: u32) -> Node {
     let shim = node.path().join("bin/containerd-shim-husk-v2");
     let script = format!(
         "#!/bin/sh\n[ \"$1\" = template ] || exit 9\n\
-         [ \"$2\" != name ] || {{ echo {NAME}; exit; }}\n\
+         [ \"$2\" != names ] || {{ echo {NAME}; echo {SECOND}; exit; }}\n\
          cd {} || exit\n{maker}\n",
         node.path().display()
     );
@@ -57,7 +58,8 @@ fn templates_are_listed_with_what_they_are_good_for() {
         put(&node, name);
     }
     node.pod("a", &format!(r#"{{"machine": {{"template": "{OTHER}"}}}}"#));
-    fs::write(node.path().join("templates/failed"), "no \x1bKVM\n").unwrap();
+    let failed = node.path().join(format!("templates/{SECOND}.failed"));
+    fs::write(failed, "no \x1bKVM\n").unwrap();
     let shown = husk(&node, &["template", "list"]);
     let lines: Vec<&str> = out(&shown).lines().collect();
     assert_eq!(lines.len(), 4, "{lines:?}");
@@ -69,7 +71,8 @@ fn templates_are_listed_with_what_they_are_good_for() {
         lines[2].ends_with("  1     no: made from something else"),
         "{lines:?}"
     );
-    assert_eq!(lines[3], "the last could not be made: no \\u{1b}KVM");
+    let failure = format!("{SECOND} could not be made: no \\u{{1b}}KVM");
+    assert_eq!(lines[3], failure);
     let told = json(&husk(&node, &["template", "list", "--json"]));
     assert_eq!(told["enabled"], true);
     assert_eq!(told["templates"][0]["fits"], true);
@@ -78,6 +81,7 @@ fn templates_are_listed_with_what_they_are_good_for() {
         "{told}"
     );
     assert_eq!(told["templates"][1]["pods"], 1);
+    assert_eq!(told["failed"][SECOND], "no \x1bKVM");
 }
 
 #[test]
@@ -107,13 +111,18 @@ fn dropped_templates_are_gone_and_nothing_else() {
 }
 
 #[test]
-fn one_is_made_unless_it_is_there() {
+fn those_are_made_that_are_not_there() {
     let maker = format!(
         "mkdir -p templates/{NAME}.new && cd templates || exit\n\
          : > {NAME}.new/state; sleep 0.5; echo > {NAME}.new/state; sleep 0.5\n\
          echo > {NAME}.new/memory; mv {NAME}.new {NAME}"
     );
     let node = node(&maker, 3600);
+    // One of two.
+    let half = husk(&node, &["template", "build"]);
+    expect(&half, 1, &format!("{SECOND}: it was not made"));
+    fs::remove_dir_all(node.path().join("templates").join(NAME)).unwrap();
+    put(&node, SECOND);
     let made = husk(&node, &["template", "build"]);
     let told = String::from_utf8_lossy(&made.stderr);
     assert!(made.status.success(), "{told}");
@@ -121,18 +130,15 @@ fn one_is_made_unless_it_is_there() {
         told.ends_with("the machine boots\nthe machine is saved\n"),
         "{told}"
     );
-    assert!(
-        out(&made).starts_with(&format!("made {NAME}, ")),
-        "{}",
-        out(&made)
-    );
+    let lines: Vec<&str> = out(&made).lines().collect();
+    assert!(lines[0].starts_with(&format!("made {NAME}, ")), "{lines:?}");
+    assert!(lines[1].starts_with(SECOND), "{lines:?}");
+    assert!(lines[1].ends_with("is there already"), "{lines:?}");
     let again = husk(&node, &["template", "build"]);
     expect(&again, 0, "");
-    assert!(out(&again).contains("is there already"));
-    assert_eq!(
-        json(&husk(&node, &["template", "build", "--json"]))["was_there"],
-        true
-    );
+    assert_eq!(out(&again).matches("is there already").count(), 2);
+    let told = json(&husk(&node, &["template", "build", "--json"]));
+    assert_eq!(told["templates"][0]["was_there"], true);
 }
 
 #[test]
@@ -148,7 +154,7 @@ fn what_cannot_be_made_says_why() {
     expect(
         &husk(&silent, &["template", "build"]),
         1,
-        "no template was made",
+        &format!("{NAME}: it was not made"),
     );
     let off = node("", 0);
     expect(
