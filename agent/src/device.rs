@@ -5,7 +5,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use futures::stream::{FuturesUnordered, StreamExt};
 use rustix::fs::makedev;
+use tokio::task::spawn_blocking;
 
 use crate::error::{Doing, OsError};
 use crate::kernel_file;
@@ -37,18 +39,18 @@ impl Block {
 
 /// Looks until it is found or the deadline has passed, at first and after
 /// every device event.
-pub async fn wait_for<T>(
+pub async fn wait_for<T, F: Future<Output = Option<T>>>(
     deadline: Duration,
-    find: impl Fn() -> Option<T>,
+    find: impl Fn() -> F,
 ) -> io::Result<Option<T>> {
-    // Most devices are there from the start.
-    if let Some(found) = find() {
-        return Ok(Some(found));
-    }
-    let watch = DeviceWatch::new()?;
     let found = async {
+        // Most devices are there from the start.
+        if let Some(found) = find().await {
+            return Ok(Some(found));
+        }
+        let watch = DeviceWatch::new()?;
         loop {
-            if let Some(found) = find() {
+            if let Some(found) = find().await {
                 return Ok(Some(found));
             }
             watch.changed().await?;
@@ -59,10 +61,30 @@ pub async fn wait_for<T>(
         .unwrap_or(Ok(None))
 }
 
-/// The virtio-blk device of this serial.
-pub fn find_block(serial: &str) -> Option<Block> {
-    let found = |path: &Path| text(&path.join("serial")).as_deref() == Some(serial);
-    let path = entries("/sys/block").find(|path| found(path))?;
+/// The virtio-blk device of this serial. Linux asks the disk for it, which answers
+/// in its turn: late where its limit is used up, and never when it hangs. So each
+/// is asked on a thread of its own, and none waits for another.
+pub async fn find_block(serial: &str) -> Option<Block> {
+    let disks = entries("/sys/block").map(|path| {
+        let serial = serial.to_owned();
+        spawn_blocking(move || block_of(&path, &serial))
+    });
+    let mut answers: FuturesUnordered<_> = disks.collect();
+    while let Some(answer) = answers.next().await {
+        match answer {
+            Ok(None) => {}
+            Ok(found) => return found,
+            Err(error) => log::error!("asking a disk: {error}"),
+        }
+    }
+    None
+}
+
+/// What lies at this path in /sys, if it has this serial. Blocks.
+fn block_of(path: &Path, serial: &str) -> Option<Block> {
+    if text(&path.join("serial"))? != serial {
+        return None;
+    }
     let number = text(&path.join("dev"))?;
     let (major, minor) = number.split_once(':')?;
     Some(Block {
@@ -76,9 +98,11 @@ pub fn find_virtio_fs(tag: &str) -> Option<PathBuf> {
     entries("/sys/fs/virtiofs").find(|path| text(&path.join("tag")).as_deref() == Some(tag))
 }
 
-/// Looks for new PCI devices.
-pub fn rescan() -> Result<(), OsError> {
-    write("/sys/bus/pci/rescan", "1")
+/// Looks for new PCI devices, whose drivers have found them when it returns.
+pub async fn rescan() -> Result<(), OsError> {
+    const FILE: &str = "/sys/bus/pci/rescan";
+    let written = spawn_blocking(|| write(FILE, "1")).await;
+    written.map_err(io::Error::other).doing("write", FILE)?
 }
 
 /// Removes a device before it is unplugged: the PCI function that the virtio

@@ -128,7 +128,9 @@ impl Error {
             | Self::StillRunning { .. } => Code::FAILED_PRECONDITION,
             Self::TooMany { .. } => Code::RESOURCE_EXHAUSTED,
             Self::Deadline { .. } => Code::DEADLINE_EXCEEDED,
-            Self::Storage(StorageError::Deadline { .. }) => Code::DEADLINE_EXCEEDED,
+            Self::Storage(StorageError::Deadline { .. } | StorageError::Unanswered { .. }) => {
+                Code::DEADLINE_EXCEEDED
+            }
             Self::Network(NetworkError::Invalid { .. }) => Code::INVALID_ARGUMENT,
             Self::Launch(LaunchError::Reported(Failure { kind, .. })) => match kind {
                 FailureKind::NotFound => Code::NOT_FOUND,

@@ -157,7 +157,7 @@ impl Sandbox {
             clock::correct(request.wall_clock_ns)?;
             if is_copy {
                 // What the pod has and the template had not.
-                device::rescan()?;
+                device::rescan().await?;
             }
         }
         if !request.uid_mappings.is_empty() || !request.gid_mappings.is_empty() {
@@ -250,8 +250,9 @@ impl Sandbox {
     ) -> Result<Container, Error> {
         let spec: Spec = parse("oci_spec", &request.oci_spec)?;
         let pid_namespace = self.pid_source(&spec).await?;
-        let devices = DeviceNumbers::find(&request.devices).await?;
-        let storages = storage::mount_all(request.storages).await?;
+        let finding = DeviceNumbers::find(&request.devices);
+        let devices = attempt.work(finding).await?;
+        let storages = storage::mount_all_for(attempt, request.storages).await?;
         let order = Order {
             pid_namespace,
             id: request.container_id,

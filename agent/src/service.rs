@@ -267,8 +267,7 @@ impl Agent for Service {
     }
 
     async fn rescan_devices(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
-        let rescan = || device::rescan().map_err(Error::from);
-        blocking(rescan).await?;
+        device::rescan().await.map_err(Error::from)?;
         Ok(Empty::new())
     }
 
@@ -282,7 +281,7 @@ impl Agent for Service {
             netlink::remove_vlan(name).map_err(Error::from)?;
             return Ok(Empty::new());
         }
-        let device = find_device(&request)?;
+        let device = find_device(&request).await?;
         blocking(move || Ok(device::remove(&device)?)).await?;
         Ok(Empty::new())
     }
@@ -337,11 +336,11 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// The directory in /sys of the virtio device that a request names.
-fn find_device(request: &RemoveDeviceRequest) -> Result<PathBuf, Error> {
+async fn find_device(request: &RemoveDeviceRequest) -> Result<PathBuf, Error> {
     let of = |entry: PathBuf| entry.join("device");
     let (name, device) = match &request.device {
         Some(Device::BlockSerial(serial)) => {
-            let block = device::find_block(serial);
+            let block = storage::find_present_disk(serial).await?;
             (serial.clone(), block.map(|block| of(block.directory())))
         }
         Some(Device::HardwareAddress(address)) => {

@@ -1,8 +1,10 @@
 //! What is mounted in the guest before a container uses it, and its undoing.
 
 mod huge_pages;
+mod mounting;
 
 use std::fs;
+use std::future::ready;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
@@ -12,12 +14,15 @@ use husk_protocol::agent::{OverlayStorage, Storage, TmpfsStorage, storage};
 use husk_protocol::path;
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, openat};
 use rustix::mount::{UnmountFlags, unmount};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use crate::device::{self, Block};
 use crate::error::{Doing, Error, OsError};
 use crate::init::InitError;
 use crate::init::mount_options::{MountOptions, Recursion};
 use crate::init::mounts;
+pub use mounting::{mount_all, mount_all_for};
 
 /// How long a device that the host has plugged may take to appear.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -35,6 +40,8 @@ pub enum StorageError {
     },
     #[error("{device} did not appear within {seconds} s")]
     Deadline { device: String, seconds: u64 },
+    #[error("storage at {mount_point:?} was not mounted within {seconds} s")]
+    Unanswered { mount_point: String, seconds: u64 },
     #[error("storage at {mount_point:?}")]
     Mount {
         mount_point: String,
@@ -61,21 +68,6 @@ enum Kind {
     Node,
     /// Others have it as well; it stays.
     Kept,
-}
-
-/// Mounts all, in order; none when one fails.
-pub async fn mount_all(storages: Vec<Storage>) -> Result<Vec<Mounted>, StorageError> {
-    let mut mounted = Vec::with_capacity(storages.len());
-    for storage in storages {
-        match mount(storage).await {
-            Ok(storage) => mounted.push(storage),
-            Err(error) => {
-                unmount_all(mounted).await;
-                return Err(error);
-            }
-        }
-    }
-    Ok(mounted)
 }
 
 /// Undoes all, last first. What can't be undone is logged: nobody could do
@@ -140,7 +132,11 @@ pub async fn unmount_shared(paths: Vec<String>) -> Result<(), Error> {
         .doing("unmount", "the shared tree")?)
 }
 
-async fn mount(storage: Storage) -> Result<Mounted, StorageError> {
+/// Finds what it needs, then has another thread mount it: that may wait for a device
+/// or a server.
+async fn begin_mount(
+    storage: Storage,
+) -> Result<JoinHandle<Result<Mounted, StorageError>>, StorageError> {
     let mount_point = PathBuf::from(&storage.mount_point);
     let invalid = |reason| StorageError::Invalid {
         mount_point: storage.mount_point.clone(),
@@ -182,15 +178,10 @@ async fn mount(storage: Storage) -> Result<Mounted, StorageError> {
         _ => return Err(invalid("unknown kind")),
     };
     let is_of_pod = storage.has_huge_pages();
-    // Any of these calls may wait for a device or a server.
-    let mounting = tokio::task::spawn_blocking(move || match is_of_pod {
+    Ok(tokio::task::spawn_blocking(move || match is_of_pod {
         true => huge_pages::attach(source, mount_point, &storage),
         false => source.attach(mount_point, &storage.options),
-    });
-    mounting
-        .await
-        .map_err(io::Error::other)
-        .doing("mount", "a storage")?
+    }))
 }
 
 /// The disk of this serial, which the host may just have plugged.
@@ -198,14 +189,24 @@ pub async fn find_disk(serial: &str) -> Result<Block, StorageError> {
     let find = || device::find_block(serial);
     let found = device::wait_for(DEADLINE, find).await;
     let found = found.doing("find block device", serial)?;
-    found.ok_or_else(|| StorageError::Deadline {
+    found.ok_or_else(|| absent(serial))
+}
+
+/// The disk of this serial, if it is there now.
+pub async fn find_present_disk(serial: &str) -> Result<Option<Block>, StorageError> {
+    let found = timeout(DEADLINE, device::find_block(serial)).await;
+    found.map_err(|_| absent(serial))
+}
+
+fn absent(serial: &str) -> StorageError {
+    StorageError::Deadline {
         device: format!("block device {serial:?}"),
         seconds: DEADLINE.as_secs(),
-    })
+    }
 }
 
 async fn find_virtio_fs(tag: &str) -> Result<(), StorageError> {
-    let find = || device::find_virtio_fs(tag);
+    let find = || ready(device::find_virtio_fs(tag));
     let found = device::wait_for(DEADLINE, find).await;
     let found = found.doing("find virtio-fs", tag)?;
     found.map(|_| ()).ok_or_else(|| StorageError::Deadline {

@@ -21,14 +21,14 @@ pub fn attempt() -> (Attempt, Underway) {
 
 impl Attempt {
     /// Works until that happens.
-    pub async fn work<T>(
+    pub async fn work<T, E: From<LaunchError>>(
         &self,
-        work: impl Future<Output = Result<T, LaunchError>>,
-    ) -> Result<T, LaunchError> {
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
         let mut given_up = self.0.clone();
         tokio::select! {
             biased;
-            Ok(_) = given_up.wait_for(|given_up| *given_up) => Err(LaunchError::GivenUp),
+            Ok(_) = given_up.wait_for(|given_up| *given_up) => Err(LaunchError::GivenUp.into()),
             done = work => done,
         }
     }

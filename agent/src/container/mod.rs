@@ -198,7 +198,7 @@ impl Container {
         let sources = binds.filter_map(|mount| mount.source.clone()).collect();
         let reaching = async {
             storage::reach_shared(sources).await;
-            Ok(())
+            Ok::<_, LaunchError>(())
         };
         attempt.work(reaching).await?;
         let plan = Plan {

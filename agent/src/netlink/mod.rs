@@ -8,6 +8,7 @@ mod route;
 mod rule;
 mod vlan;
 
+use std::future::ready;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -125,12 +126,13 @@ async fn wait_for(interface: &Interface) -> Result<(), NetworkError> {
     // What can't be listed now can't be found either.
     let is_here = || current(&links(&socket).unwrap_or_default(), interface).map(|_| ());
     let find = || {
-        is_here().or_else(|| {
+        let found = is_here().or_else(|| {
             if let Err(error) = bring_in(interface) {
                 log::error!("interface {}: {error}", interface.name);
             }
             is_here()
-        })
+        });
+        ready(found)
     };
     let found = device::wait_for(DEADLINE, find).await;
     let found = found.doing("find interface", &interface.name)?;

@@ -6,6 +6,7 @@
 mod agent;
 mod given_up;
 mod guest;
+mod hung;
 mod isolation;
 mod lifecycle;
 mod limits;
