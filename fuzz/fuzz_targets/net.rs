@@ -1,14 +1,16 @@
 //! virtio-net on a real tap, in a network namespace of its own, with frames from
-//! the host's side.
+//! the host's side, and with limits.
 #![no_main]
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::LazyLock;
 
+use arbitrary::Arbitrary;
 use husk_fuzz::driver::{Act, drive};
 use husk_fuzz::skip;
 use husk_virtio::net::Net;
+use husk_virtio::rate::{Limits, Rate};
 use libfuzzer_sys::fuzz_target;
 
 /// A tap that is up, and a packet socket on its interface: frames sent there
@@ -88,8 +90,25 @@ fn send(link: &Link, frame: &[u8]) {
 
 static LINK: LazyLock<Link> = LazyLock::new(|| link().unwrap_or_else(|why| skip(why)));
 
-fuzz_target!(init: husk_fuzz::start(), |acts: Vec<Act<Vec<u8>>>| {
+#[derive(Arbitrary, Debug)]
+struct Input {
+    /// Bits, from the lowest: bytes are limited, frames are.
+    limited: u8,
+    acts: Vec<Act<Vec<u8>>>,
+}
+
+/// A few frames, and the next ones within the same input.
+fn limits(limited: u8) -> Limits {
+    let rate = |bit, per_second, burst| (limited & bit != 0).then(|| Rate::new(per_second, burst));
+    Limits {
+        bytes: rate(1, 64 << 20, 4096).transpose().expect("a rate"),
+        operations: rate(2, 10_000, 4).transpose().expect("a rate"),
+    }
+}
+
+fuzz_target!(init: husk_fuzz::start(), |input: Input| {
     let tap = LINK.tap.try_clone().expect("a descriptor");
-    let device = Net::new(tap.into(), [2, 0, 0, 0, 0, 1], 1500).expect("it is a tap");
-    drive(device, acts, |_, frame| send(&LINK, &frame));
+    let mut device = Net::new(tap.into(), [2, 0, 0, 0, 0, 1], 1500).expect("it is a tap");
+    device.limit(limits(input.limited)).expect("a timer");
+    drive(device, input.acts, |_, frame| send(&LINK, &frame));
 });
