@@ -9,6 +9,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 /// How many pieces are being done.
@@ -20,15 +21,17 @@ static ENDED: Condvar = Condvar::new();
 /// Counts while it lives.
 struct Place;
 
-/// Does `work` in a thread.
+/// Does `work` in a thread, which belongs to the runtime: what is made or dropped
+/// there may need its timers and its reactor.
 ///
 /// # Errors
 /// The node has no thread for it. The work is dropped by then, here.
 pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     let (done, result) = oneshot::channel();
-    let place = Place::take();
+    let (place, runtime) = (Place::take(), Handle::current());
     thread::Builder::new().name("work".into()).spawn(move || {
         let _place = place;
+        let _entered = runtime.enter();
         // Whoever asked may be gone.
         let _ = done.send(work());
     })?;
@@ -79,6 +82,14 @@ mod tests {
         let here = thread::current().id();
         let there = run(move || thread::current().id()).await.unwrap();
         assert_ne!(there, here);
+    }
+
+    #[tokio::test]
+    async fn the_work_is_of_the_runtime() {
+        let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        one.set_nonblocking(true).unwrap();
+        let watched = run(move || tokio::io::unix::AsyncFd::new(one).is_ok()).await;
+        assert!(watched.unwrap());
     }
 
     #[tokio::test]

@@ -11,8 +11,9 @@ use async_trait::async_trait;
 use husk_protocol::agent::{
     Agent, ContainerRequest, CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest,
     CreateSandboxResponse, DeleteContainerRequest, Empty, Event, ExecRequest, ExecResponse,
-    ProcessRequest, RemoveDeviceRequest, ServeNamesRequest, SignalRequest, StatsResponse, Streams,
-    UpdateNetworkRequest, WaitResponse, create_agent, create_shell,
+    ProcessRequest, RemoveDeviceRequest, RemoveVolumeRequest, ServeNamesRequest, SetVolumeRequest,
+    SignalRequest, StatsResponse, Streams, UpdateNetworkRequest, WaitResponse, create_agent,
+    create_shell,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, watch};
@@ -39,6 +40,8 @@ struct Guest {
     network: Mutex<Vec<String>>,
     /// It asks for names without end.
     is_curious: AtomicBool,
+    /// The file `key` of its volume.
+    setting: watch::Sender<String>,
 }
 
 struct Process {
@@ -60,6 +63,7 @@ pub fn serve(connection: UnixStream, ports: Ports, has_shells: bool) {
         off,
         network: Mutex::default(),
         is_curious: AtomicBool::new(false),
+        setting: watch::Sender::default(),
     });
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -138,6 +142,15 @@ impl Guest {
                 let awaited = vmm::AWAITED.load(Ordering::Relaxed);
                 write!(stdout.unwrap(), "{plugged} of {awaited}").unwrap();
                 exit.send_replace(Some(0));
+                return Ok(());
+            }
+            ["settings", wanted] => {
+                let (wanted, mut setting) = (wanted.to_owned(), self.setting.subscribe());
+                tokio::spawn(async move {
+                    if setting.wait_for(|is| *is == wanted).await.is_ok() {
+                        exit.send_replace(Some(0));
+                    }
+                });
                 return Ok(());
             }
             ["die"] => std::process::exit(1),
@@ -444,6 +457,19 @@ impl Agent for Guest {
             eprintln!("not to be left: {:?}", request.unused_paths);
             std::process::exit(1);
         }
+        Ok(Empty::default())
+    }
+
+    /// Notes what the file `key` of it is, by whichever way it is reached.
+    async fn set_volume(&self, _: &TtrpcContext, request: SetVolumeRequest) -> Result<Empty> {
+        let mut entries = request.entries.iter();
+        let key = entries.find(|entry| entry.path.ends_with("/key"));
+        let setting = key.map(|entry| String::from_utf8(entry.content.clone()).unwrap());
+        self.setting.send_replace(setting.unwrap_or_default());
+        Ok(Empty::default())
+    }
+
+    async fn remove_volume(&self, _: &TtrpcContext, _: RemoveVolumeRequest) -> Result<Empty> {
         Ok(Empty::default())
     }
 

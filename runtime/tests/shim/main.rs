@@ -28,6 +28,7 @@ mod shell;
 mod template;
 mod users;
 mod vmm;
+mod volumes;
 
 use std::process::ExitCode;
 
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         names::CASES,
         interfaces::CASES,
         devices::CASES,
+        volumes::CASES,
         users::CASES,
         template::CASES,
         liar::CASES,
