@@ -94,6 +94,13 @@ pub enum Command {
     /// Look at the booted machines from which pods begin, make and drop them
     #[command(subcommand)]
     Template(TemplateCommand),
+    /// Start containers of an image with ctr, and tell what that took
+    ///
+    /// One a round, and one with runc in turns with it where that is asked for; a first
+    /// round is not counted. Times are medians. Pods that began as copies of a template
+    /// and those whose machine booted are told apart. Each container is removed at once;
+    /// one may be left, named husk-bench-…, where this is killed or interrupted.
+    Bench(BenchArguments),
     /// Let containerd, Docker and CRI-O know Husk
     Install {
         /// Let pods choose the size of their machine by annotations (io.husk.*)
@@ -128,13 +135,34 @@ pub struct ExecArguments {
     /// Pass standard input on
     #[arg(long, short = 'i')]
     pub stdin: bool,
-    /// Give it a terminal; Ctrl-] leaves it where it does not answer
+    /// Give it a terminal; with -i, too, keys are the program's, and Ctrl-] leaves it where
+    /// it does not answer
     #[arg(long, short = 't')]
     pub tty: bool,
     /// Its id or the beginning of it, or NAMESPACE/NAME in Kubernetes
     pub pod: String,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub args: Vec<String>,
+}
+
+/// What to start, and how often.
+#[derive(Debug, Args)]
+pub struct BenchArguments {
+    /// Rounds that count
+    #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 10)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub rounds: u32,
+    /// Start one with runc, too, in each round
+    #[arg(long)]
+    pub runc: bool,
+    /// The namespace of containerd that has the image
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    pub namespace: String,
+    /// The image, as `ctr images list` names it; nothing is pulled
+    pub image: String,
+    /// What to run instead of what the image says
+    #[arg(last = true, value_name = "COMMAND")]
     pub args: Vec<String>,
 }
 

@@ -7,6 +7,7 @@ use clap::Parser;
 
 mod answer;
 mod arguments;
+mod bench;
 mod check;
 mod config;
 mod events;
@@ -88,6 +89,7 @@ fn run(arguments: Arguments) -> anyhow::Result<Answer> {
         ),
         Command::Template(command) => template::run(&command, json),
         Command::SupportBundle { output, no_logs } => support::run(output, !no_logs),
+        Command::Bench(asked) => bench::run(&asked, json),
         Command::Check => check::run(json),
         Command::Config(asked) => config::run(&asked, json),
         Command::Ps => ps::run(json),

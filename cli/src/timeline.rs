@@ -108,7 +108,8 @@ pub fn value(pod: &str, stages: &[Stage]) -> Value {
     json!({ "pod": pod, "stages": stages })
 }
 
-fn milliseconds(ns: u64) -> String {
+/// A length of time, to a tenth.
+pub fn milliseconds(ns: u64) -> String {
     format!("{}.{} ms", ns / 1_000_000, ns / 100_000 % 10)
 }
 

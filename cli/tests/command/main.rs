@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+mod bench;
 mod guest;
 mod listen;
 mod node;
