@@ -1,5 +1,6 @@
 //! The operator's command, against pods that run.
 
+pub mod bench;
 pub mod guest;
 
 use std::fs;

@@ -258,6 +258,7 @@ pub fn all() -> Vec<&'static Case> {
         churn::CASES,
         cli::CASES,
         cli::guest::CASES,
+        cli::bench::CASES,
         crash::CASES,
         soak::CASES,
     ]
