@@ -28,6 +28,7 @@ use crate::config::Config;
 use crate::debug_shell;
 use crate::vm_plan::{self, HostFacts, Room, VmSize};
 
+mod large_pages;
 pub mod make;
 
 /// What templates' machines begin with, MiB; what a pod has beyond it is plugged,

@@ -19,6 +19,7 @@ use tokio::process::Command;
 use tokio::runtime::Runtime;
 use tokio::time::{sleep, timeout};
 
+use super::large_pages;
 use super::{DISCARDED, DOUBTED, FAILED, Template, TemplateKey, key_of, trusted};
 use crate::config::{Config, ConfigError};
 use crate::debug_shell;
@@ -240,6 +241,11 @@ async fn make(config: &Config, key: &TemplateKey) -> Result<(), MakeError> {
     vm.kill().await;
     drop(agent);
     saved?;
+    let memory = File::open(new.join("memory")).map_err(file_error(&new))?;
+    if let Err(error) = large_pages::collapse(&memory) {
+        // Copies start all the same, a little later.
+        eprintln!("containerd-shim-husk-v2: the template's memory in large pages: {error}");
+    }
     // A machine that cannot go on here does so for no pod either.
     let copy = Start::Restore {
         template: Template {
