@@ -22,6 +22,8 @@ pub struct Listing {
     at: usize,
     /// The position that the next entry has for `seek`.
     position: u64,
+    /// The descriptor is not where `chunk` ends.
+    rested: bool,
 }
 
 /// An entry of a directory.
@@ -45,7 +47,15 @@ impl Listing {
             chunk: Vec::new(),
             at: 0,
             position: 0,
+            rested: false,
         }
+    }
+
+    /// Gives back the memory of what was read ahead, which `seek` reads again.
+    pub fn rest(&mut self) {
+        self.rested |= self.at < self.chunk.len();
+        self.chunk = Vec::new();
+        self.at = 0;
     }
 
     /// The directory.
@@ -56,12 +66,13 @@ impl Listing {
     /// Goes to the position that an entry named as `next`, or to 0.
     pub fn seek(&mut self, position: u64) -> Result<(), Errno> {
         // Position 0 reads the directory again (rewinddir).
-        if position == self.position && position != 0 {
+        if position == self.position && position != 0 && !self.rested {
             return Ok(());
         }
         self.chunk.clear();
         self.at = 0;
         rustix::fs::seek(&self.dir, SeekFrom::Start(position))?;
+        self.rested = false;
         self.position = position;
         Ok(())
     }
@@ -160,6 +171,27 @@ mod tests {
         }
         listing.seek(0).unwrap();
         assert_eq!(names(&mut listing), all);
+    }
+
+    #[test]
+    fn goes_on_where_it_was_after_a_rest() {
+        let dir = tempfile::tempdir().unwrap();
+        for i in 0..1000 {
+            std::fs::write(dir.path().join(format!("file-{i:040}")), "").unwrap();
+        }
+        let mut listing = Listing::new(std::fs::File::open(dir.path()).unwrap().into());
+        let all = names(&mut listing);
+        listing.seek(0).unwrap();
+        for (index, (_, next)) in all.iter().enumerate() {
+            assert_eq!(listing.peek().unwrap().unwrap().next, *next);
+            listing.advance();
+            if index % 7 == 0 {
+                listing.rest();
+                assert_eq!(listing.chunk.capacity(), 0);
+                listing.seek(*next).unwrap();
+            }
+        }
+        assert_eq!(listing.peek(), Ok(None));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The guest's open files and directories, each by a number (`fh`).
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
@@ -8,6 +8,10 @@ use rustix::io::Errno;
 
 use crate::directory::Listing;
 use crate::node::NodeId;
+
+/// Listings that keep what they have read ahead. There may be as many open ones as
+/// descriptors, each with 16 KiB.
+const READING: usize = 256;
 
 /// What was opened.
 #[derive(Debug)]
@@ -29,6 +33,8 @@ struct Handle {
 pub struct HandleTable {
     handles: Vec<Option<Handle>>,
     free: Vec<usize>,
+    /// Where listings are that may have read ahead, longest unused first.
+    reading: VecDeque<usize>,
 }
 
 impl HandleTable {
@@ -92,12 +98,29 @@ impl HandleTable {
 
     /// The directory that was opened as this number from this node.
     pub fn directory(&mut self, node: NodeId, fh: u64) -> Result<&mut Listing, Errno> {
+        self.slot(node, fh)?;
+        self.reads(usize::try_from(fh).map_err(|_| Errno::BADF)?);
         match self.slot(node, fh)? {
             Some(Handle {
                 opened: Opened::Directory(listing),
                 ..
             }) => Ok(listing),
             _ => Err(Errno::BADF),
+        }
+    }
+
+    /// Has the listing that was longest unused rest for one that reads now.
+    fn reads(&mut self, index: usize) {
+        self.reading.retain(|other| *other != index);
+        self.reading.push_back(index);
+        if self.reading.len() > READING
+            && let Some(oldest) = self.reading.pop_front()
+            && let Some(Some(Handle {
+                opened: Opened::Directory(listing),
+                ..
+            })) = self.handles.get_mut(oldest)
+        {
+            listing.rest();
         }
     }
 

@@ -24,6 +24,10 @@ const EVICTION_STEPS: usize = 256;
 /// How many references are closed when the process runs out of descriptors.
 const EVICTION_BATCH: usize = 64;
 
+/// Nodes known at a time. The guest's kernel forgets those that it needs no more, and
+/// keeps over 1 KiB for each of the others: one with more has 16 GiB of nothing else.
+const NODES: usize = 1 << 24;
+
 /// Number of a node.
 pub type NodeId = u64;
 
@@ -86,6 +90,7 @@ pub struct NodeTable {
     open: VecDeque<NodeId>,
     opened: usize,
     budget: usize,
+    most: usize,
 }
 
 impl NodeTable {
@@ -113,6 +118,7 @@ impl NodeTable {
             open: VecDeque::new(),
             opened: 0,
             budget,
+            most: NODES,
         })
     }
 
@@ -217,17 +223,27 @@ impl NodeTable {
         stat: &Statx,
     ) -> Result<NodeId, Errno> {
         let area = self.get(parent)?.area.of_child(name);
-        let id = self.find_or_add(reference, stat, area);
+        let id = self.find_or_add(reference, stat, area)?;
         self.set_place(id, parent, name)?;
         Ok(id)
     }
 
     /// Tells the guest of a file without a name: one more lookup.
-    pub fn remember_unnamed(&mut self, reference: OwnedFd, stat: &Statx, area: Area) -> NodeId {
+    pub fn remember_unnamed(
+        &mut self,
+        reference: OwnedFd,
+        stat: &Statx,
+        area: Area,
+    ) -> Result<NodeId, Errno> {
         self.find_or_add(reference, stat, area)
     }
 
-    fn find_or_add(&mut self, reference: OwnedFd, stat: &Statx, area: Area) -> NodeId {
+    fn find_or_add(
+        &mut self,
+        reference: OwnedFd,
+        stat: &Statx,
+        area: Area,
+    ) -> Result<NodeId, Errno> {
         let identity = Identity::new(stat);
         let kind = host::kind(stat);
         if let Some(&id) = self.by_identity.get(&identity)
@@ -240,7 +256,10 @@ impl NodeTable {
             if node.reference.is_none() {
                 self.hold(id, Rc::new(reference));
             }
-            return id;
+            return Ok(id);
+        }
+        if self.nodes.len() >= self.most {
+            return Err(Errno::NFILE);
         }
         let id = self.next;
         self.next += 1;
@@ -257,7 +276,7 @@ impl NodeTable {
         self.nodes.insert(id, node);
         self.by_identity.insert(identity, id);
         self.hold(id, Rc::new(reference));
-        id
+        Ok(id)
     }
 
     /// The guest forgets `count` lookups of the node.
@@ -381,11 +400,13 @@ impl NodeTable {
     }
 
     fn hold(&mut self, id: NodeId, reference: Rc<OwnedFd>) {
-        if let Some(node) = self.nodes.get_mut(&id)
-            && node.reference.replace(reference).is_none()
-        {
-            self.opened += 1;
-            self.open.push_back(id);
+        if let Some(node) = self.nodes.get_mut(&id) {
+            // It is wanted now, and not to be closed for its own sake.
+            node.used_lately = true;
+            if node.reference.replace(reference).is_none() {
+                self.opened += 1;
+                self.open.push_back(id);
+            }
         }
         if self.open.len() > 2 * self.opened + EVICTION_STEPS {
             let nodes = &self.nodes;
@@ -398,19 +419,22 @@ impl NodeTable {
 
     /// Closes references to make room for other descriptors.
     pub fn make_room(&mut self) {
-        self.evict(self.opened.min(EVICTION_BATCH));
+        let left = self.evict(self.opened.min(EVICTION_BATCH));
+        // Those too that have just been given another chance.
+        self.evict(left);
     }
 
     /// Closes up to `count` references that were not used since they were last
-    /// looked at, and gives the used ones another chance.
-    fn evict(&mut self, count: usize) {
+    /// looked at, and gives the used ones another chance. Returns how many are
+    /// missing.
+    fn evict(&mut self, count: usize) -> usize {
         let mut left = count;
-        for _ in 0..EVICTION_STEPS {
+        for _ in 0..EVICTION_STEPS.min(self.open.len()) {
             if left == 0 {
-                return;
+                break;
             }
             let Some(id) = self.open.pop_front() else {
-                return;
+                break;
             };
             let Some(node) = self.nodes.get_mut(&id) else {
                 continue;
@@ -426,6 +450,7 @@ impl NodeTable {
             self.opened = self.opened.saturating_sub(1);
             left -= 1;
         }
+        left
     }
 }
 
@@ -520,6 +545,23 @@ mod tests {
     }
 
     #[test]
+    fn removed_names_keep_their_node_open_beyond_the_budget() {
+        let (mut table, dir) = table(2);
+        for removed in 1..20 {
+            let path = dir.path().join("file");
+            fs::write(&path, "").unwrap();
+            let id = look(&mut table, ROOT_ID, c"file");
+            let expected = inode_of(&path);
+            close_all(&mut table);
+            assert_eq!(table.pin(ROOT_ID, name(c"file")), Ok(Some(id)));
+            fs::remove_file(&path).unwrap();
+            table.lost_name(id, ROOT_ID, name(c"file"));
+            assert_eq!(inode(&mut table, id), Ok(expected));
+            assert_eq!(table.opened(), removed);
+        }
+    }
+
+    #[test]
     fn directories_stay_while_something_in_them_is_known() {
         let (mut table, dir) = table(1000);
         fs::create_dir_all(dir.path().join("a/b")).unwrap();
@@ -563,6 +605,30 @@ mod tests {
         table.forget(x, 2);
         table.forget(y, 2);
         assert_eq!(table.count(), 1);
+    }
+
+    #[test]
+    fn so_many_are_known_and_no_more() {
+        let (mut table, dir) = table(1000);
+        for text in ["a", "b", "c"] {
+            fs::write(dir.path().join(text), "").unwrap();
+        }
+        // The top directory is one of them.
+        table.most = 3;
+        let try_look = |table: &mut NodeTable, text: &CStr| {
+            let top = table.reference(ROOT_ID)?;
+            let found = open_reference(top.as_fd(), name(text))?;
+            let stat = stat(found.as_fd())?;
+            table.remember(ROOT_ID, name(text), found, &stat)
+        };
+        let a = try_look(&mut table, c"a").unwrap();
+        let b = try_look(&mut table, c"b").unwrap();
+        assert_eq!(try_look(&mut table, c"c"), Err(Errno::NFILE));
+        // It holds no descriptor either, and what is known is found again.
+        assert_eq!((table.count(), table.opened()), (3, 2));
+        assert_eq!(try_look(&mut table, c"a"), Ok(a));
+        table.forget(b, 1);
+        assert!(try_look(&mut table, c"c").is_ok());
     }
 
     #[test]

@@ -154,6 +154,8 @@ impl Server {
         if let Some(Ok(mounts)) = self.mounts.as_ref().map(MountTable::mounts) {
             let gone = self.nodes.revoke(|mount| mounts.contains(&mount));
             self.handles.revoke(&gone);
+            // Another file system may get the number of one that is gone.
+            self.synthetic.clear();
         }
     }
 

@@ -172,7 +172,7 @@ impl Server {
             Some(name) => self.nodes.remember(parent, name, reference, &stat)?,
             None => {
                 let area = self.nodes.get(parent)?.area;
-                self.nodes.remember_unnamed(reference, &stat, area)
+                self.nodes.remember_unnamed(reference, &stat, area)?
             }
         };
         entry_out(&self.nodes, id, &stat)

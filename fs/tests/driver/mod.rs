@@ -6,11 +6,13 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use husk_fs::abi::{InHeader, InitIn, InitOut, Opcode, OutHeader, init};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -93,6 +95,23 @@ impl Descriptor {
 impl Guest {
     /// Starts the server for a tree and negotiates everything.
     pub fn start(source: &Path) -> Self {
+        Self::start_as(source, |_| {})
+    }
+
+    /// The same for a server that may have so many descriptors.
+    pub fn start_with_descriptors(source: &Path, most: u64) -> Self {
+        let limit = Rlimit {
+            current: Some(most),
+            maximum: Some(most),
+        };
+        let set = move || Ok(setrlimit(Resource::Nofile, limit)?);
+        // SAFETY: setrlimit is a system call and no more.
+        Self::start_as(source, |command| unsafe {
+            command.pre_exec(set);
+        })
+    }
+
+    fn start_as(source: &Path, prepare: impl FnOnce(&mut Command)) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk-fs"));
@@ -103,6 +122,7 @@ impl Guest {
             .arg(source)
             .args(["--uid", &UID.to_string(), "--gid", &GID.to_string()])
             .stdin(Stdio::null());
+        prepare(&mut command);
         let spawn = move || {
             // As the shim does it: the first process of a PID namespace.
             let namespace = rustix::thread::UnshareFlags::NEWPID;
