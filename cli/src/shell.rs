@@ -62,26 +62,32 @@ fn carry_out(asking: Asking<'_>, json: bool) -> anyhow::Result<u8> {
     let loaded = Sources::of_node().load()?;
     let pod = pods::find(&loaded.config.state_dir, asking.pod)?;
     let stream = connect(&pod, &loaded)?;
-    let terminal = match asking.terminal {
+    let is_terminal = asking.terminal;
+    ensure!(
+        !is_terminal || io::stdin().is_terminal(),
+        "standard input is no terminal; without -t a program needs none"
+    );
+    // Keys that nobody reads would end nothing: without input they stay ours.
+    let raw = match is_terminal && asking.stdin {
         true => Some(Raw::enter()?),
         false => None,
     };
+    let size = is_terminal.then(size);
     let request = Request {
         args: asking.args,
         stdin: asking.stdin,
-        terminal: terminal.as_ref().map(|_| terminal_request()),
+        terminal: size.map(terminal_request),
     };
     let mut asks = stream.try_clone()?;
     asks.write_all(&Asked::Run(request).frame())?;
-    let is_terminal = terminal.is_some();
     let was_left = Arc::new(AtomicBool::new(false));
     if asking.stdin || is_terminal {
         let was_left = Arc::clone(&was_left);
         // It ends with this process, since nobody can be told to read no more.
-        thread::spawn(move || pass_on(asks, asking.stdin, is_terminal, &was_left));
+        thread::spawn(move || pass_on(asks, asking.stdin, size, &was_left));
     }
     let ended = listen(stream);
-    drop(terminal);
+    drop(raw);
     ensure!(!was_left.load(Ordering::Relaxed), "left; what ran is ended");
     ended
 }
@@ -141,19 +147,19 @@ fn listen(mut stream: UnixStream) -> anyhow::Result<u8> {
 }
 
 /// Passes on what is typed, and the size of the terminal whenever it is another.
-fn pass_on(asks: UnixStream, stdin: bool, is_terminal: bool, was_left: &AtomicBool) {
+fn pass_on(asks: UnixStream, stdin: bool, size: Option<[u16; 2]>, was_left: &AtomicBool) {
     // Whoever listens is gone, and says so on the other thread.
-    let _ = try_pass_on(asks, stdin, is_terminal, was_left);
+    let _ = try_pass_on(asks, stdin, size, was_left);
 }
 
 fn try_pass_on(
     mut asks: UnixStream,
     stdin: bool,
-    is_terminal: bool,
+    mut size: Option<[u16; 2]>,
     was_left: &AtomicBool,
 ) -> io::Result<()> {
     let input = io::stdin();
-    let mut size = is_terminal.then(size);
+    let is_terminal = size.is_some();
     let mut is_open = stdin;
     let mut buffer = vec![0; CHUNK];
     loop {
@@ -211,8 +217,7 @@ fn size() -> [u16; 2] {
     size.unwrap_or([80, 24])
 }
 
-fn terminal_request() -> TerminalRequest {
-    let [width, height] = size();
+fn terminal_request([width, height]: [u16; 2]) -> TerminalRequest {
     TerminalRequest {
         kind: std::env::var("TERM").unwrap_or_default(),
         width,
@@ -226,10 +231,6 @@ struct Raw(Termios);
 impl Raw {
     fn enter() -> anyhow::Result<Self> {
         let input = io::stdin();
-        ensure!(
-            input.is_terminal(),
-            "standard input is no terminal; without -t a program needs none"
-        );
         let before = tcgetattr(&input)?;
         let mut raw = before.clone();
         raw.make_raw();

@@ -196,8 +196,11 @@ fn size(terminal: &OwnedFd, columns: u16, rows: u16) {
     tcsetwinsize(terminal, size).unwrap();
 }
 
-/// `husk console` on a terminal; the shim's end comes over the channel.
-fn console(pod: &Pod) -> (std::process::Child, OwnedFd, mpsc::Receiver<UnixStream>) {
+/// `husk` on a terminal; the shim's end comes over the channel.
+fn on_terminal(
+    pod: &Pod,
+    words: &[&str],
+) -> (std::process::Child, OwnedFd, mpsc::Receiver<UnixStream>) {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = openpt(flags).unwrap();
     unlockpt(&master).unwrap();
@@ -206,7 +209,7 @@ fn console(pod: &Pod) -> (std::process::Child, OwnedFd, mpsc::Receiver<UnixStrea
     let (sender, receiver) = mpsc::channel();
     pod.serve(move |stream| sender.send(stream).unwrap());
     let other = || Stdio::from(slave.try_clone().unwrap());
-    let mut command: Command = pod.node.command(&["console", POD]);
+    let mut command: Command = pod.node.command(words);
     let command = command.env("TERM", "vt100");
     let command = command
         .stdin(other())
@@ -222,10 +225,24 @@ fn is_raw(terminal: &OwnedFd) -> bool {
         .contains(LocalModes::ISIG)
 }
 
+fn end(child: &mut std::process::Child) -> std::process::ExitStatus {
+    let began = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        if began.elapsed() > Duration::from_secs(20) {
+            child.kill().unwrap();
+            panic!("it stays");
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
 #[test]
 fn a_console_is_a_terminal() {
     let pod = Pod::new();
-    let (mut child, master, shim) = console(&pod);
+    let (mut child, master, shim) = on_terminal(&pod, &["console", POD]);
     let mut stream = shim.recv_timeout(Duration::from_secs(20)).unwrap();
     let request = request(&mut stream);
     assert!(request.args.is_empty() && request.stdin);
@@ -263,21 +280,33 @@ fn a_console_is_a_terminal() {
 #[test]
 fn a_console_that_does_not_answer_can_be_left() {
     let pod = Pod::new();
-    let (mut child, master, shim) = console(&pod);
+    let (mut child, master, shim) = on_terminal(&pod, &["console", POD]);
     let mut stream = shim.recv_timeout(Duration::from_secs(20)).unwrap();
     request(&mut stream);
     File::from(master.try_clone().unwrap())
         .write_all(b"x\x1d")
         .unwrap();
     assert_eq!(asked(&mut stream), Some(Asked::Input(b"x".to_vec())));
-    let began = Instant::now();
-    let code = loop {
-        match child.try_wait().unwrap() {
-            Some(status) => break status.code(),
-            None => assert!(began.elapsed() < Duration::from_secs(20), "it stays"),
-        }
-        thread::sleep(Duration::from_millis(20));
-    };
-    assert_eq!(code, Some(125));
+    assert_eq!(end(&mut child).code(), Some(125));
     assert!(!is_raw(&master));
+}
+
+#[test]
+fn without_input_a_terminals_keys_stay_the_commands() {
+    let pod = Pod::new();
+    let (mut child, master, shim) = on_terminal(&pod, &["exec", "-t", POD, "--", "top"]);
+    let mut stream = shim.recv_timeout(Duration::from_secs(20)).unwrap();
+    let patience = Some(Duration::from_secs(20));
+    stream.set_read_timeout(patience).unwrap();
+    let request = request(&mut stream);
+    assert!(!request.stdin && request.terminal.is_some());
+    size(&master, 80, 25);
+    let resized = Asked::Resize {
+        width: 80,
+        height: 25,
+    };
+    assert_eq!(asked(&mut stream), Some(resized));
+    assert!(!is_raw(&master), "Ctrl-C would do nothing");
+    tell(&mut stream, &[Told::Exit(0)]);
+    assert_eq!(end(&mut child).code(), Some(0));
 }
