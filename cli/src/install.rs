@@ -206,10 +206,15 @@ pub fn run(asked: &Place, what: Task, json: bool) -> anyhow::Result<Answer> {
         pod_annotations: what == Task::InstallWithAnnotations,
     };
     let remove = what == Task::Uninstall;
-    let engines = engines(&files, &asked.engines);
+    let mut engines = engines(&files, &asked.engines);
+    if asked.engines.is_empty() && !remove {
+        // Docker's packages bring one that serves nobody but Docker.
+        engines.retain(|engine| *engine != Engine::Containerd || containerd::serves_pods(&files));
+    }
     ensure!(
         !engines.is_empty() || remove,
-        "neither containerd nor Docker nor CRI-O is on this node; --for says which to prepare for"
+        "neither containerd with its CRI plugin nor Docker nor CRI-O is on this node; --for says \
+         which to prepare for"
     );
     let mut done = Vec::new();
     for engine in engines {

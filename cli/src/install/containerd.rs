@@ -26,6 +26,13 @@ const MADE: &str = "# Made by `husk install`, and removed by `husk uninstall`.\n
 /// What else such a file needs.
 const VERSION: &str = "version = 2\n";
 
+/// What the plugin that has pods is called, among those that are turned off.
+const CRI: [&str; 3] = [
+    "cri",
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.runtime",
+];
+
 /// The section of the CRI plugin that has handlers, by the file's version.
 fn section(version: i64) -> &'static str {
     match version {
@@ -92,6 +99,17 @@ pub fn install(files: &Files, handler: &Handler) -> anyhow::Result<Vec<Change>> 
         changes.push(Change::new(FILE, Some(content)));
     }
     changes_only(files, changes)
+}
+
+/// Whether it has pods: its CRI plugin is not turned off. Else it needs to know no
+/// handler, and its configuration may be anything.
+pub fn serves_pods(files: &Files) -> bool {
+    let written = files.read(FILE).ok().flatten();
+    let parsed = written.and_then(|text| text.parse::<Table>().ok());
+    let disabled = parsed.and_then(|parsed| parsed.get("disabled_plugins")?.as_array().cloned());
+    let disabled = disabled.unwrap_or_default();
+    let is_cri = |plugin: &Value| plugin.as_str().is_some_and(|name| CRI.contains(&name));
+    !disabled.iter().any(is_cri)
 }
 
 /// What has to change so that nothing of ours is left.

@@ -23,8 +23,12 @@ impl Node {
     }
 
     fn run(&self, engine: Engine, what: Task) -> anyhow::Result<Answer> {
+        self.run_for(&[engine], what)
+    }
+
+    fn run_for(&self, engines: &[Engine], what: Task) -> anyhow::Result<Answer> {
         let place = Place {
-            engines: vec![engine],
+            engines: engines.to_vec(),
             handler: "husk".to_owned(),
             root: self.0.path().to_owned(),
             dry_run: false,
@@ -336,4 +340,19 @@ fn finds_the_engines_of_the_node() {
         ..empty
     };
     assert!(run(&named, Task::Install, false).is_err());
+}
+
+#[test]
+fn a_containerd_without_pods_is_left_alone() {
+    // As Docker's package of containerd brings it.
+    let theirs = "# nothing\ndisabled_plugins = [\"cri\"]\n";
+    let node = Node::with(&[(MAIN, theirs), ("/etc/docker/x", "")]);
+    node.run_for(&[], Task::Install).unwrap();
+    assert_eq!(node.text(MAIN), theirs);
+    assert!(node.text("/etc/docker/daemon.json").contains("husk"));
+    node.run_for(&[], Task::Uninstall).unwrap();
+    assert_eq!(node.text(MAIN), theirs);
+    // Whoever asks for it is told.
+    let named = node.run(Engine::Containerd, Task::Install);
+    assert!(named.unwrap_err().to_string().contains("version = 2"));
 }
