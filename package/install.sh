@@ -35,7 +35,8 @@ if [ -n "$remove" ]; then
     rm -rf -- "$root/run/husk-templates"
     # Directories that are empty then go as well; those that the system has are not.
     dirs=$(while read -r file; do dirname "$file"; done < "$root/$list" | sort -ru)
-    while read -r file; do echo "$root/$file"; done < "$root/$list" | xargs -d '\n' rm -f --
+    # One that was being copied when an installation was cut short is there beside it.
+    while read -r file; do printf '%s\n' "$root/$file" "$root/$file.new"; done < "$root/$list" | xargs -d '\n' rm -f --
     for dir in $dirs; do
         while [ "$dir" != . ] && rmdir "$root/$dir" 2> /dev/null; do dir=$(dirname "$dir"); done
     done
@@ -44,7 +45,16 @@ fi
 
 tree=$(dirname "$0")/tree
 [ -d "$tree" ] || { echo "install.sh: $tree is missing" >&2; exit 1; }
-(cd "$tree" && find . -type f | sed 's|^\./||' | LC_ALL=C sort) | while read -r file; do
+ours() { (cd "$tree" && find . -type f | sed 's|^\./||'); echo "$list"; }
+note() { # what of ours may be there; LISTED
+    mkdir -p "$root/$(dirname "$list")"
+    printf '%s\n' "$1" | LC_ALL=C sort -u > "$root/$list.new"
+    mv -f "$root/$list.new" "$root/$list"
+}
+before=$(cat "$root/$list" 2> /dev/null || true)
+# Before anything is copied, so that what is cut short can be removed.
+note "$(ours; [ -z "$before" ] || echo "$before")"
+ours | grep -vx "$list" | LC_ALL=C sort | while read -r file; do
     mkdir -p "$root/$(dirname "$file")"
     case $file in
         # What the operator wrote stays; it names programs that root runs.
@@ -63,6 +73,12 @@ tree=$(dirname "$0")/tree
     install -p -m "$mode" $owner "$tree/$file" "$root/$file.new"
     mv -f "$root/$file.new" "$root/$file"
 done
-{ (cd "$tree" && find . -type f | sed 's|^\./||'); echo "$list"; } | LC_ALL=C sort > "$root/$list.new"
-mv -f "$root/$list.new" "$root/$list"
+# What only an earlier version had.
+[ -z "$before" ] || echo "$before" | while read -r file; do
+    case $file in
+        etc/* | "$list") ;;
+        *) [ -e "$tree/$file" ] || rm -f -- "$root/$file" ;;
+    esac
+done
+note "$(ours)"
 echo "installed; next: husk check, husk install"
