@@ -9,7 +9,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// ours, is a thousand at least.
 const LEAST: u64 = 64;
 
-/// As the shim was given it.
+/// As the shim was given it, where it has another now.
 static GIVEN: OnceLock<Rlimit> = OnceLock::new();
 
 /// A shim could not have a pod.
@@ -34,14 +34,21 @@ pub fn check() -> Result<(), TooFewDescriptors> {
 /// the lower limit is for programs that could not count further.
 ///
 /// # Errors
-/// The kernel refuses.
+/// The kernel refuses, as where the node's `fs.nr_open` is less than the limit by now.
+/// The limit is what it was.
 pub fn raise() -> io::Result<()> {
-    let given = GIVEN.get_or_init(|| getrlimit(Resource::Nofile));
+    let given = getrlimit(Resource::Nofile);
     let most = Rlimit {
         current: given.maximum,
         maximum: given.maximum,
     };
-    Ok(setrlimit(Resource::Nofile, most)?)
+    change(given, most)
+}
+
+fn change(given: Rlimit, to: Rlimit) -> io::Result<()> {
+    setrlimit(Resource::Nofile, to)?;
+    GIVEN.get_or_init(|| given);
+    Ok(())
 }
 
 /// Gives a program of the node's the limit that the shim was given. Allocates
@@ -77,6 +84,15 @@ mod tests {
             println!("skipped: the limits are one");
             return;
         };
+        // What was refused nobody has to give back.
+        let impossible = Rlimit {
+            current: Some(2),
+            maximum: Some(1),
+        };
+        change(before.clone(), impossible).unwrap_err();
+        assert!(GIVEN.get().is_none());
+        give_back().unwrap();
+        assert_eq!(getrlimit(Resource::Nofile), before);
         raise().unwrap();
         assert_eq!(getrlimit(Resource::Nofile).current, before.maximum);
         give_back().unwrap();

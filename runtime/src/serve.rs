@@ -94,7 +94,10 @@ pub fn serve(flags: &Flags) -> Result<(), ServeError> {
 
 fn try_serve(flags: &Flags) -> Result<(), ServeError> {
     hold_descriptor_3().map_err(io_error("/dev/null"))?;
-    descriptors::raise().map_err(io_error("raising the limit of open files"))?;
+    if let Err(error) = descriptors::raise() {
+        // A pod has fewer containers with it, perhaps.
+        tracing::warn!(%error, "the limit of open files is not raised");
+    }
     // Not a leader yet unless started by hand, and then it may stay.
     let _ = rustix::process::setsid();
     own_mounts().map_err(io_error("making a mount namespace"))?;
