@@ -268,14 +268,39 @@ async fn set(agent: &Agent, id: &str, entries: Vec<VolumeEntry>) -> Result<Diges
     Ok(digest)
 }
 
+/// When to look again at what the guest does not have yet; nobody tells of the same
+/// change twice.
+#[derive(Debug)]
+struct Late {
+    is_late: bool,
+    pause: Duration,
+}
+
+impl Late {
+    fn new() -> Self {
+        let [pause, _] = AGAIN;
+        Self {
+            is_late: false,
+            pause,
+        }
+    }
+
+    fn failed(&mut self) {
+        let [_, longest] = AGAIN;
+        if self.is_late {
+            self.pause = (self.pause * 2).min(longest);
+        }
+        self.is_late = true;
+    }
+}
+
 /// Makes each change on the node one in the guest.
 async fn follow(watch: Watch, original: Original, id: String, mut last: Digest, agent: Agent) {
-    let [mut pause, longest] = AGAIN;
-    let mut is_late = false;
+    let mut late = Late::new();
     loop {
-        let changed = match is_late {
+        let changed = match late.is_late {
             false => watch.changed().await,
-            true => timeout(pause, watch.changed()).await.unwrap_or(true),
+            true => timeout(late.pause, watch.changed()).await.unwrap_or(true),
         };
         if !changed {
             return;
@@ -284,24 +309,23 @@ async fn follow(watch: Watch, original: Original, id: String, mut last: Digest, 
         let (now, at) = (original.clone(), original.directory.display());
         let seen = blocking::run(move || now.look()).await;
         match seen.and_then(|seen| seen) {
-            Ok(Some(entries)) if last.is_of(&entries) => is_late = false,
+            Ok(Some(entries)) if last.is_of(&entries) => late.is_late = false,
             Ok(Some(entries)) => match set(&agent, &id, entries).await {
                 Ok(now) => {
                     last = now;
-                    is_late = false;
-                    [pause, _] = AGAIN;
+                    late = Late::new();
                 }
                 Err(AgentError::Gone) => return,
                 Err(error) => {
                     tracing::warn!("{at}: the guest does not take a change: {error}");
-                    if is_late {
-                        pause = (pause * 2).min(longest);
-                    }
-                    is_late = true;
+                    late.failed();
                 }
             },
             Ok(None) => tracing::warn!("{at}: too large now for the guest to follow"),
-            Err(error) => tracing::warn!("{at}: {error}"),
+            Err(error) => {
+                tracing::warn!("{at}: {error}");
+                late.failed();
+            }
         }
     }
 }
