@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use husk_protocol::agent::{Network, Route};
+use husk_protocol::agent::{Interface, Network, Route};
 use husk_vmm_spec::MacAddress;
 
 use crate::agent_client::Agent;
@@ -83,15 +83,21 @@ impl Known {
         found.links.iter().filter(is_new).cloned().collect()
     }
 
-    /// The names of VLANs that have gone.
+    /// The names of VLANs that have gone, or were made anew as others: with what the
+    /// guest had its routes went.
     pub(super) fn gone_vlans(&self, found: &FoundNetwork) -> Vec<String> {
         let is_there = |name: &str| found.all.iter().any(|link| link.name == name);
+        let is_another = |vlan: &Interface| {
+            let what = |one: &Interface| (one.lower.clone(), one.vlan_id, one.vlan_protocol);
+            let mut now = found.guest.interfaces.iter();
+            now.any(|one| one.name == vlan.name && what(one) != what(vlan))
+        };
         let vlans = self
             .told
             .interfaces
             .iter()
             .filter(|one| !one.lower.is_empty());
-        let gone = vlans.filter(|vlan| !is_there(&vlan.name));
+        let gone = vlans.filter(|vlan| !is_there(&vlan.name) || is_another(vlan));
         gone.map(|vlan| vlan.name.clone()).collect()
     }
 
@@ -164,7 +170,7 @@ pub(super) fn forget(told: &mut Network, name: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use husk_protocol::agent::{Interface, Rule};
+    use husk_protocol::agent::Rule;
 
     fn interface(name: &str, address: &str) -> Interface {
         Interface {
@@ -245,13 +251,31 @@ mod tests {
             index,
             name: (*name).to_owned(),
         });
-        let now = FoundNetwork {
+        let mut now = FoundNetwork {
             links: Vec::new(),
             all: all.collect(),
             parted: BTreeSet::new(),
             guest: Network::default(),
         };
         assert_eq!(known.gone_vlans(&now), ["eth0.7"]);
+        // One of the same name that is another takes the routes along, too.
+        let [_, same] = kept;
+        now.guest.interfaces = vec![same.clone()];
+        assert_eq!(known.gone_vlans(&now), ["eth0.7"]);
+        for other in [
+            on("eth1.7", "eth0"),
+            Interface {
+                vlan_id: 8,
+                ..same.clone()
+            },
+            Interface {
+                vlan_protocol: 0x88a8,
+                ..same
+            },
+        ] {
+            now.guest.interfaces = vec![other];
+            assert_eq!(known.gone_vlans(&now), ["eth0.7", "eth1.7"]);
+        }
     }
 
     #[test]
