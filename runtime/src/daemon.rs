@@ -66,12 +66,13 @@ impl Daemon {
             return Ok(());
         };
         let mut said = [0];
-        let count = { line }.read(&mut said)?;
+        let count = { line }.read(&mut said).map_err(too_late)?;
         if said[..count] == *READY {
             return Ok(());
         }
         let mut complaint = said[..count].to_vec();
-        line.take(COMPLAINT).read_to_end(&mut complaint)?;
+        let rest = line.take(COMPLAINT).read_to_end(&mut complaint);
+        rest.map_err(too_late)?;
         if complaint.is_empty() {
             complaint.extend(b"it ended without a word");
         }
@@ -130,8 +131,40 @@ pub fn is_released() -> io::Result<bool> {
     }
 }
 
+/// The kernel's words for it, `EAGAIN`'s, are those for want of threads as well.
+fn too_late(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock => io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("it was not ready within {} s", PATIENCE.as_secs()),
+        ),
+        _ => error,
+    }
+}
+
 fn say(text: &[u8]) -> io::Result<()> {
     let stdin = io::stdin();
     rustix::io::write(stdin.as_fd(), text)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_is_late_is_told_of_in_words() {
+        let (line, _far) = UnixStream::pair().unwrap();
+        line.set_read_timeout(Some(Duration::from_millis(1)))
+            .unwrap();
+        let mut daemon = Daemon {
+            child: Command::new("true").spawn().unwrap(),
+            line: Some(line),
+        };
+        let error = daemon.await_ready().unwrap_err();
+        assert_eq!(error.to_string(), "it was not ready within 60 s");
+        // Nobody is at the other end whose end could be waited for.
+        daemon.line = None;
+        daemon.child.wait().unwrap();
+    }
 }
