@@ -233,6 +233,9 @@ fn drop_some(config: &Config, name: Option<&str>, json: bool) -> anyhow::Result<
     for template in &dropped {
         remove(&config.template_dir.join(&template.name))?;
     }
+    if name.is_none() {
+        remove_rests(&config.template_dir)?;
+    }
     if json {
         let names: Vec<&str> = dropped.iter().map(|template| &*template.name).collect();
         return Answer::json(&json!({ "dropped": names }));
@@ -253,6 +256,32 @@ fn remove(dir: &Path) -> anyhow::Result<()> {
         renamed => renamed.with_context(|| dir.display().to_string())?,
     }
     fs::remove_dir_all(&old).with_context(|| old.display().to_string())
+}
+
+/// What somebody was about to remove or to make who was killed: makers remove it, too,
+/// but there need not be another.
+fn remove_rests(dir: &Path) -> anyhow::Result<()> {
+    let Ok(lock) = OpenOptions::new().write(true).open(dir.join("lock")) else {
+        return Ok(());
+    };
+    // A maker's own is among them while it works.
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return Ok(());
+    }
+    for entry in entries(dir)? {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let is_rest = name.split_once('.').is_some_and(|(key, _)| is_name(key));
+        // What is noted of a template is a file, and stays.
+        if !is_rest || !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        match fs::remove_dir_all(entry.path()) {
+            // Whoever has begun to remove it was quicker.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            removed => removed.with_context(|| entry.path().display().to_string())?,
+        }
+    }
+    Ok(())
 }
 
 /// Makes those from which pods would begin now, as shims would have them made.

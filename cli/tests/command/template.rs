@@ -111,6 +111,28 @@ fn dropped_templates_are_gone_and_nothing_else() {
 }
 
 #[test]
+fn a_drop_of_all_takes_what_others_have_left() {
+    let node = node("", 3600);
+    let dir = node.path().join("templates");
+    let rests = ["dropped-7", "77", "new"].map(|rest| format!("{NAME}.{rest}"));
+    for name in &rests {
+        put(&node, name);
+    }
+    let failed = dir.join(format!("{NAME}.failed"));
+    fs::write(&failed, "no KVM\n").unwrap();
+    let lock = fs::File::create(dir.join("lock")).unwrap();
+    let are_there = || rests.each_ref().map(|name| dir.join(name).exists());
+    // A maker is at work.
+    lock.lock().unwrap();
+    expect(&husk(&node, &["template", "drop"]), 0, "");
+    assert_eq!(are_there(), [true; 3]);
+    lock.unlock().unwrap();
+    expect(&husk(&node, &["template", "drop"]), 0, "");
+    assert_eq!(are_there(), [false; 3]);
+    assert!(failed.exists());
+}
+
+#[test]
 fn those_are_made_that_are_not_there() {
     let maker = format!(
         "mkdir -p templates/{NAME}.new && cd templates || exit\n\
