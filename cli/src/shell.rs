@@ -61,22 +61,23 @@ fn carry_out(asking: Asking<'_>, json: bool) -> anyhow::Result<u8> {
     ensure!(!json, "a program in a guest has no answer in JSON");
     let loaded = Sources::of_node().load()?;
     let pod = pods::find(&loaded.config.state_dir, asking.pod)?;
-    let stream = connect(&pod, &loaded)?;
     let is_terminal = asking.terminal;
     ensure!(
         !is_terminal || io::stdin().is_terminal(),
         "standard input is no terminal; without -t a program needs none"
     );
-    // Keys that nobody reads would end nothing: without input they stay ours.
-    let raw = match is_terminal && asking.stdin {
-        true => Some(Raw::enter()?),
-        false => None,
-    };
     let size = is_terminal.then(size);
     let request = Request {
         args: asking.args,
         stdin: asking.stdin,
         terminal: size.map(terminal_request),
+    };
+    request.check()?;
+    let stream = connect(&pod, &loaded)?;
+    // Keys that nobody reads would end nothing: without input they stay ours.
+    let raw = match is_terminal && asking.stdin {
+        true => Some(Raw::enter()?),
+        false => None,
     };
     let mut asks = stream.try_clone()?;
     asks.write_all(&Asked::Run(request).frame())?;

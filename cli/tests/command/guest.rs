@@ -186,6 +186,20 @@ fn nothing_runs_where_it_is_not_allowed() {
     expect(&pod.node.husk(&words), 125, "the pod is abandoned");
 }
 
+#[test]
+fn a_command_line_that_is_too_long_is_refused_in_words() {
+    let pod = Pod::new();
+    let mut words = vec!["exec", POD, "--", "ls"];
+    words.extend(["x"; 1024]);
+    expect(&pod.node.husk(&words), 125, "1024 words");
+    let long = "x".repeat(64 << 10);
+    expect(
+        &pod.node.husk(&["exec", POD, "--", &long]),
+        125,
+        "65536 bytes",
+    );
+}
+
 fn size(terminal: &OwnedFd, columns: u16, rows: u16) {
     let size = Winsize {
         ws_row: rows,

@@ -17,6 +17,9 @@ pub const SOCKET: &str = "shell";
 /// Most that follows a frame's head, bytes.
 pub const LONGEST: usize = 64 << 10;
 
+/// Most words of a command line.
+pub const WORDS: usize = 1024;
+
 /// Bytes of a frame before what follows.
 pub const HEAD: usize = 5;
 
@@ -94,6 +97,16 @@ pub enum FrameError {
     Content(u8),
 }
 
+/// A command line that is more than a frame takes.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "a command line may have {WORDS} words and, with quotes, {LONGEST} bytes; this one has {words} and {bytes}"
+)]
+pub struct TooLong {
+    words: usize,
+    bytes: usize,
+}
+
 impl From<FrameError> for io::Error {
     fn from(error: FrameError) -> Self {
         Self::new(io::ErrorKind::InvalidData, error)
@@ -135,11 +148,29 @@ fn frame(kind: u8, rest: &[u8]) -> Vec<u8> {
     [&[kind][..], &length.to_be_bytes(), rest].concat()
 }
 
+impl Request {
+    /// Whoever is asked takes it.
+    ///
+    /// # Errors
+    /// It is too long.
+    pub fn check(&self) -> Result<(), TooLong> {
+        let (words, bytes) = (self.args.len(), self.text().len());
+        match words <= WORDS && bytes <= LONGEST {
+            true => Ok(()),
+            false => Err(TooLong { words, bytes }),
+        }
+    }
+
+    fn text(&self) -> Vec<u8> {
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+}
+
 impl Asked {
     /// As it is sent. What is to be input is cut at [`LONGEST`] by whoever has it.
     pub fn frame(&self) -> Vec<u8> {
         match self {
-            Self::Run(request) => frame(b'r', &serde_json::to_vec(request).unwrap_or_default()),
+            Self::Run(request) => frame(b'r', &request.text()),
             Self::Input(bytes) => frame(b'i', bytes),
             Self::EndOfInput => frame(b'e', &[]),
             Self::Resize { width, height } => {
@@ -236,6 +267,22 @@ mod tests {
             let (kind, rest) = read(&mut &one.frame()[..]).unwrap().unwrap();
             assert_eq!(Told::parse(kind, rest).unwrap(), one);
         }
+    }
+
+    #[test]
+    fn a_command_line_has_bounds() {
+        let check = |args: Vec<String>| {
+            let request = Request {
+                args,
+                ..Request::default()
+            };
+            request.check().map_err(|error| error.to_string())
+        };
+        check(vec!["x".into(); WORDS]).unwrap();
+        let error = check(vec!["x".into(); WORDS + 1]).unwrap_err();
+        assert!(error.contains("this one has 1025 and"), "{error}");
+        let error = check(vec!["x".repeat(LONGEST)]).unwrap_err();
+        assert!(error.contains("this one has 1 and 65"), "{error}");
     }
 
     #[test]

@@ -26,9 +26,6 @@ use crate::vm_process::Vm;
 /// How soon whoever connects says what to run.
 const FIRST: Duration = Duration::from_secs(10);
 
-/// Most words of a command line.
-const WORDS: usize = 1024;
-
 /// How much of a command line is logged, characters.
 const LOGGED: usize = 256;
 
@@ -55,7 +52,7 @@ struct Ends {
 pub async fn attend(stream: UnixStream, vm: Vm, agent: Agent) {
     let (mut asks, tells) = stream.into_split();
     let request = match timeout(FIRST, read(&mut asks)).await {
-        Ok(Ok(Some(Asked::Run(request)))) if request.args.len() <= WORDS => request,
+        Ok(Ok(Some(Asked::Run(request)))) if request.args.len() <= shell::WORDS => request,
         _ => return tell_failure(tells, "this is no request".to_owned()).await,
     };
     let line = request.args.join(" ");
