@@ -11,7 +11,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -31,6 +33,12 @@ const LOOK: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 250_000_000,
 };
+
+/// How many frames may wait for a guest that takes none.
+const WAITING: usize = 64;
+
+/// How long what was typed before [`LEAVE`] may take to be written.
+const LAST: Duration = Duration::from_millis(200);
 
 /// One read at most, bytes.
 const CHUNK: usize = 16 << 10;
@@ -153,22 +161,65 @@ fn pass_on(asks: UnixStream, stdin: bool, size: Option<[u16; 2]>, was_left: &Ato
     let _ = try_pass_on(asks, stdin, size, was_left);
 }
 
+/// Writes on a thread of its own, so that [`LEAVE`] is heard while nobody takes it.
+struct Outbox {
+    frames: SyncSender<Vec<u8>>,
+    finished: Receiver<()>,
+}
+
+impl Outbox {
+    fn new(mut asks: UnixStream) -> Self {
+        let (frames, waiting) = mpsc::sync_channel::<Vec<u8>>(WAITING);
+        let (writes, finished) = mpsc::channel();
+        thread::spawn(move || {
+            let _writes = writes;
+            for frame in waiting {
+                if asks.write_all(&frame).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { frames, finished }
+    }
+
+    fn put(&self, asked: &Asked) -> io::Result<()> {
+        let put = self.frames.send(asked.frame());
+        put.map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+
+    /// Unless too much waits already; whether it did not.
+    fn try_put(&self, asked: &Asked) -> io::Result<bool> {
+        match self.frames.try_send(asked.frame()) {
+            Ok(()) => Ok(true),
+            Err(TrySendError::Full(_)) => Ok(false),
+            Err(TrySendError::Disconnected(_)) => Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+
+    /// Gives what waits a moment.
+    fn finish(self) {
+        drop(self.frames);
+        let _ = self.finished.recv_timeout(LAST);
+    }
+}
+
 fn try_pass_on(
-    mut asks: UnixStream,
+    asks: UnixStream,
     stdin: bool,
     mut size: Option<[u16; 2]>,
     was_left: &AtomicBool,
 ) -> io::Result<()> {
     let input = io::stdin();
+    let outbox = Outbox::new(asks.try_clone()?);
     let is_terminal = size.is_some();
     let mut is_open = stdin;
     let mut buffer = vec![0; CHUNK];
     loop {
         if is_terminal {
             let now = self::size();
-            if size.replace(now) != Some(now) {
-                let [width, height] = now;
-                asks.write_all(&Asked::Resize { width, height }.frame())?;
+            let [width, height] = now;
+            if size != Some(now) && outbox.try_put(&Asked::Resize { width, height })? {
+                size = Some(now);
             }
         } else if !is_open {
             return Ok(());
@@ -179,15 +230,21 @@ fn try_pass_on(
         match input.lock().read(&mut buffer)? {
             0 => {
                 is_open = false;
-                asks.write_all(&Asked::EndOfInput.frame())?;
+                outbox.put(&Asked::EndOfInput)?;
             }
             count => {
                 let typed = &buffer[..count];
                 let leaves = is_terminal && typed.contains(&LEAVE);
                 let until = typed.iter().position(|byte| leaves && *byte == LEAVE);
                 let typed = &typed[..until.unwrap_or(count)];
-                asks.write_all(&Asked::Input(typed.to_vec()).frame())?;
+                let typed = Asked::Input(typed.to_vec());
+                match is_terminal {
+                    // Keys for a guest that takes none are lost, as on any terminal.
+                    true => drop(outbox.try_put(&typed)?),
+                    false => outbox.put(&typed)?,
+                }
                 if leaves {
+                    outbox.finish();
                     was_left.store(true, Ordering::Relaxed);
                     return asks.shutdown(std::net::Shutdown::Both);
                 }

@@ -306,6 +306,23 @@ fn a_console_that_does_not_answer_can_be_left() {
 }
 
 #[test]
+fn a_console_can_be_left_whose_guest_takes_no_more() {
+    let pod = Pod::new();
+    let (mut child, master, shim) = on_terminal(&pod, &["console", POD]);
+    let mut stream = shim.recv_timeout(Duration::from_secs(20)).unwrap();
+    request(&mut stream);
+    let mut keys = File::from(master.try_clone().unwrap());
+    // One frame each, more than a socket and whoever writes to it hold.
+    for _ in 0..2000 {
+        keys.write_all(b"x").unwrap();
+        thread::sleep(Duration::from_micros(300));
+    }
+    keys.write_all(b"\x1d").unwrap();
+    assert_eq!(end(&mut child).code(), Some(125));
+    assert!(!is_raw(&master));
+}
+
+#[test]
 fn without_input_a_terminals_keys_stay_the_commands() {
     let pod = Pod::new();
     let (mut child, master, shim) = on_terminal(&pod, &["exec", "-t", POD, "--", "top"]);
