@@ -49,8 +49,8 @@ const FAILED: &str = "failed";
 /// Extension of the file that is made when a copy did not start.
 const DISCARDED: &str = "discarded";
 
-/// Extension of the file that is there from a copy that refused what its pod asked
-/// for, or was killed, until another has begun.
+/// Extension of the file that is there from a copy that could not have what its pod
+/// asked for, or was killed, until another has begun.
 const DOUBTED: &str = "doubted";
 
 /// Length of a template's name.
@@ -213,7 +213,7 @@ impl TemplateKey {
         self.dir.parent().unwrap_or(Path::new("/"))
     }
 
-    /// A copy has refused what its pod asked for, or was killed. A pod may ask for what
+    /// A copy could not have what its pod asked for, or was killed. A pod may ask for what
     /// cannot be, and others shall not suffer for it; but twice running is no accident.
     pub fn doubt(&self) {
         let doubted = File::create_new(self.dir.with_extension(DOUBTED));

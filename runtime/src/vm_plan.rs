@@ -6,9 +6,9 @@ use std::os::fd::OwnedFd;
 use husk_node::rates::{DeviceRates, Rates};
 use husk_protocol::{path, port};
 use husk_vmm_spec::{
-    BlockSpec, BootSpec, BucketSpec, ConsoleSpec, Descriptor, DeviceId, FsSpec, HostPort,
-    MEMORY_MAX_MIB, MacAddress, MemorySpec, NetSpec, PLUGGABLE_UNIT_MIB, RateSpec, SavedSpec,
-    SpecError, StartSpec, VCPU_MAX, ValidVmSpec, VcpuSpec, VmSpec, VsockSpec,
+    BlockSpec, BootSpec, BucketSpec, ConsoleSpec, DEVICES_MAX, Descriptor, DeviceId, FsSpec,
+    HostPort, MEMORY_MAX_MIB, MacAddress, MemorySpec, NetSpec, PLUGGABLE_UNIT_MIB, RateSpec,
+    SavedSpec, SpecError, StartSpec, VCPU_MAX, ValidVmSpec, VcpuSpec, VmSpec, VsockSpec,
 };
 use ttrpc::Code;
 
@@ -128,6 +128,19 @@ pub enum PlanError {
         asked: u64,
         /// What the node has.
         node: u32,
+    },
+    /// More than the machine's bus has slots for.
+    #[error(
+        "the pod has {interfaces} interfaces and {disks} disks as its machine begins; both \
+         together can be {most}"
+    )]
+    Devices {
+        /// In its network namespace.
+        interfaces: usize,
+        /// Of its first container.
+        disks: usize,
+        /// How many there can be.
+        most: usize,
     },
     /// A value of the spec.
     #[error("machine's specification")]
@@ -258,12 +271,21 @@ pub fn command_line(size: VmSize, room: Room, extra: &str, debug: bool) -> Strin
 /// The machine's specification and the descriptors that go beside it.
 ///
 /// # Errors
-/// A value that the VMM would refuse.
+/// More devices than there is room for, or a value that the VMM would refuse.
 pub fn plan(
     size: VmSize,
     room: Room,
     parts: VmParts,
 ) -> Result<(ValidVmSpec, Vec<OwnedFd>), PlanError> {
+    let (interfaces, disks) = (parts.nics.len(), parts.disks.len());
+    let most = DEVICES_MAX - usize::from(parts.file_server.is_some());
+    if interfaces + disks > most {
+        return Err(PlanError::Devices {
+            interfaces,
+            disks,
+            most,
+        });
+    }
     let mut descriptors = Descriptors(Vec::new());
     let spec = VmSpec {
         kvm: descriptors.push(parts.kvm),
@@ -493,6 +515,63 @@ mod tests {
         assert!(error.to_string().contains("8192 MiB"), "{error}");
     }
 
+    fn nic(number: u8) -> Nic {
+        Nic {
+            link: LinkId {
+                index: 1 + u32::from(number),
+                name: format!("eth{number}"),
+            },
+            tap: null(),
+            tap_index: 3,
+            mac: MacAddress([2, 0, 0, 0, 0, number]),
+            mtu: 1500,
+        }
+    }
+
+    fn disk(number: usize) -> Disk {
+        Disk {
+            serial: format!("disk-{number}"),
+            file: null(),
+            read_only: true,
+        }
+    }
+
+    #[test]
+    fn a_machine_has_no_more_devices_than_slots() {
+        let size = VmSize {
+            memory_mib: 128,
+            vcpus: 1,
+        };
+        let room = Room {
+            vcpus: 1,
+            pluggable_mib: 0,
+        };
+        let planned = |interfaces: u8, disks: usize| {
+            let parts = VmParts {
+                kvm: null(),
+                start: Start::Boot {
+                    kernel: null(),
+                    initramfs: null(),
+                    command_line: String::new(),
+                },
+                console: null(),
+                agent: null(),
+                nics: (0..interfaces).map(nic).collect(),
+                file_server: Some(null()),
+                disks: (0..disks).map(disk).collect(),
+                rates: Rates::default(),
+            };
+            plan(size, room, parts).map(|_| ())
+        };
+        planned(20, 5).unwrap();
+        let error = planned(20, 6).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the pod has 20 interfaces and 6 disks as its machine begins; both together can be 25"
+        );
+        assert_eq!(error.code(), Code::INVALID_ARGUMENT);
+    }
+
     #[test]
     fn plans_a_machine_the_vmm_takes() {
         let size = VmSize {
@@ -503,21 +582,6 @@ mod tests {
             vcpus: 4,
             pluggable_mib: 256,
         };
-        let nic = Nic {
-            link: LinkId {
-                index: 2,
-                name: "eth0".into(),
-            },
-            tap: null(),
-            tap_index: 3,
-            mac: MacAddress([2, 0, 0, 0, 0, 1]),
-            mtu: 1500,
-        };
-        let disk = Disk {
-            serial: "disk-0".into(),
-            file: null(),
-            read_only: true,
-        };
         let parts = VmParts {
             kvm: null(),
             start: Start::Boot {
@@ -527,9 +591,9 @@ mod tests {
             },
             console: null(),
             agent: null(),
-            nics: vec![nic],
+            nics: vec![nic(1)],
             file_server: Some(null()),
-            disks: vec![disk],
+            disks: vec![disk(0)],
             rates: Rates {
                 disk: DeviceRates {
                     kib_per_second: Some(u32::MAX),

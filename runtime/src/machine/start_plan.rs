@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::Read;
 
+use husk_vmm_spec::ExitReason;
+
 use super::{MachineRequest, open};
 use crate::agent_client::AgentError;
 use crate::debug_shell;
@@ -93,14 +95,68 @@ fn entropy() -> Result<Vec<u8>, VmError> {
 }
 
 /// A template whose copy did not start may be damaged: the next pod boots, and
-/// has another made.
+/// has another made. Where the pod itself may be the reason, the next copy tells.
 pub fn blame(template: Option<&TemplateKey>, error: &Error) {
     let Some(template) = template else { return };
     match error {
-        // An agent that says no does so to what the pod asks for, mostly; and a VMM
+        // An agent that says no does so to what the pod asks for, mostly, as does a
+        // VMM, to which the pod's disks and interfaces come with the template; and one
         // that ends without a word was killed.
         Error::Agent(AgentError::Refused { .. } | AgentError::TooLarge { .. })
-        | Error::Vm(VmError::Ended(VmEnd { reason: None, .. })) => template.doubt(),
+        | Error::Vm(VmError::Ended(VmEnd {
+            reason: None | Some(ExitReason::Failed(_)),
+            ..
+        })) => template.doubt(),
         _ => template.discard(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use husk_vmm_spec::Failure;
+    use std::fs;
+
+    use crate::config::Config;
+
+    #[test]
+    fn what_a_pod_asked_for_is_no_proof_against_its_template() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, name).unwrap();
+            path
+        };
+        let config = Config {
+            vmm: file("vmm"),
+            kernel: file("kernel"),
+            initramfs: file("initramfs"),
+            template_dir: dir.path().join("templates"),
+            template_max_age_seconds: 60,
+            ..Config::default()
+        };
+        let host = HostFacts {
+            memory_mib: 8192,
+            cpus: 8,
+        };
+        let key = TemplateKey::all_of_node(&config, host).remove(0);
+        let made = config.template_dir.join(key.name());
+        let is_kept_after = |reason: Option<ExitReason>| {
+            fs::create_dir_all(&made).unwrap();
+            let end = VmEnd {
+                reason,
+                console: String::new(),
+            };
+            blame(Some(&key), &VmError::Ended(end).into());
+            made.exists()
+        };
+        let message = "all 32 slots of the PCI bus are taken".to_owned();
+        let failed = Some(ExitReason::Failed(Failure { message }));
+        assert!(is_kept_after(failed));
+        key.proved();
+        assert!(is_kept_after(None));
+        // Twice running is no accident.
+        assert!(!is_kept_after(None));
+        assert!(!is_kept_after(Some(ExitReason::Panic)));
     }
 }

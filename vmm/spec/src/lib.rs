@@ -31,5 +31,13 @@ pub const CONTROL_FD: i32 = 3;
 /// Largest control packet, bytes.
 pub const PACKET_BYTES: usize = 64 << 10;
 
+/// Slots of the machine's PCI bus, one function each.
+pub const PCI_SLOTS: usize = 32;
+
+/// Most devices of one machine that have a name, disks, interfaces and file systems
+/// together: bridge, pvpanic, console, entropy, pluggable memory and vsock have a slot
+/// each.
+pub const DEVICES_MAX: usize = PCI_SLOTS - 6;
+
 /// Most descriptors beside one packet (`SCM_MAX_FD` of linux/net/scm.h is 253).
 pub const PACKET_DESCRIPTORS: usize = 64;

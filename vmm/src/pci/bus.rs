@@ -10,14 +10,12 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use husk_virtio::pci::{Bar, FunctionState, Notification, PciFunction, StateError};
+use husk_vmm_spec::PCI_SLOTS as SLOTS;
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use serde::{Deserialize, Serialize};
 
 use crate::arch::x86_64::layout;
 use crate::bounded::at_most;
-
-/// Slots of a bus, one function each.
-const SLOTS: usize = 32;
 
 /// First port: the address register; the data register follows it.
 pub const ADDRESS_PORT: u16 = 0xcf8;
