@@ -9,6 +9,9 @@ pub const ID_BYTES: usize = 128;
 /// Containers in one pod.
 pub const CONTAINERS: usize = 256;
 
+/// Devices that one container may name, and that its disks stand on.
+pub const DEVICES: usize = 256;
+
 /// Debug shells at a time.
 pub const SHELLS: usize = 16;
 

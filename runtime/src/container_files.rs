@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use husk_protocol::agent::{DeviceNumber, Storage};
+use husk_protocol::limit;
 
 use crate::agent_client::Agent;
 use crate::blocking;
@@ -130,7 +131,7 @@ impl FilesRequest {
         // The guest looks for each, which most containers need not wait for.
         if self.bundle.limits_io() {
             let below = files.disks.iter().flat_map(DiskUse::stands_on);
-            devices.numbers.extend(below);
+            add_below(&mut devices.numbers, below);
         }
         storages.extend(devices.storages);
         let binds = if self.pod_binds {
@@ -146,6 +147,13 @@ impl FilesRequest {
             all_devices: devices.all,
         })
     }
+}
+
+/// As many of those that disks stand on as the agent takes: what is said of I/O to the
+/// rest does not hold, but without devices of its own the container could not be.
+fn add_below(devices: &mut Vec<DeviceNumber>, below: impl Iterator<Item = DeviceNumber>) {
+    let room = limit::DEVICES.saturating_sub(devices.len());
+    devices.extend(below.take(room));
 }
 
 impl ContainerFiles {
@@ -194,5 +202,22 @@ impl ContainerFiles {
         }
         // umount(2) may wait for a disk.
         blocking::discard(tree).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_has_no_more_devices_than_the_agent_takes() {
+        let number = |major| DeviceNumber {
+            major,
+            ..DeviceNumber::default()
+        };
+        let mut devices = vec![number(1); 250];
+        add_below(&mut devices, (0..17).map(|_| number(2)));
+        assert_eq!(devices.len(), 256);
+        assert_eq!(devices[249..251], [number(1), number(2)]);
     }
 }

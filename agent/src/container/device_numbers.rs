@@ -1,17 +1,16 @@
 //! What the device numbers in a container's spec stand for: they are the
 //! host's, and the guest has devices of its own.
 
+use std::collections::HashMap;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path};
 
 use husk_protocol::agent::{DeviceNumber, device_number};
+use husk_protocol::limit;
 
 use crate::error::Error;
 use crate::oci::{Device, DeviceKind, DeviceRule, Linux, Mount, Resources, Throttle};
 use crate::storage;
-
-/// Devices that one container may name: each waits for a disk to appear.
-const MOST: usize = 256;
 
 /// The devices of a container, as its spec numbers them.
 #[derive(Debug, Default)]
@@ -48,14 +47,21 @@ impl DeviceNumbers {
             field: "devices",
             reason,
         };
-        if wanted.len() > MOST {
-            return Err(invalid(format!("{} of them, at most {MOST}", wanted.len())));
+        if wanted.len() > limit::DEVICES {
+            let most = limit::DEVICES;
+            return Err(invalid(format!("{} of them, at most {most}", wanted.len())));
         }
+        // Many devices of the host stand below one disk.
+        let mut disks = HashMap::new();
         let (mut known, mut below) = (Vec::new(), Vec::new());
         for number in wanted {
             let (kind, guest) = match &number.device {
                 Some(device_number::Device::BlockSerial(serial)) => {
-                    let guest = storage::find_disk(serial).await?.number();
+                    let guest = match disks.get(serial) {
+                        Some(guest) => *guest,
+                        None => storage::find_disk(serial).await?.number(),
+                    };
+                    disks.insert(serial, guest);
                     (DeviceKind::Block, parts(guest))
                 }
                 Some(device_number::Device::CharacterName(name)) => {
