@@ -65,6 +65,8 @@ pub struct ShellService(pub Arc<Shells>);
 #[derive(Debug, Clone)]
 enum Slot {
     Making,
+    /// Whoever asked for it has given it up meanwhile.
+    Unwanted,
     Made(Arc<Running>),
 }
 
@@ -114,17 +116,30 @@ impl Shells {
             };
         }
         let made = self.make(&request).await;
-        let mut all = lock(&self.all);
-        match made {
-            Ok(running) => {
-                all.insert(id, Slot::Made(Arc::new(running)));
-                Ok(())
-            }
+        let unwanted = match made {
+            Ok(running) => self.keep(&id, Arc::new(running)),
             Err(error) => {
-                all.remove(&id);
-                Err(error)
+                lock(&self.all).remove(&id);
+                return Err(error);
+            }
+        };
+        match unwanted {
+            None => Ok(()),
+            Some(running) => {
+                running.cgroup.remove().await?;
+                lock(&self.all).remove(&id);
+                Err(Error::NoShell { id })
             }
         }
+    }
+
+    /// From now on it is known, unless nobody wants it any more.
+    fn keep(&self, id: &str, running: Arc<Running>) -> Option<Arc<Running>> {
+        let mut all = lock(&self.all);
+        let is_unwanted = matches!(all.get(id), Some(Slot::Unwanted));
+        // Where its cgroup stays, whoever ends all of them tries again.
+        all.insert(id.to_owned(), Slot::Made(Arc::clone(&running)));
+        is_unwanted.then_some(running)
     }
 
     async fn make(&self, request: &RunShellRequest) -> Result<Running, Error> {
@@ -187,6 +202,10 @@ impl Shells {
     }
 
     async fn end(&self, id: &str) -> Result<(), Error> {
+        if let Some(slot @ Slot::Making) = lock(&self.all).get_mut(id) {
+            *slot = Slot::Unwanted;
+            return Ok(());
+        }
         let running = self.running(id)?;
         running.cgroup.remove().await?;
         lock(&self.all).remove(id);
