@@ -89,7 +89,7 @@ mod tests {
             current: Some(2),
             maximum: Some(1),
         };
-        change(before.clone(), impossible).unwrap_err();
+        change(before, impossible).unwrap_err();
         assert!(GIVEN.get().is_none());
         give_back().unwrap();
         assert_eq!(getrlimit(Resource::Nofile), before);
