@@ -123,27 +123,6 @@ shell_test! {
 }
 
 shell_test! {
-    async fn one_that_is_given_up_while_it_is_made_does_not_stay(agent) {
-        let (ports, _listeners) = agent.streams(false);
-        let request = RunShellRequest {
-            shell_id: "s1".to_owned(),
-            args: vec!["sleep".to_owned(), "1000".to_owned()],
-            streams: Some(ports).into(),
-            ..Default::default()
-        };
-        let wanted = shell("s1");
-        let (_, ended) = tokio::join!(
-            agent.shells.run_shell(context(), &request),
-            agent.shells.end_shell(context(), &wanted),
-        );
-        ended.unwrap();
-        let gone = agent.shells.wait_shell(context(), &wanted).await;
-        assert_eq!(status(gone.unwrap_err()).0, Code::NOT_FOUND);
-        assert!(agent.cgroups().is_empty());
-    }
-}
-
-shell_test! {
     async fn its_end_takes_everything_that_it_started(agent) {
         let mut streams = run(&agent, "s1", &["sh", "-c", "setsid sleep 1000 & echo ready; wait"], false).await.unwrap();
         streams.read_until("ready\n").await;
