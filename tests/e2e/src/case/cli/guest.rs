@@ -160,7 +160,10 @@ fn templates(bench: &Bench) -> Result<()> {
         ensure!(template["pods"] == u32::from(is_its), "{template}");
         ensure!(template["bytes"].as_u64() > Some(8 << 20), "{template}");
     }
-    ensure!(all.iter().any(|template| template["pods"] == 1), "{templates}");
+    ensure!(
+        all.iter().any(|template| template["pods"] == 1),
+        "{templates}"
+    );
     // As the template is, so is its copy.
     husk(bench, &["exec", &id, "--", "sh", "-c", "exit 5"])?.expect_code(5)?;
     // The pod keeps what it has mapped.
