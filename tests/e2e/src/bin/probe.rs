@@ -8,12 +8,14 @@ use std::thread;
 
 #[path = "probe/files.rs"]
 mod files;
+#[path = "probe/identity.rs"]
+mod identity;
 #[path = "probe/life.rs"]
 mod life;
 #[path = "probe/ring.rs"]
 mod ring;
 
-const USAGE: &str = "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | huge MIB | pattern BYTES | check BYTES | count DIR | files DIR | many DIR COUNT | hold FILE | try-lock FILE | map FILE | watch DIR | poke FILE TEXT | listen PATH | ask PATH TEXT | ids | die SIGNAL | serve ADDR FILE";
+const USAGE: &str = "usage: probe pause | echo ADDR | fetch ADDR TEXT | eat MIB | huge MIB | pattern BYTES | check BYTES | count DIR | files DIR | many DIR COUNT | hold FILE | try-lock FILE | map FILE | watch DIR | poke FILE TEXT | listen PATH | ask PATH TEXT | identity | ids | die SIGNAL | serve ADDR FILE";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         ["poke", file, text] => files::poke(file, text),
         ["listen", path] => files::listen(path),
         ["ask", path, text] => files::ask(path, text),
+        ["identity"] => identity::identity(),
         ["ids"] => life::ids(),
         ["die", signal] => number(signal).and_then(life::die),
         ["serve", address, file] => life::serve(address, file),

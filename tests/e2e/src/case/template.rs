@@ -17,6 +17,7 @@ use crate::template;
 pub const CASES: &[Case] = &[
     husk_case("template/containers", 120, containers),
     husk_case("template/pod", 120, pod),
+    husk_case("template/identities", 300, identities),
 ];
 
 /// Not the node's own, which there may be.
@@ -96,6 +97,61 @@ fn containers(bench: &Bench) -> Result<()> {
     }
     ensure!(seen.len() == 4 * 3, "{seen:?}");
     drop(templates);
+    Ok(())
+}
+
+/// Copies that are compared.
+const COPIES: usize = 50;
+
+/// Two clocks of a copy are read within this much of each other, counts of 64 ns.
+const SKEW: u32 = 1 << 18;
+
+/// Nothing random is the same in two copies, wherever a program gets it from.
+fn identities(bench: &Bench) -> Result<()> {
+    let _templates = Templates::ready(bench)?;
+    let (mut seen, mut sequences) = (BTreeSet::new(), Vec::new());
+    for _ in 0..COPIES {
+        let id = bench.id();
+        // Its first program asks.
+        let first = "probe identity > /asked && mv /asked /told; exec sleep 1000";
+        let command = ["sh", "-c", first];
+        bench
+            .ctr
+            .run_detached(&["--privileged"], &id, &command)?
+            .ok()?;
+        ensure!(is_copy(&id)?, "{id} has booted");
+        let told = eventually("what it asked for", bench.seconds(10), || {
+            let told = ["sh", "-c", "cat /told || true"];
+            let told = bench.ctr.exec(&[], &id, "told", &told)?.ok()?.out();
+            Ok((!told.is_empty()).then_some(told))
+        })?;
+        bench.ctr.remove(&id)?;
+        for line in told.lines() {
+            let (name, value) = line.split_once(' ').context("no value")?;
+            if name != "sequence" {
+                ensure!(
+                    seen.insert(value.to_owned()),
+                    "{name} {value} was there before"
+                );
+                continue;
+            }
+            let numbers: Vec<u32> = value.split(' ').map(str::parse).collect::<Result<_, _>>()?;
+            ensure!(numbers.len() == 2, "{line}");
+            sequences.push(numbers);
+        }
+    }
+    ensure!(
+        seen.len() == COPIES * 5 && sequences.len() == COPIES,
+        "{seen:?}"
+    );
+    let is_near = |one: u32, other: u32| one.wrapping_sub(other).wrapping_add(SKEW) < 2 * SKEW;
+    for (index, one) in sequences.iter().enumerate() {
+        let same = sequences[..index].iter().find(|other| {
+            let mut pairs = one.iter().zip(other.iter());
+            pairs.all(|(one, other)| is_near(*one, *other))
+        });
+        ensure!(same.is_none(), "sequence numbers {one:?} and {same:?}");
+    }
     Ok(())
 }
 
