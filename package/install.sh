@@ -45,16 +45,16 @@ fi
 
 tree=$(dirname "$0")/tree
 [ -d "$tree" ] || { echo "install.sh: $tree is missing" >&2; exit 1; }
-ours() { (cd "$tree" && find . -type f | sed 's|^\./||'); echo "$list"; }
-note() { # what of ours may be there; LISTED
+ours=$(cd "$tree" && find . -type f | sed 's|^\./||' | LC_ALL=C sort)
+note() { # LISTS: the files of ours that may be there, and that of these itself
     mkdir -p "$root/$(dirname "$list")"
-    printf '%s\n' "$1" | LC_ALL=C sort -u > "$root/$list.new"
+    printf '%s\n' "$@" "$list" | sed '/^$/d' | LC_ALL=C sort -u > "$root/$list.new"
     mv -f "$root/$list.new" "$root/$list"
 }
 before=$(cat "$root/$list" 2> /dev/null || true)
 # Before anything is copied, so that what is cut short can be removed.
-note "$(ours; [ -z "$before" ] || echo "$before")"
-ours | grep -vx "$list" | LC_ALL=C sort | while read -r file; do
+note "$ours" "$before"
+echo "$ours" | while read -r file; do
     mkdir -p "$root/$(dirname "$file")"
     case $file in
         # What the operator wrote stays; it names programs that root runs.
@@ -74,11 +74,11 @@ ours | grep -vx "$list" | LC_ALL=C sort | while read -r file; do
     mv -f "$root/$file.new" "$root/$file"
 done
 # What only an earlier version had.
-[ -z "$before" ] || echo "$before" | while read -r file; do
+echo "$before" | while read -r file; do
     case $file in
-        etc/* | "$list") ;;
+        "" | etc/* | "$list") ;;
         *) [ -e "$tree/$file" ] || rm -f -- "$root/$file" ;;
     esac
 done
-note "$(ours)"
+note "$ours"
 echo "installed; next: husk check, husk install"

@@ -27,9 +27,6 @@ const NAME: usize = 32;
 /// How often it is looked at how far a template is.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How many templates a node has.
-const TEMPLATES: u32 = 2;
-
 /// What a machine's maker needs beside the machine's start.
 const BESIDE_BOOT: Duration = Duration::from_secs(60);
 
@@ -303,15 +300,13 @@ fn build(config: &Config, json: bool) -> anyhow::Result<Answer> {
         anyhow::Ok(templates)
     };
     let before: Vec<String> = made()?.into_iter().map(|made| made.name).collect();
-    let missing = names.iter().find(|name| !before.contains(name));
-    if missing.is_some() {
-        make(config)?;
+    let missing = names.iter().filter(|name| !before.contains(name)).count();
+    if missing > 0 {
+        make(config, missing)?;
     }
     let after = made()?;
-    let missing = names
-        .iter()
-        .find(|name| !after.iter().any(|made| made.name == **name));
-    if let Some(name) = missing {
+    let is_made = |name: &&String| after.iter().any(|made| made.name == **name);
+    if let Some(name) = names.iter().find(|name| !is_made(name)) {
         let why = failures(config).remove(name);
         bail!("{name}: {}", why.as_deref().unwrap_or("it was not made"));
     }
@@ -336,11 +331,11 @@ fn build(config: &Config, json: bool) -> anyhow::Result<Answer> {
     Ok(Answer::done(lines.collect()))
 }
 
-/// Runs the maker, or waits for the one that is at work.
-fn make(config: &Config) -> anyhow::Result<()> {
+/// Runs the maker of so many, or waits for the one that is at work.
+fn make(config: &Config, count: usize) -> anyhow::Result<()> {
     let patience = Duration::from_secs(config.boot_timeout_seconds.into());
     let one = patience + config.patience().of(BESIDE_BOOT);
-    let deadline = Instant::now() + one * TEMPLATES;
+    let deadline = Instant::now() + one * u32::try_from(count)?;
     let mut progress = Progress::new(config.template_dir.clone());
     let mut maker = Maker(
         Command::new(shim()?)

@@ -526,17 +526,23 @@ mod tests {
         assert_eq!(inode(&mut table, c), Ok(inode_of(&at("real/b/c"))));
     }
 
-    #[test]
-    fn removed_names_keep_their_node_open() {
-        let (mut table, dir) = table(1000);
-        let path = dir.path().join("file");
+    /// A file that was known and removed: its node, and its inode's number.
+    fn removed_file(table: &mut NodeTable, dir: &Path) -> (NodeId, u64) {
+        let path = dir.join("file");
         fs::write(&path, "").unwrap();
-        let id = look(&mut table, ROOT_ID, c"file");
+        let id = look(table, ROOT_ID, c"file");
         let expected = inode_of(&path);
-        close_all(&mut table);
+        close_all(table);
         assert_eq!(table.pin(ROOT_ID, name(c"file")), Ok(Some(id)));
         fs::remove_file(&path).unwrap();
         table.lost_name(id, ROOT_ID, name(c"file"));
+        (id, expected)
+    }
+
+    #[test]
+    fn removed_names_keep_their_node_open() {
+        let (mut table, dir) = table(1000);
+        let (id, expected) = removed_file(&mut table, dir.path());
         close_all(&mut table);
         assert_eq!(inode(&mut table, id), Ok(expected));
         table.forget(id, 1);
@@ -548,14 +554,7 @@ mod tests {
     fn removed_names_keep_their_node_open_beyond_the_budget() {
         let (mut table, dir) = table(2);
         for removed in 1..20 {
-            let path = dir.path().join("file");
-            fs::write(&path, "").unwrap();
-            let id = look(&mut table, ROOT_ID, c"file");
-            let expected = inode_of(&path);
-            close_all(&mut table);
-            assert_eq!(table.pin(ROOT_ID, name(c"file")), Ok(Some(id)));
-            fs::remove_file(&path).unwrap();
-            table.lost_name(id, ROOT_ID, name(c"file"));
+            let (id, expected) = removed_file(&mut table, dir.path());
             assert_eq!(inode(&mut table, id), Ok(expected));
             assert_eq!(table.opened(), removed);
         }

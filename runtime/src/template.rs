@@ -277,11 +277,12 @@ fn is_recent(path: &Path) -> bool {
     matches!(since, Ok(Ok(since)) if since < AFTER_FAILURE)
 }
 
-/// The template of which a file beside the templates is, `lock` apart.
-fn key_of(name: &str) -> Option<&str> {
-    let key = name.split_once('.').map_or(name, |(key, _)| key);
+/// The template of which a file beside the templates is, `lock` apart, and what comes
+/// behind its name.
+fn key_of(name: &str) -> Option<(&str, &str)> {
+    let (key, extension) = name.split_once('.').unwrap_or((name, ""));
     let is_key = key.len() == NAME && key.bytes().all(|byte| byte.is_ascii_hexdigit());
-    is_key.then_some(key)
+    is_key.then_some((key, extension))
 }
 
 /// Which files a template of this node is made from.

@@ -14,17 +14,10 @@ use ttrpc::Code;
 
 use crate::agent::{Agent, context, skip, status, unable, within};
 use crate::agent_test;
+use crate::storage::at;
 
 /// What takes longer has waited for something that hangs.
 const AT_ONCE: Duration = Duration::from_secs(5);
-
-fn at(mount_point: &str, source: storage::Source) -> Storage {
-    Storage {
-        mount_point: mount_point.to_owned(),
-        source: Some(source),
-        ..Default::default()
-    }
-}
 
 fn disk(serial: &str) -> Storage {
     let block = BlockStorage {

@@ -13,7 +13,7 @@ use ttrpc::Code;
 use crate::agent::{Agent, container, context, read_all, skip, status, unable, within};
 use crate::agent_test;
 
-fn at(mount_point: &str, source: storage::Source) -> Storage {
+pub fn at(mount_point: &str, source: storage::Source) -> Storage {
     Storage {
         mount_point: mount_point.to_owned(),
         source: Some(source),

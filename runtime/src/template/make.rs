@@ -196,17 +196,15 @@ fn note_and_make(runtime: &Runtime, config: &Config, key: &TemplateKey) -> Resul
 /// Removes from a directory that may be somebody else's too what was made from
 /// something that is no more, and what has been left half done.
 fn remove_others(dir: &Path, keys: &[TemplateKey]) {
-    let is_kept = |name: &str| {
-        let (key, extension) = name.split_once('.').unwrap_or((name, ""));
-        keys.iter().any(|known| known.name() == key)
-            && ["", FAILED, DISCARDED, DOUBTED].contains(&extension)
+    let is_rest = |name: &str| {
+        key_of(name).is_some_and(|(key, extension)| {
+            let is_known = keys.iter().any(|known| known.name() == key);
+            !is_known || !["", FAILED, DISCARDED, DOUBTED].contains(&extension)
+        })
     };
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        let (path, name) = (entry.path(), entry.file_name());
-        if !name
-            .to_str()
-            .is_some_and(|name| key_of(name).is_some() && !is_kept(name))
-        {
+        let path = entry.path();
+        if !entry.file_name().to_str().is_some_and(is_rest) {
             continue;
         }
         let _ = match entry.file_type().is_ok_and(|kind| kind.is_dir()) {

@@ -167,8 +167,10 @@ fn names_that_are_not_ours_are_told_apart() {
     let dir = tempfile::tempdir().unwrap();
     let key = largest(&config(dir.path()), HOST);
     let name = key.dir.file_name().unwrap().to_str().unwrap();
-    for ours in [name, &format!("{name}.new"), &format!("{name}.77")] {
-        assert_eq!(key_of(ours), Some(name), "{ours}");
+    assert_eq!(key_of(name), Some((name, "")));
+    for extension in ["new", "77"] {
+        let ours = format!("{name}.{extension}");
+        assert_eq!(key_of(&ours), Some((name, extension)), "{ours}");
     }
     for other in [
         "",
