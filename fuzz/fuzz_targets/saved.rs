@@ -13,6 +13,7 @@ use arbitrary::Arbitrary;
 use husk_fuzz::driver::{Act, changed, drive_saved};
 use husk_fuzz::skip;
 use husk_virtio::VirtioDevice;
+use husk_virtio::balloon::Balloon;
 use husk_virtio::console::Console;
 use husk_virtio::rng::Rng;
 use husk_virtio::vsock::Vsock;
@@ -46,6 +47,7 @@ enum Input {
 #[derive(Arbitrary, Clone, Copy, Debug)]
 enum Kind {
     Rng,
+    Balloon,
     Console,
     Vsock,
 }
@@ -208,6 +210,7 @@ fn unmap() {
 fn device(kind: Kind) -> Box<dyn VirtioDevice> {
     match kind {
         Kind::Rng => Box::new(Rng),
+        Kind::Balloon => Box::new(Balloon),
         Kind::Console => {
             let (_, writer) = pipe_with(PipeFlags::NONBLOCK).expect("a pipe");
             Box::new(Console::new(writer, Arc::default()).expect("a pipe is good"))

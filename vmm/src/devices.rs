@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use husk_virtio::balloon::Balloon;
 use husk_virtio::block::{Block, DiskError, Engine, Spares};
 use husk_virtio::console::Console;
 use husk_virtio::event_loop::{LoopGone, LoopHandle};
@@ -179,8 +180,8 @@ impl Devices {
         Ok(())
     }
 
-    /// Adds what every machine has: the console, if its output goes anywhere, and
-    /// a source of entropy.
+    /// Adds what every machine has: the console, if its output goes anywhere, a
+    /// source of entropy, and what takes free memory back.
     ///
     /// # Errors
     /// The host refuses something.
@@ -194,6 +195,7 @@ impl Devices {
             self.put_on_bus("console", Box::new(device), When::AtBoot)?;
         }
         self.put_on_bus("rng", Box::new(Rng), When::AtBoot)?;
+        self.put_on_bus("balloon", Box::new(Balloon), When::AtBoot)?;
         Ok(())
     }
 

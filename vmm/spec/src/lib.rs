@@ -35,9 +35,9 @@ pub const PACKET_BYTES: usize = 64 << 10;
 pub const PCI_SLOTS: usize = 32;
 
 /// Most devices of one machine that have a name, disks, interfaces and file systems
-/// together: bridge, pvpanic, console, entropy, pluggable memory and vsock have a slot
-/// each.
-pub const DEVICES_MAX: usize = PCI_SLOTS - 6;
+/// together: bridge, pvpanic, console, entropy, balloon, pluggable memory and vsock have
+/// a slot each.
+pub const DEVICES_MAX: usize = PCI_SLOTS - 7;
 
 /// Most descriptors beside one packet (`SCM_MAX_FD` of linux/net/scm.h is 253).
 pub const PACKET_DESCRIPTORS: usize = 64;

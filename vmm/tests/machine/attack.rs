@@ -6,8 +6,8 @@ use std::time::Duration;
 use husk_vmm_spec::{ExitReason, Message, Reply, Request};
 
 use crate::driver::{
-    Attack, BLOCK, BUFFER, Descriptor, INDIRECT, NEXT, RINGS, RNG, VSOCK, WRITABLE, machine, run,
-    switch_on,
+    Attack, BALLOON, BLOCK, BUFFER, Descriptor, INDIRECT, NEXT, RINGS, RNG, VSOCK, WRITABLE,
+    machine, run, switch_on,
 };
 use crate::harness::{TestMachine, skip};
 
@@ -260,6 +260,46 @@ fn packets_for_nobody_cost_nothing() {
     assert_eq!(said.len(), attacks.len() * 2, "{said}");
     for outcome in said.as_bytes().chunks(2) {
         assert!(matches!(outcome, b"uu" | b"nu"), "{said}");
+    }
+}
+
+#[test]
+fn reports_of_pages_take_the_guests_own_alone() {
+    if skip() {
+        return;
+    }
+    let report = |pieces: &[Descriptor]| {
+        let mut attack = Attack::chain(pieces);
+        attack.queue = 2;
+        attack.also = vec![0, 1];
+        attack.size = 32;
+        attack
+    };
+    let good = report(&[(BUFFER, 0x2000, WRITABLE, 0)]);
+    let attacks = [
+        // Outside memory, in part, and round the end of addresses.
+        report(&[(1 << 40, 4096, WRITABLE, 0)]),
+        report(&[(0xc000_0000, 4096, WRITABLE, 0)]),
+        report(&[(BUFFER, u32::MAX, WRITABLE, 0)]),
+        report(&[(u64::MAX - 4095, 8192, WRITABLE, 0)]),
+        // Nothing, less than a page, what may only be read.
+        report(&[(BUFFER, 0, WRITABLE, 0)]),
+        report(&[(BUFFER + 1, 4095, WRITABLE, 0)]),
+        report(&[(BUFFER, 4096, 0, 0)]),
+        // The rings themselves.
+        report(&[(RINGS[0], 0x3000, WRITABLE, 0)]),
+    ];
+    let said = run(BALLOON, &attacks, &good);
+    assert_eq!(said.len(), attacks.len() * 2, "{said}");
+    for (number, outcome) in said.as_bytes().chunks(2).enumerate() {
+        let expected: &[u8] = match number {
+            0..4 => b"n",
+            4..7 => b"u",
+            // Whoever gives its rings away finds zeroes there, if it is answered.
+            _ => b"ntu",
+        };
+        assert!(expected.contains(&outcome[0]), "{number}: {said}");
+        assert_eq!(outcome[1], b'u', "{number}: {said}");
     }
 }
 

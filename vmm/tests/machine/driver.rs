@@ -10,8 +10,9 @@ use crate::payload;
 
 /// Slots of the machine that [`machine`] makes.
 pub const RNG: u8 = 3;
-pub const VSOCK: u8 = 4;
-pub const BLOCK: u8 = 5;
+pub const BALLOON: u8 = 4;
+pub const VSOCK: u8 = 5;
+pub const BLOCK: u8 = 6;
 
 /// Descriptors, available ring, used ring of a well-behaved driver.
 pub const RINGS: [u64; 3] = [0x30_0000, 0x30_1000, 0x30_2000];

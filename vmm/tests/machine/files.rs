@@ -78,7 +78,7 @@ fn request(opcode: Opcode, node: u64, body: &[u8]) -> Attack {
     }
 }
 
-/// Says '+', waits for a file system in slot 4, begins a session and looks for
+/// Says '+', waits for a file system in slot 5, begins a session and looks for
 /// the file: 'i' and 'l' where the answers are right. Every 'u' is an answer, 't'
 /// is none yet.
 fn guest() -> String {
@@ -110,13 +110,13 @@ fn guest() -> String {
         r#"
         say '+'
     wait:
-        config_read 4, 0
+        config_read 5, 0
         cmp eax, 0x105a1af4
         jne wait
-        config_write 4, 0x10, 0xd0000000
+        config_write 5, 0x10, 0xd0000000
         "#
         .to_owned(),
-        switch_on(4),
+        switch_on(5),
         ask(
             &request(Opcode::Init, 0, init.as_slice()),
             "init",

@@ -12,24 +12,24 @@ use crate::harness::{TestMachine, skip};
 
 const DONE: Message = Message::Reply(Ok(Reply::Done));
 
-/// Waits for a virtio-blk function in the first free slot, slot 4, gives it
+/// Waits for a virtio-blk function in the first free slot, slot 5, gives it
 /// addresses and says 'n' and the low byte of its capacity; says 'g' when it is
 /// gone; begins anew.
 const WATCH: &str = r#"
     say '+'
     watch:
-        config_read 4, 0
+        config_read 5, 0
         cmp eax, 0x10421af4
         jne watch
-        config_write 4, 0x10, 0xd0000000
-        config_write 4, 4, 6
+        config_write 5, 0x10, 0xd0000000
+        config_write 5, 4, 6
         say 'n'
         mov ebx, 0xd0002000
         mov al, [rbx]
         mov dx, COM1
         out dx, al
     still:
-        config_read 4, 0
+        config_read 5, 0
         cmp eax, 0xffffffff
         jne still
         # Nobody answers where it was.

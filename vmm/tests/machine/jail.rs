@@ -301,7 +301,7 @@ fn a_jailed_vmm_flushes_a_disk() {
     flush.memory = vec![(BUFFER, header), (STATUS, vec![9])];
     let source = [
         driver::WORDS.to_owned(),
-        driver::switch_on(4),
+        driver::switch_on(5),
         driver::attack(&flush, "flush"),
         format!("mov rsi, {STATUS}\n mov al, [rsi]\n add al, '0'\n"),
         "mov dx, COM1\n out dx, al\n 1: jmp 1b\n".to_owned(),
@@ -349,7 +349,7 @@ fn a_jailed_vmm_holds_a_limited_disk_back() {
     ]);
     let source = [
         driver::WORDS.to_owned(),
-        driver::switch_on(4),
+        driver::switch_on(5),
         driver::attack(&read, "first"),
         driver::attack(&read, "second"),
         "say '.'\n1: jmp 1b\n".to_owned(),

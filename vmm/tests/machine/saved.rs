@@ -478,12 +478,12 @@ fn new_devices_come_after_the_saved_ones() {
     if skip() {
         return;
     }
-    // Slots 0 to 3 are those of every machine here. Says '-' until the next one is
+    // Slots 0 to 4 are those of every machine here. Says '-' until the next one is
     // taken, and what is in it and behind it.
     let mut machine = TestMachine::run(
         r#"
     next:
-        config_read 4, 0
+        config_read 5, 0
         cmp eax, 0xffffffff
         jne found
         say '-'
@@ -492,7 +492,7 @@ fn new_devices_come_after_the_saved_ones() {
         cmp eax, 0x10581af4
         jne none
         say 'm'
-        config_read 5, 0
+        config_read 6, 0
         cmp eax, 0x10421af4
         jne none
         say 'b'

@@ -39,6 +39,8 @@ pub enum DeviceType {
     Console = 3,
     /// 5.4
     Rng = 4,
+    /// 5.5
+    Balloon = 5,
     /// 5.10
     Vsock = 19,
     /// 5.15

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use crate::VirtioDevice;
+use crate::balloon::Balloon;
 use crate::block::{Block, Engine};
 use crate::console::Console;
 use crate::fs::tests::server;
@@ -167,6 +168,12 @@ proptest! {
     fn rng(acts in prop::collection::vec(any_act(), 1..300)) {
         let mut driver = run(Rng, acts);
         serves(&mut driver, 0, &[Buffer::writable(NEAR.start, 16)]);
+    }
+
+    #[test]
+    fn balloon(acts in prop::collection::vec(any_act(), 1..300)) {
+        let mut driver = run(Balloon, acts);
+        serves(&mut driver, 2, &[Buffer::writable(NEAR.start, 4096)]);
     }
 
     #[test]

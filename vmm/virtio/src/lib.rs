@@ -1,10 +1,12 @@
 //! Husk's virtio devices and their transport over PCI. Knows guest memory, not
 //! KVM: interrupts and notifications are event descriptors.
 
+pub mod balloon;
 pub mod block;
 mod config;
 pub mod console;
 mod device;
+mod discard;
 pub mod event_loop;
 mod fd;
 pub mod fs;

@@ -6,14 +6,18 @@ use super::resources::{MIB, limited, shown, value_of};
 use super::{Bench, Case, Skip, husk_case};
 use crate::cri::Cri;
 use crate::cri::api::LinuxContainerResources;
+use crate::drop_in::DropIn;
+use crate::footprint;
 use crate::pod::Pod;
 use crate::pod_cgroup::PodCgroup;
+use crate::pod_state::is_copy;
 use crate::process::eventually;
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
     husk_case("resources/machine-size", 90, machine_size),
     husk_case("resources/machine-grows", 90, machine_grows),
+    husk_case("resources/freed-memory", 90, freed_memory),
     husk_case("resources/processors-grow", 90, processors_grow),
     husk_case("resources/beyond-machine", 60, beyond_machine),
 ];
@@ -131,6 +135,47 @@ fn machine_grows(bench: &Bench) -> Result<()> {
         Ok((memory()? <= at_first + 64).then_some(()))
     })?;
     pod.remove(&cri)
+}
+
+/// What a container held and holds no more is the node's again, while the pod goes
+/// on: whether its machine booted or is a copy.
+fn freed_memory(bench: &Bench) -> Result<()> {
+    let cri = bench.cri()?;
+    let no_templates = DropIn::with("template_max_age_seconds = 0\n")?;
+    freed_memory_of(bench, &cri)?;
+    drop(no_templates);
+    freed_memory_of(bench, &cri)
+}
+
+fn freed_memory_of(bench: &Bench, cri: &Cri) -> Result<()> {
+    let pod = Pod::run(bench, cri, |_| {})?;
+    let held_mib = || -> Result<u64> {
+        let processes = footprint::of_pod(&pod.id)?;
+        Ok(processes
+            .iter()
+            .map(|process| process.guest_kib)
+            .sum::<u64>()
+            >> 10)
+    };
+    let idle = pod.start(cri, &["sleep", "1000"])?;
+    let before = held_mib()?;
+    let large = pod.start(cri, &["probe", "eat", "220"])?;
+    pod.await_log(cri, &large, "holding 220 MiB")?;
+    let with_large = held_mib()?;
+    ensure!(with_large >= before + 200, "{before}, {with_large} MiB");
+    cri.stop(&large, 0)?;
+    cri.remove(&large)?;
+    let after = eventually("the memory is the node's again", bench.seconds(10), || {
+        Ok(Some(held_mib()?).filter(|held| *held <= before + 20))
+    })?;
+    let how = if is_copy(&pod.id)? {
+        "a copy"
+    } else {
+        "a boot"
+    };
+    println!("{how}: {before}, {with_large}, {after} MiB");
+    ensure!(shown(cri, &idle, "echo works")? == "works");
+    pod.remove(cri)
 }
 
 /// As many processors as the containers' limits come to, up and down.

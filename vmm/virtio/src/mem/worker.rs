@@ -3,11 +3,11 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, fallocate};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::blocks::{Refusal, State};
 use super::{Resize, Shared};
+use crate::discard::discard;
 use crate::queue::DeviceQueue;
 use crate::{DeviceError, Event, GuestMemory, Interrupt, Source, Worker};
 
@@ -141,11 +141,8 @@ impl MemWorker {
         let region = memory
             .find_region(GuestAddress(range.start))
             .ok_or_else(missing)?;
-        let file = region.file_offset().ok_or_else(missing)?;
-        let offset = file.start() + (range.start - region.start_addr().0);
-        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(file.file(), mode, offset, range.end - range.start)?;
-        Ok(())
+        let from = range.start - region.start_addr().0;
+        discard(region, from, range.end - range.start)
     }
 }
 

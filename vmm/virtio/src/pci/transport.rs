@@ -491,7 +491,7 @@ fn identity(device_type: DeviceType) -> Identity {
             DeviceType::Console => 0x07_80_00,
             DeviceType::Vsock => 0x02_80_00,
             DeviceType::Mem => 0x05_80_00,
-            DeviceType::Rng => 0xff_00_00,
+            DeviceType::Rng | DeviceType::Balloon => 0xff_00_00,
         },
         subsystem_vendor: VENDOR,
         subsystem: DEVICE_BASE + number,
