@@ -1,5 +1,6 @@
 //! The end of processes: output first, then the word.
 
+use std::fs;
 use std::time::Duration;
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
@@ -31,6 +32,10 @@ const UNKNOWN: u32 = 255;
 
 /// Least time between two words of the same container's memory.
 const OOM_PAUSE: Duration = Duration::from_secs(10);
+
+/// File in the bundle of a container whose memory ran out. CRI-O, which takes no
+/// events, looks for it when the container has ended.
+const OOM_FILE: &str = "oom";
 
 impl Pod {
     /// Waits beside the pod for the end of a process.
@@ -156,6 +161,9 @@ impl Pod {
             return;
         }
         container.oom_told = Some(Instant::now());
+        if let Err(error) = fs::write(container.bundle.join(OOM_FILE), "") {
+            tracing::warn!(id, %error, "writing {OOM_FILE}");
+        }
         let event = TaskOOM {
             container_id: id.to_owned(),
             ..TaskOOM::default()

@@ -16,7 +16,10 @@ use crate::Case;
 use crate::case::{Bundle, Node, Shim, block_on};
 use crate::containerd::connect;
 
-pub const CASES: &[Case] = &[("crio_calls_the_older_service", older_service)];
+pub const CASES: &[Case] = &[
+    ("crio_calls_the_older_service", older_service),
+    ("crio_is_told_by_files_and_signals", files_and_signals),
+];
 
 const SERVICE: &str = "containerd.task.v2.Task";
 
@@ -29,9 +32,9 @@ fn start(node: &Node, bundle: &Bundle) -> String {
             "-address",
             "",
             "-publish-binary",
-            "",
+            "/usr/bin/crio",
         ])
-        .args(["-id", &bundle.id, "start"])
+        .args(["-id", &bundle.id, "-debug", "start"])
         .env("HUSK_CONFIG", node.path("config.toml"))
         .env("TTRPC_ADDRESS", "")
         .current_dir(&bundle.dir)
@@ -40,10 +43,21 @@ fn start(node: &Node, bundle: &Bundle) -> String {
         .unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{errors}");
+    // It takes both outputs together for the address.
+    assert_eq!(errors, "");
     String::from_utf8(output.stdout).unwrap()
 }
 
 async fn call<T: Message>(client: &Client, method: &str, message: &impl Message) -> T {
+    let answer = try_call(client, method, message).await;
+    answer.unwrap_or_else(|error| panic!("{method}: {error}"))
+}
+
+async fn try_call<T: Message>(
+    client: &Client,
+    method: &str,
+    message: &impl Message,
+) -> ttrpc::Result<T> {
     let request = Request {
         service: SERVICE.to_owned(),
         method: method.to_owned(),
@@ -51,9 +65,65 @@ async fn call<T: Message>(client: &Client, method: &str, message: &impl Message)
         payload: message.write_to_bytes().unwrap(),
         ..Request::default()
     };
-    let answer = client.request(request).await;
-    let answer = answer.unwrap_or_else(|error| panic!("{method}: {error}"));
-    T::parse_from_bytes(&answer.payload).unwrap()
+    let answer = client.request(request).await?;
+    Ok(T::parse_from_bytes(&answer.payload).unwrap())
+}
+
+async fn create_and_start(client: &Client, bundle: &Bundle) {
+    let created: CreateTaskResponse = call(client, "Create", &bundle.request()).await;
+    assert_ne!(created.pid, 0);
+    let start = StartRequest {
+        id: bundle.id.clone(),
+        ..StartRequest::default()
+    };
+    let started: StartResponse = call(client, "Start", &start).await;
+    assert_eq!(started.pid, created.pid);
+    assert_eq!(status(client, &bundle.id).await, Status::RUNNING);
+}
+
+async fn status(client: &Client, id: &str) -> Status {
+    let state = StateRequest {
+        id: id.to_owned(),
+        ..StateRequest::default()
+    };
+    let state: StateResponse = call(client, "State", &state).await;
+    state.status.enum_value().unwrap()
+}
+
+async fn kill(client: &Client, id: &str, signal: u32) -> ttrpc::Result<Empty> {
+    let kill = KillRequest {
+        id: id.to_owned(),
+        signal,
+        ..KillRequest::default()
+    };
+    try_call(client, "Kill", &kill).await
+}
+
+/// Waits for the end and deletes what is left; the exit code.
+async fn finish(client: &Client, id: &str) -> u32 {
+    let wait = WaitRequest {
+        id: id.to_owned(),
+        ..WaitRequest::default()
+    };
+    let ended: WaitResponse = call(client, "Wait", &wait).await;
+    let delete = DeleteRequest {
+        id: id.to_owned(),
+        ..DeleteRequest::default()
+    };
+    // Whether it is there; CRI-O asks so before it restarts anything.
+    assert!(kill(client, id, 0).await.is_err());
+    let deleted: DeleteResponse = call(client, "Delete", &delete).await;
+    assert_eq!(deleted.exit_status, ended.exit_status);
+    ended.exit_status
+}
+
+/// CRI-O says it after each container, whatever else is in the pod.
+async fn shut_down(client: &Client, id: &str) {
+    let shutdown = ShutdownRequest {
+        id: id.to_owned(),
+        ..ShutdownRequest::default()
+    };
+    let _: Empty = call(client, "Shutdown", &shutdown).await;
 }
 
 fn annotated(node: &Node, id: &str, kind: &str, command: &[&str]) -> Bundle {
@@ -83,47 +153,55 @@ fn older_service() {
             if bundle.id == "member" {
                 assert_eq!(start(&node, bundle), address);
             }
-            let created: CreateTaskResponse = call(&client, "Create", &bundle.request()).await;
-            assert_ne!(created.pid, 0);
-            let start = StartRequest {
-                id: bundle.id.clone(),
-                ..StartRequest::default()
-            };
-            let started: StartResponse = call(&client, "Start", &start).await;
-            assert_eq!(started.pid, created.pid);
-            let state = StateRequest {
-                id: bundle.id.clone(),
-                ..StateRequest::default()
-            };
-            let state: StateResponse = call(&client, "State", &state).await;
-            assert_eq!(state.status.enum_value(), Ok(Status::RUNNING));
+            create_and_start(&client, bundle).await;
         }
-        for (bundle, code) in [(&member, 137), (&pod, 137)] {
-            let id = bundle.id.clone();
-            let kill = KillRequest {
-                id: id.clone(),
-                signal: 9,
-                ..KillRequest::default()
-            };
-            let _: Empty = call(&client, "Kill", &kill).await;
-            let wait = WaitRequest {
-                id: id.clone(),
-                ..WaitRequest::default()
-            };
-            let ended: WaitResponse = call(&client, "Wait", &wait).await;
-            assert_eq!(ended.exit_status, code);
-            let delete = DeleteRequest {
-                id: id.clone(),
-                ..DeleteRequest::default()
-            };
-            let deleted: DeleteResponse = call(&client, "Delete", &delete).await;
-            assert_eq!(deleted.exit_status, code);
+        for bundle in [&member, &pod] {
+            kill(&client, &bundle.id, 9).await.unwrap();
+            assert_eq!(finish(&client, &bundle.id).await, 137);
         }
-        let shutdown = ShutdownRequest {
-            id: "pod".to_owned(),
-            ..ShutdownRequest::default()
+        shut_down(&client, "pod").await;
+        shim.assert_gone().await;
+        node.assert_clean();
+    });
+}
+
+/// The address where it looks after its own restart, the end of memory, whether a
+/// container lives; a pod whose container is shut down.
+fn files_and_signals() {
+    block_on(async {
+        let node = Node::new().await;
+        let pod = annotated(&node, "pod", "sandbox", &["/pause"]);
+        let eater = annotated(&node, "eater", "container", &["oom"]);
+        let address = start(&node, &pod);
+        let pid = std::fs::read_to_string(pod.dir.join("shim.pid")).unwrap();
+        let shim = Shim {
+            task: connect(&address).await,
+            pid: pid.parse().unwrap(),
+            address: address.clone(),
         };
-        let _: Empty = call(&client, "Shutdown", &shutdown).await;
+        let client = Client::connect(&address).await.unwrap();
+        create_and_start(&client, &pod).await;
+        start(&node, &eater);
+        for bundle in [&pod, &eater] {
+            let file = std::fs::read_to_string(bundle.dir.join("address"));
+            assert_eq!(file.unwrap(), address);
+        }
+        let _: CreateTaskResponse = call(&client, "Create", &eater.request()).await;
+        let start = StartRequest {
+            id: eater.id.clone(),
+            ..StartRequest::default()
+        };
+        let _: StartResponse = call(&client, "Start", &start).await;
+        assert_eq!(finish(&client, "eater").await, 137);
+        assert!(eater.dir.join("oom").exists());
+        assert!(!pod.dir.join("oom").exists());
+        shut_down(&client, "eater").await;
+
+        assert_eq!(status(&client, "pod").await, Status::RUNNING);
+        kill(&client, "pod", 0).await.unwrap();
+        kill(&client, "pod", 9).await.unwrap();
+        assert_eq!(finish(&client, "pod").await, 137);
+        shut_down(&client, "pod").await;
         shim.assert_gone().await;
         node.assert_clean();
     });
