@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use crate::traces::Endpoint;
+
 /// Told by `--help` and in the manual pages.
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -65,6 +67,16 @@ pub enum Command {
     Top(TopArguments),
     /// Print metrics of the pods in the text format of Prometheus
     Metrics(MetricsArguments),
+    /// Tell what containerd asks of pods, and where that spends its time, as spans of OpenTelemetry
+    ///
+    /// Of what happens from then on, until it is interrupted. Where containerd traces, its
+    /// requests to pods are parts of its traces; else each start is a trace of its own. Spans
+    /// are in OTLP's JSON, on one line what has come together.
+    Traces {
+        /// Send them there instead of printing them; the host is an address or localhost
+        #[arg(long, value_name = "http://HOST:4318")]
+        otlp: Option<Endpoint>,
+    },
     /// Write an archive for a bug report
     ///
     /// Of containerd's configuration, what looks like a secret is left out. The logs

@@ -120,7 +120,7 @@ fn follow(only: Option<&str>, json: bool) -> anyhow::Result<()> {
         }
         output.flush()?;
         // Of what is written to only its end is ever told.
-        let written = watch.wait(now.values(), output.as_fd(), PollFlags::empty())?;
+        let written = watch.wait(now.values(), Some((output.as_fd(), PollFlags::empty())))?;
         if written.contains(PollFlags::ERR) {
             return Ok(());
         }

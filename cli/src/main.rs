@@ -25,6 +25,7 @@ mod template;
 mod text;
 mod timeline;
 mod top;
+mod traces;
 
 use answer::Answer;
 use arguments::{Arguments, Command};
@@ -69,6 +70,7 @@ fn run(arguments: Arguments) -> anyhow::Result<Answer> {
         Command::Events { pod } => events::run(pod.as_deref(), json),
         Command::Top(asked) => top::run(&asked, json),
         Command::Metrics(asked) => metrics::run(&asked),
+        Command::Traces { otlp } => traces::run(otlp.as_ref()),
         Command::Exec(asked) => shell::run(
             shell::Asking {
                 pod: &asked.pod,

@@ -158,6 +158,7 @@ mod tests {
             vmm_exec_ns: at(10),
             vmm_spec_ns: at(20),
             guest_entered_ns: at(30),
+            agent_began_ns: at(100),
             agent_ready_ns: at(130),
             container_created_ns: at(120),
             container_started_ns: at(200),

@@ -246,8 +246,9 @@ impl MachineParts {
         sandbox.plugged_mib = self.size.memory_mib.saturating_sub(size.memory_mib);
         match machine.set_up(&sandbox, patience).await {
             Ok(guest) => {
-                if let Some(template) = used {
-                    template.proved();
+                match used {
+                    Some(template) => template.proved(),
+                    None => state.timeline.agent_began_ns = agent_began_ns(&guest),
                 }
                 machine.fitter.fit(&machine.vm, &machine.agent).await;
                 state.timeline.agent_ready_ns = clock::monotonic_ns();
@@ -339,6 +340,14 @@ impl Machine {
             Err(error) => Err(explained(&self.vm, &self.agent, error).await),
         }
     }
+}
+
+/// When an agent that has just answered began, which it alone knows.
+fn agent_began_ns(answer: &CreateSandboxResponse) -> u64 {
+    let took = answer
+        .sandbox_ready_ns
+        .saturating_sub(answer.agent_started_ns);
+    clock::monotonic_ns().saturating_sub(took)
 }
 
 /// What others may know of a machine; what its guest says comes later.

@@ -62,6 +62,7 @@ mod state_dir;
 mod stdio;
 mod task_service;
 mod template;
+mod trace;
 mod vm_plan;
 mod vm_process;
 mod volume;

@@ -11,9 +11,11 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use husk_node::trace::Line;
 use husk_protocol::agent::event::Kind as EventKind;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
+use ttrpc::r#async::TtrpcContext;
 
 use crate::agent_client::Agent;
 use crate::blocking;
@@ -32,6 +34,7 @@ use crate::machine::Machine;
 use crate::stand_in::StandIn;
 use crate::state_dir::{State, StateDir};
 use crate::stdio::Owner;
+use crate::trace::{self, Trace};
 use crate::vm_process::{Vm, VmEnd};
 
 mod create;
@@ -76,10 +79,14 @@ type Step = Box<dyn FnOnce(&mut Pod) + Send>;
 #[derive(Clone)]
 pub struct PodHandle {
     steps: mpsc::UnboundedSender<Step>,
+    state_dir: StateDir,
 }
 
 /// The other end of a request.
-pub struct Reply<T>(oneshot::Sender<Result<T, Error>>);
+pub struct Reply<T> {
+    answer: oneshot::Sender<Result<T, Error>>,
+    trace: Option<Box<Trace>>,
+}
 
 /// What the pod is made with.
 pub struct PodSettings {
@@ -98,6 +105,8 @@ pub struct Pod {
     settings: PodSettings,
     state_dir: StateDir,
     state: State,
+    /// containerd traces what it asks for.
+    is_traced: bool,
     events: EventSender,
     handle: PodHandle,
     machine: MachineState,
@@ -138,13 +147,26 @@ enum MachineState {
 impl<T> Reply<T> {
     /// Nobody asked.
     fn to_nobody() -> Self {
-        Self(oneshot::channel().0)
+        Self {
+            answer: oneshot::channel().0,
+            trace: None,
+        }
+    }
+
+    /// A part of what was asked for is done.
+    fn passed(&mut self, what: &str) {
+        if let Some(trace) = &mut self.trace {
+            trace.passed(what);
+        }
     }
 
     /// Answers the request.
     fn send(self, answer: Result<T, Error>) {
+        if let Some(trace) = self.trace {
+            trace.end(answer.as_ref().err());
+        }
         // Nobody may wait any more.
-        let _ = self.0.send(answer);
+        let _ = self.answer.send(answer);
     }
 }
 
@@ -157,8 +179,35 @@ impl PodHandle {
         &self,
         act: impl FnOnce(&mut Pod, Reply<T>) + Send + 'static,
     ) -> Result<T, Error> {
-        let (reply, answer) = oneshot::channel();
-        self.send(Box::new(move |pod| act(pod, Reply(reply))));
+        self.ask_in(None, act).await
+    }
+
+    /// The trace that a request about a container, or a process that was added to it,
+    /// belongs to.
+    pub fn trace(
+        &self,
+        context: &TtrpcContext,
+        method: &'static str,
+        names: [&str; 2],
+    ) -> Option<Box<Trace>> {
+        Trace::of(&context.metadata, &self.state_dir, method, names)
+    }
+
+    /// The same as [`Self::ask`] for a request that may belong to a trace.
+    ///
+    /// # Errors
+    /// As the action answers.
+    pub async fn ask_in<T: Send + 'static>(
+        &self,
+        trace: Option<Box<Trace>>,
+        act: impl FnOnce(&mut Pod, Reply<T>) + Send + 'static,
+    ) -> Result<T, Error> {
+        let (sender, answer) = oneshot::channel();
+        self.send(Box::new(move |pod| {
+            pod.is_traced |= trace.is_some();
+            let answer = sender;
+            act(pod, Reply { answer, trace });
+        }));
         answer.await.unwrap_or(Err(Error::ShuttingDown))
     }
 
@@ -176,16 +225,20 @@ impl Pod {
         events: EventSender,
     ) -> (PodHandle, impl Future<Output = ()>) {
         let (steps, receiver) = mpsc::unbounded_channel();
-        let handle = PodHandle { steps };
         let state_dir = StateDir::new(
             &settings.config.state_dir,
             &settings.namespace,
             &settings.id,
         );
+        let handle = PodHandle {
+            steps,
+            state_dir: state_dir.clone(),
+        };
         let pod = Self {
             settings,
             state_dir,
             state: State::default(),
+            is_traced: false,
             events,
             handle: handle.clone(),
             machine: MachineState::None,
@@ -398,6 +451,9 @@ impl Pod {
     fn write_state(&self) {
         if let Err(error) = self.state_dir.write(&self.state) {
             tracing::warn!(%error, "pod's state");
+        }
+        if self.is_traced {
+            trace::note(&self.state_dir, &Line::Timeline(self.state.timeline));
         }
     }
 

@@ -57,6 +57,25 @@ impl SandboxService {
         create_sandbox(Arc::new(self.clone()))
     }
 
+    async fn stop(&self, request: StopSandboxRequest) -> std::result::Result<(), Error> {
+        let id = request.sandbox_id;
+        let patience = match request.timeout_secs {
+            0 => PATIENCE,
+            seconds => Duration::from_secs(seconds.into()),
+        };
+        let watched = id.clone();
+        let mut end = self
+            .pod
+            .ask(move |pod, reply| pod.watch(&watched, "", reply))
+            .await?;
+        self.kill(&id, TERMINATE).await?;
+        let ended = async { end.wait_for(Option::is_some).await.is_ok() };
+        if timeout(patience, ended).await.is_err() {
+            self.kill(&id, KILL).await?;
+        }
+        Ok(())
+    }
+
     async fn kill(&self, id: &str, signal: u32) -> std::result::Result<(), Error> {
         let id = id.to_owned();
         let killed = self
@@ -74,7 +93,7 @@ impl SandboxService {
 impl Sandbox for SandboxService {
     async fn create_sandbox(
         &self,
-        _context: &TtrpcContext,
+        context: &TtrpcContext,
         request: CreateSandboxRequest,
     ) -> Result<CreateSandboxResponse> {
         let id = Id::new("sandbox id", &request.sandbox_id).map_err(Error::from)?;
@@ -87,8 +106,11 @@ impl Sandbox for SandboxService {
             bundle: PathBuf::from(request.bundle_path),
             pod,
         };
+        let trace = self
+            .pod
+            .trace(context, "CreateSandbox", [&request.sandbox_id, ""]);
         self.pod
-            .ask(|pod, reply| pod.create_sandbox(sandbox, reply))
+            .ask_in(trace, |pod, reply| pod.create_sandbox(sandbox, reply))
             .await
             .inspect_err(|error| tracing::error!(id = request.sandbox_id, "create: {error}"))?;
         Ok(CreateSandboxResponse::default())
@@ -96,13 +118,16 @@ impl Sandbox for SandboxService {
 
     async fn start_sandbox(
         &self,
-        _context: &TtrpcContext,
+        context: &TtrpcContext,
         request: StartSandboxRequest,
     ) -> Result<StartSandboxResponse> {
         let id = request.sandbox_id;
+        let trace = self.pod.trace(context, "StartSandbox", [&id, ""]);
         let pid = self
             .pod
-            .ask(move |pod, reply| pod.start_process(id, String::new(), reply))
+            .ask_in(trace, move |pod, reply| {
+                pod.start_process(id, String::new(), reply)
+            })
             .await?;
         Ok(StartSandboxResponse {
             pid,
@@ -125,24 +150,16 @@ impl Sandbox for SandboxService {
 
     async fn stop_sandbox(
         &self,
-        _context: &TtrpcContext,
+        context: &TtrpcContext,
         request: StopSandboxRequest,
     ) -> Result<StopSandboxResponse> {
-        let id = request.sandbox_id;
-        let patience = match request.timeout_secs {
-            0 => PATIENCE,
-            seconds => Duration::from_secs(seconds.into()),
-        };
-        let watched = id.clone();
-        let mut end = self
-            .pod
-            .ask(move |pod, reply| pod.watch(&watched, "", reply))
-            .await?;
-        self.kill(&id, TERMINATE).await?;
-        let ended = async { end.wait_for(Option::is_some).await.is_ok() };
-        if timeout(patience, ended).await.is_err() {
-            self.kill(&id, KILL).await?;
+        let names = [&request.sandbox_id, ""];
+        let trace = self.pod.trace(context, "StopSandbox", names);
+        let stopped = self.stop(request).await;
+        if let Some(trace) = trace {
+            trace.end(stopped.as_ref().err());
         }
+        stopped?;
         Ok(StopSandboxResponse::default())
     }
 

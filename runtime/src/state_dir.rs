@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use husk_node::shell;
 use husk_node::state::FILE;
 pub use husk_node::state::State;
+use husk_node::trace;
 
 use crate::id::Id;
 
@@ -93,6 +94,8 @@ impl StateDir {
             fs::remove_file(self.path.join(NEW_FILE)),
             fs::remove_file(self.path.join(FILE)),
             fs::remove_file(self.path.join(shell::SOCKET)),
+            fs::remove_file(self.path.join(trace::NEW_FILE)),
+            fs::remove_file(self.path.join(trace::FILE)),
             fs::remove_dir(self.shared()),
             fs::remove_dir(&self.path),
         ];

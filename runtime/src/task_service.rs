@@ -76,7 +76,7 @@ fn paths(stdin: String, stdout: String, stderr: String, terminal: bool) -> Stdio
 impl Task for TaskService {
     async fn create(
         &self,
-        _context: &TtrpcContext,
+        context: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> Result<CreateTaskResponse> {
         if !request.checkpoint.is_empty() {
@@ -93,9 +93,10 @@ impl Task for TaskService {
                 request.terminal,
             ),
         };
+        let trace = self.pod.trace(context, "Create", [&request.id, ""]);
         let pid = self
             .pod
-            .ask(|pod, reply| pod.create(create, reply))
+            .ask_in(trace, |pod, reply| pod.create(create, reply))
             .await
             .inspect_err(|error| tracing::error!(id = request.id, "create: {error}"))?;
         Ok(CreateTaskResponse {
@@ -104,10 +105,15 @@ impl Task for TaskService {
         })
     }
 
-    async fn start(&self, _context: &TtrpcContext, request: StartRequest) -> Result<StartResponse> {
+    async fn start(&self, context: &TtrpcContext, request: StartRequest) -> Result<StartResponse> {
+        let trace = self
+            .pod
+            .trace(context, "Start", [&request.id, &request.exec_id]);
         let pid = self
             .pod
-            .ask(|pod, reply| pod.start_process(request.id, request.exec_id, reply))
+            .ask_in(trace, |pod, reply| {
+                pod.start_process(request.id, request.exec_id, reply)
+            })
             .await?;
         Ok(StartResponse {
             pid,
@@ -138,7 +144,10 @@ impl Task for TaskService {
         })
     }
 
-    async fn exec(&self, _context: &TtrpcContext, request: ExecProcessRequest) -> Result<Empty> {
+    async fn exec(&self, context: &TtrpcContext, request: ExecProcessRequest) -> Result<Empty> {
+        let trace = self
+            .pod
+            .trace(context, "Exec", [&request.id, &request.exec_id]);
         let spec = request
             .spec
             .into_option()
@@ -154,7 +163,9 @@ impl Task for TaskService {
                 request.terminal,
             ),
         };
-        self.pod.ask(|pod, reply| pod.exec(exec, reply)).await?;
+        self.pod
+            .ask_in(trace, |pod, reply| pod.exec(exec, reply))
+            .await?;
         Ok(Empty::default())
     }
 
@@ -179,9 +190,12 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 
-    async fn kill(&self, _context: &TtrpcContext, request: KillRequest) -> Result<Empty> {
+    async fn kill(&self, context: &TtrpcContext, request: KillRequest) -> Result<Empty> {
+        let trace = self
+            .pod
+            .trace(context, "Kill", [&request.id, &request.exec_id]);
         self.pod
-            .ask(move |pod, reply| {
+            .ask_in(trace, move |pod, reply| {
                 pod.kill(
                     request.id,
                     request.exec_id,
@@ -214,12 +228,17 @@ impl Task for TaskService {
 
     async fn delete(
         &self,
-        _context: &TtrpcContext,
+        context: &TtrpcContext,
         request: DeleteRequest,
     ) -> Result<DeleteResponse> {
+        let trace = self
+            .pod
+            .trace(context, "Delete", [&request.id, &request.exec_id]);
         let deleted = self
             .pod
-            .ask(move |pod, reply| pod.delete(request.id, request.exec_id, reply))
+            .ask_in(trace, move |pod, reply| {
+                pod.delete(request.id, request.exec_id, reply)
+            })
             .await?;
         Ok(DeleteResponse {
             pid: deleted.pid,
@@ -263,27 +282,32 @@ impl Task for TaskService {
         })
     }
 
-    async fn update(&self, _context: &TtrpcContext, request: UpdateTaskRequest) -> Result<Empty> {
+    async fn update(&self, context: &TtrpcContext, request: UpdateTaskRequest) -> Result<Empty> {
+        let trace = self.pod.trace(context, "Update", [&request.id, ""]);
         let resources = request
             .resources
             .into_option()
             .ok_or(Error::Argument("the update has no resources"))?;
         self.pod
-            .ask(move |pod, reply| pod.update(request.id, resources.value, reply))
+            .ask_in(trace, move |pod, reply| {
+                pod.update(request.id, resources.value, reply)
+            })
             .await?;
         Ok(Empty::default())
     }
 
-    async fn pause(&self, _context: &TtrpcContext, request: PauseRequest) -> Result<Empty> {
+    async fn pause(&self, context: &TtrpcContext, request: PauseRequest) -> Result<Empty> {
+        let trace = self.pod.trace(context, "Pause", [&request.id, ""]);
         self.pod
-            .ask(move |pod, reply| pod.pause(request.id, reply))
+            .ask_in(trace, move |pod, reply| pod.pause(request.id, reply))
             .await?;
         Ok(Empty::default())
     }
 
-    async fn resume(&self, _context: &TtrpcContext, request: ResumeRequest) -> Result<Empty> {
+    async fn resume(&self, context: &TtrpcContext, request: ResumeRequest) -> Result<Empty> {
+        let trace = self.pod.trace(context, "Resume", [&request.id, ""]);
         self.pod
-            .ask(move |pod, reply| pod.resume(request.id, reply))
+            .ask_in(trace, move |pod, reply| pod.resume(request.id, reply))
             .await?;
         Ok(Empty::default())
     }

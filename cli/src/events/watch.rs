@@ -28,6 +28,8 @@ const FALLBACK: Timespec = Timespec {
 pub struct Watch {
     state_dir: PathBuf,
     notices: OwnedFd,
+    /// What is noticed of a directory.
+    of_entries: WatchFlags,
     /// Descriptors that are readable when a process has ended.
     processes: BTreeMap<(u32, u64), OwnedFd>,
 }
@@ -48,8 +50,15 @@ impl Watch {
         Ok(Self {
             state_dir,
             notices,
+            of_entries: WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::DELETE,
             processes: BTreeMap::new(),
         })
+    }
+
+    /// What is written to files that are there is noticed, too.
+    pub fn with_writes(mut self) -> Self {
+        self.of_entries |= WatchFlags::MODIFY;
+        self
     }
 
     /// From now on changes are noticed; for directories that have come since, it
@@ -88,8 +97,7 @@ impl Watch {
 
     /// Watches a directory; false: there is none.
     fn add(&self, dir: &Path) -> anyhow::Result<bool> {
-        let of_entries = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::DELETE;
-        let flags = of_entries | WatchFlags::DELETE_SELF | WatchFlags::ONLYDIR;
+        let flags = self.of_entries | WatchFlags::DELETE_SELF | WatchFlags::ONLYDIR;
         match inotify::add_watch(&self.notices, dir, flags) {
             Ok(_) => Ok(true),
             Err(Errno::NOENT | Errno::NOTDIR) => Ok(false),
@@ -100,15 +108,14 @@ impl Watch {
     }
 
     /// Waits until something may have changed since `pods` were looked at, or
-    /// `other` is ready; tells how that is.
+    /// `other` is ready, if there is one; tells how that is.
     ///
     /// # Errors
     /// Waiting fails.
     pub fn wait<'a>(
         &mut self,
         pods: impl Iterator<Item = &'a Pod>,
-        other: BorrowedFd<'_>,
-        readiness: PollFlags,
+        other: Option<(BorrowedFd<'_>, PollFlags)>,
     ) -> anyhow::Result<PollFlags> {
         let mut before = std::mem::take(&mut self.processes);
         let mut timeout = None;
@@ -124,17 +131,18 @@ impl Watch {
             }
         }
         drop(before);
-        let mut all = vec![
-            PollFd::from_borrowed_fd(other, readiness),
-            PollFd::new(&self.notices, PollFlags::IN),
-        ];
+        let mut all = vec![PollFd::new(&self.notices, PollFlags::IN)];
         let processes = self.processes.values();
         all.extend(processes.map(|process| PollFd::new(process, PollFlags::IN)));
+        // Behind them, where there is one.
+        let watched = all.len();
+        all.extend(other.map(|(other, readiness)| PollFd::from_borrowed_fd(other, readiness)));
         match poll(&mut all, timeout.as_ref()) {
             Err(Errno::INTR) | Ok(_) => {}
             Err(error) => return Err(error).context("waiting for events"),
         }
-        let other = all[0].revents();
+        let other = all.get(watched).map(PollFd::revents);
+        let other = other.unwrap_or(PollFlags::empty());
         drop(all);
         self.forget_notices()?;
         Ok(other)

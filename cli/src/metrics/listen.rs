@@ -56,7 +56,7 @@ pub fn serve(address: SocketAddr) -> anyhow::Result<()> {
             writeln!(output, "http://{}/metrics", listener.local_addr()?)?;
             output.flush()?;
         }
-        let ready = watch.wait(now.values(), listener.as_fd(), PollFlags::IN)?;
+        let ready = watch.wait(now.values(), Some((listener.as_fd(), PollFlags::IN)))?;
         if ready.contains(PollFlags::IN) {
             let text = page.of(Instant::now(), || text(&now, &starts))?;
             let_in(&listener, &text, &guests);

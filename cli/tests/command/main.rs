@@ -12,6 +12,7 @@ mod listen;
 mod node;
 mod streams;
 mod template;
+mod traces;
 
 use node::{Node, expect, json, out};
 

@@ -9,3 +9,4 @@ pub mod rates;
 pub mod shell;
 pub mod smaps;
 pub mod state;
+pub mod trace;

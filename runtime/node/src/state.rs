@@ -169,6 +169,8 @@ pub struct Timeline {
     pub vmm_spec_ns: u64,
     /// The guest's first instruction.
     pub guest_entered_ns: u64,
+    /// The agent began, by what it says itself; 0 for one that began in a template.
+    pub agent_began_ns: u64,
     /// The agent had set the sandbox up.
     pub agent_ready_ns: u64,
     /// The first container was created.

@@ -296,7 +296,7 @@ impl Pod {
         self.was_used = true;
         self.containers
             .insert(request.id.as_str().to_owned(), container);
-        let created = Created {
+        let mut created = Created {
             id: request.id.as_str().to_owned(),
             rootfs: request.rootfs.clone(),
             reply,
@@ -323,7 +323,8 @@ impl Pod {
                         if let Some(fitter) = fitter {
                             fitter.fit(&vm, &agent).await;
                         }
-                        let outcome = create_member(vm, agent, *files).await;
+                        let passed = |what: &str| created.reply.passed(what);
+                        let outcome = create_member(vm, agent, *files, passed).await;
                         |pod: &mut Pod| pod.member_created(created, outcome)
                     });
                 }
@@ -378,8 +379,9 @@ impl Pod {
 
     fn boot_failed(&mut self, created: Created, error: Error) {
         self.machine = MachineState::None;
-        self.release();
         self.create_failed(created, error);
+        // Not before what failed is written down, for those who trace it.
+        self.release();
     }
 
     fn create_failed(&mut self, created: Created, error: Error) {

@@ -190,10 +190,14 @@ impl Pod {
         self.containers.remove(id);
         let deletion = self.deleting.remove(id);
         self.fit_machine();
+        if let Some(deletion) = deletion {
+            self.tell_deleted(id, deletion);
+        }
+        // Not before that is written down, for those who trace it.
         self.work_ended();
-        let Some(Deletion { deleted, waiting }) = deletion else {
-            return;
-        };
+    }
+
+    fn tell_deleted(&self, id: &str, Deletion { deleted, waiting }: Deletion) {
         let event = TaskDelete {
             container_id: id.to_owned(),
             pid: deleted.pid,

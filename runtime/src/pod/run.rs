@@ -14,6 +14,8 @@ use tokio::time::timeout;
 use super::delete::report;
 use super::exit::ended_now;
 use super::{MACHINE_GONE, MachineState, Pod, PodHandle, Reply, SIGKILL};
+use husk_node::trace::stage;
+
 use crate::agent_client::{Agent, AgentError, Exit};
 use crate::config::Patience;
 use crate::container::{Exec, Kind, Process, State};
@@ -105,7 +107,7 @@ impl Pod {
 
     /// Starts a container's first process, or one that was added. Answers the
     /// pid.
-    pub fn start_process(&mut self, id: String, exec: String, reply: Reply<u32>) {
+    pub fn start_process(&mut self, id: String, exec: String, mut reply: Reply<u32>) {
         if let Err(error) = self.process_mut(&id, &exec).and_then(|process| {
             let name = if exec.is_empty() { &id } else { &exec };
             process.begin_start(name)
@@ -133,10 +135,12 @@ impl Pod {
                     Some(interfaces) => interfaces.catch_up_for_start(&vm, &agent).await,
                     None => Ok(()),
                 };
+                reply.passed(stage::NETWORK);
                 let started = match plugged {
                     Ok(()) => agent.start_container(&id).await.map_err(Error::from),
                     Err(error) => Err(error),
                 };
+                reply.passed(stage::START);
                 let outcome = match started {
                     Ok(()) => {
                         if let Some(hooks) = hooks {
@@ -163,12 +167,14 @@ impl Pod {
         let owner = self.owner(&exec);
         self.later(async move {
             let opened = Stdio::open(&paths, &owner, Box::new(|| {})).await;
+            reply.passed(stage::STREAMS);
             let outcome = match opened {
                 Ok(streams) => {
                     start_exec(&vm, &agent, &id, &exec, streams, paths.terminal, spec).await
                 }
                 Err(error) => Err(error.into()),
             };
+            reply.passed(stage::EXEC);
             move |pod: &mut Pod| {
                 let outcome = outcome.map(|stdio| {
                     if let Ok(process) = pod.process_mut(&id, &exec) {

@@ -26,6 +26,7 @@ mod scarce;
 mod second_line;
 mod shell;
 mod template;
+mod traces;
 mod users;
 mod vmm;
 mod volumes;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         hostile::CASES,
         second_line::CASES,
         shell::CASES,
+        traces::CASES,
     ]
     .concat();
     if !rustix::process::geteuid().is_root() {

@@ -20,6 +20,7 @@ pub mod pod_cgroup;
 pub mod pod_state;
 pub mod process;
 pub mod runner;
+pub mod spans;
 pub mod stream;
 pub mod stuck;
 pub mod tasks;

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use husk_node::trace::stage;
 use husk_protocol::agent::CreateContainerRequest;
 
 use crate::agent_client::Agent;
@@ -104,8 +105,14 @@ pub(super) async fn boot_single(
     }
 }
 
-/// Has the guest of a running machine prepare a container.
-pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<Prepared, Error> {
+/// Has the guest of a running machine prepare a container; `passed` is told which
+/// parts of that are over.
+pub(super) async fn create_member(
+    vm: Vm,
+    agent: Agent,
+    files: Files,
+    mut passed: impl FnMut(&str),
+) -> Result<Prepared, Error> {
     let Files {
         files,
         streams,
@@ -122,7 +129,9 @@ pub(super) async fn create_member(vm: Vm, agent: Agent, files: Files) -> Result<
             return Err(error);
         }
     };
+    passed(stage::FILES);
     let outcome = create_in_guest(&vm, &agent, &id, &files, guest, streams).await;
+    passed(stage::CREATE);
     let stand_in = stand_in(&vm).await;
     let pid = stand_in.as_ref().map_or(vm.process().pid, StandIn::tid);
     match with_hooks(outcome, &hooks, pid).await {

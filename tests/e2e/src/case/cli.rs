@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod guest;
+pub mod traces;
 
 use std::fs;
 use std::process::Command;

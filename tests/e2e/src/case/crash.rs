@@ -231,8 +231,8 @@ fn shim_during_start(bench: &Bench) -> Result<()> {
     during_start(bench, |id| shim_of(id).into_iter().collect())
 }
 
-/// Kills containerd and starts it again.
-pub(super) fn restart_containerd(bench: &Bench) -> Result<()> {
+/// Kills containerd and starts it again, with these in its environment.
+pub(super) fn restart_containerd(bench: &Bench, settings: &[(&str, &str)]) -> Result<()> {
     let restart = bench
         .node
         .restart
@@ -242,7 +242,9 @@ pub(super) fn restart_containerd(bench: &Bench) -> Result<()> {
     eventually("containerd is gone", bench.seconds(5), || {
         Ok(processes("containerd").is_empty().then_some(()))
     })?;
-    let done = Command::new("sh").args(["-c", restart]).status()?;
+    let mut command = Command::new("sh");
+    command.args(["-c", restart]).envs(settings.iter().copied());
+    let done = command.status()?;
     ensure!(done.success(), "{restart}: {done}");
     eventually("containerd answers", bench.seconds(20), || {
         let answer = process::run(&mut bench.ctr.command(&["version"]), bench.seconds(5));
@@ -266,7 +268,7 @@ fn containerd(bench: &Bench) -> Result<()> {
     eventually("it counts", bench.seconds(10), || {
         Ok((count() > 0).then_some(()))
     })?;
-    restart_containerd(bench)?;
+    restart_containerd(bench, &[])?;
     let counted = count();
     eventually("it still counts", bench.seconds(5), || {
         Ok((count() > counted).then_some(()))
@@ -295,7 +297,7 @@ fn containerd_with_pod(bench: &Bench) -> Result<()> {
     let ends = pod.start(&cri, &["sh", "-c", "sleep 2; exit 7"])?;
     pod.await_log(&cri, &running, "line 2")?;
     drop(cri);
-    restart_containerd(bench)?;
+    restart_containerd(bench, &[])?;
     let cri = eventually("the CRI answers", bench.seconds(20), || {
         let cri = bench.cri()?;
         Ok(cri.pod_status(&pod.id).is_ok().then_some(cri))

@@ -259,6 +259,7 @@ pub fn all() -> Vec<&'static Case> {
         cli::CASES,
         cli::guest::CASES,
         cli::bench::CASES,
+        cli::traces::CASES,
         crash::CASES,
         soak::CASES,
     ]

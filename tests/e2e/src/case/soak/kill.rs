@@ -295,7 +295,7 @@ fn kill_when_there(
     may: impl Fn() -> bool,
 ) -> Result<bool> {
     if party == Party::Containerd {
-        restart_containerd(bench)?;
+        restart_containerd(bench, &[])?;
         return Ok(true);
     }
     let begun = Instant::now();
