@@ -13,6 +13,9 @@ mod svg;
 /// Columns of the chart's bars.
 const COLUMNS: u64 = 40;
 
+/// The stages of a start that are over when the first container's program runs.
+pub const OF_START: [&str; 6] = ["node", "vmm-spec", "vmm-build", "guest", "create", "start"];
+
 /// A part of a start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stage {
@@ -175,6 +178,8 @@ mod tests {
             .collect();
         // What was done before it was asked for took no time of its own.
         assert_eq!(took, [10, 10, 10, 100, 0, 70]);
+        let keys: Vec<_> = stages.iter().map(|stage| stage.key).collect();
+        assert_eq!(keys, OF_START);
         assert_eq!(super::stages(&Timeline::default()).len(), 0);
     }
 

@@ -6,9 +6,9 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use husk_node::process::Process;
-use husk_node::state::EndFacts;
+use husk_node::state::{EndFacts, EndKind};
 
-use crate::events::{self, Known};
+use crate::events::{self, Event, Known};
 use crate::pods::Pod;
 use crate::timeline;
 
@@ -19,6 +19,30 @@ const BOUNDS_MS: [u64; 14] = [
 
 /// The name of the whole start among its stages.
 const WHOLE: &str = "all";
+
+/// What is counted. A counter that is not there before it is 1 never increases, by
+/// what Prometheus sees: each is there from the beginning.
+const EVENTS: [Event; 8] = [
+    Event::Added,
+    Event::Running,
+    Event::Created,
+    Event::Started,
+    Event::Output,
+    Event::Ended,
+    Event::Abandoned,
+    Event::Removed,
+];
+const KINDS: [EndKind; 9] = [
+    EndKind::PoweredOff,
+    EndKind::Reset,
+    EndKind::Panicked,
+    EndKind::Killed,
+    EndKind::VmmFailed,
+    EndKind::VmmGone,
+    EndKind::LostAgent,
+    EndKind::LostFileServer,
+    EndKind::Unknown,
+];
 
 /// How many lengths of time are how long.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -123,7 +147,9 @@ impl Starts {
             "# HELP {name} Starts of pods since this endpoint began, up to the first container's \
              program, by stage.\n# TYPE {name} histogram"
         )?;
-        for (stage, histogram) in &self.by_stage {
+        for stage in timeline::OF_START.into_iter().chain([WHOLE]) {
+            let none = Histogram::default();
+            let histogram = self.by_stage.get(stage).unwrap_or(&none);
             histogram.write(&mut page, name, stage)?;
         }
         let name = "husk_events_total";
@@ -132,7 +158,8 @@ impl Starts {
             "# HELP {name} What happened to pods since this endpoint began, as `husk events` tells it.\n\
              # TYPE {name} counter"
         )?;
-        for (event, count) in &self.events {
+        for event in EVENTS.map(Event::word) {
+            let count = self.events.get(event).unwrap_or(&0);
             writeln!(page, "{name}{{event=\"{event}\"}} {count}")?;
         }
         let name = "husk_failures_total";
@@ -141,7 +168,8 @@ impl Starts {
             "# HELP {name} Machines that ended unasked since this endpoint began, by why.\n\
              # TYPE {name} counter"
         )?;
-        for (kind, count) in &self.failures {
+        for kind in KINDS.map(EndKind::word) {
+            let count = self.failures.get(kind).unwrap_or(&0);
             writeln!(page, "{name}{{kind=\"{kind}\"}} {count}")?;
         }
         Ok(page)
@@ -195,6 +223,22 @@ mod tests {
     fn known(pods: &[Pod]) -> Known {
         let entry = |pod: &Pod| (pod.dir.clone(), pod.clone());
         pods.iter().map(entry).collect()
+    }
+
+    #[test]
+    fn counters_begin_with_nothing() {
+        let page = Starts::default().page().unwrap();
+        for line in [
+            "husk_starts_seconds_count{stage=\"all\"} 0",
+            "husk_starts_seconds_bucket{stage=\"guest\",le=\"+Inf\"} 0",
+            "husk_events_total{event=\"first-output\"} 0",
+            "husk_failures_total{kind=\"vmm-gone\"} 0",
+        ] {
+            assert!(page.lines().any(|shown| shown == line), "{page}");
+        }
+        // What no event is counted as is no event.
+        let words = EVENTS.map(Event::word);
+        assert!(!words.contains(&Event::Present.word()));
     }
 
     #[test]
