@@ -153,11 +153,11 @@ fn a_machine_has_no_more_devices_than_slots() {
         let disks = (0..disks).map(disk).collect();
         plan(size, room, parts(nics, disks)).map(|_| ())
     };
-    planned(20, 5).unwrap();
-    let error = planned(20, 6).unwrap_err();
+    planned(20, 4).unwrap();
+    let error = planned(20, 5).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the pod has 20 interfaces and 6 disks as its machine begins; both together can be 25"
+        "the pod has 20 interfaces and 5 disks as its machine begins; both together can be 24"
     );
     assert_eq!(error.code(), Code::INVALID_ARGUMENT);
 }
