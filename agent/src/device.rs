@@ -113,6 +113,11 @@ pub fn remove(virtio: &Path) -> Result<(), OsError> {
     write(&function, "1")
 }
 
+/// Removes a PCI function before it is unplugged, by its directory in /sys.
+pub fn remove_function(function: &Path) -> Result<(), OsError> {
+    write(function.join("remove"), "1")
+}
+
 /// The directory in /sys of a device of the virtio bus.
 pub fn on_virtio_bus(name: &str) -> PathBuf {
     Path::new("/sys/bus/virtio/devices").join(name)

@@ -28,6 +28,7 @@ mod mirror;
 mod names;
 mod netlink;
 mod oci;
+mod pci;
 mod pidfd;
 mod pod_namespaces;
 mod power;

@@ -250,7 +250,7 @@ impl Sandbox {
     ) -> Result<Container, Error> {
         let spec: Spec = parse("oci_spec", &request.oci_spec)?;
         let pid_namespace = self.pid_source(&spec).await?;
-        let finding = DeviceNumbers::find(&request.devices);
+        let finding = DeviceNumbers::find(&request.devices, &request.pci_slots);
         let devices = attempt.work(finding).await?;
         let storages = storage::mount_all_for(attempt, request.storages).await?;
         let order = Order {

@@ -17,7 +17,7 @@ use ttrpc::r#async::TtrpcContext;
 
 use crate::error::{Doing, Error};
 use crate::sandbox::{Sandbox, check_id, parse};
-use crate::{clock, device, events, forward, names, netlink, oci, storage};
+use crate::{clock, device, events, forward, names, netlink, oci, pci, storage};
 
 /// Answers the shim.
 #[derive(Debug)]
@@ -279,6 +279,12 @@ impl Agent for Service {
         // On this thread, which is in the pod's network namespace.
         if let Some(Device::Vlan(name)) = &request.device {
             netlink::remove_vlan(name).map_err(Error::from)?;
+            return Ok(Empty::new());
+        }
+        if let Some(Device::PciSlot(slot)) = request.device {
+            let name = || format!("in PCI slot {slot}");
+            let function = pci::function(slot).ok_or_else(|| Error::NoDevice { device: name() })?;
+            blocking(move || Ok(device::remove_function(&function)?)).await?;
             return Ok(Empty::new());
         }
         let device = find_device(&request).await?;

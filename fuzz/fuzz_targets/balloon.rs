@@ -5,4 +5,4 @@ use husk_fuzz::driver::{Act, drive};
 use husk_virtio::balloon::Balloon;
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(init: husk_fuzz::start(), |acts: Vec<Act<()>>| drive(Balloon, acts, |_, ()| {}));
+fuzz_target!(init: husk_fuzz::start(), |acts: Vec<Act<()>>| drive(Balloon::default(), acts, |_, ()| {}));

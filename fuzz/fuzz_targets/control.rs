@@ -47,6 +47,9 @@ fuzz_target!(init: husk_fuzz::start(), |data: &[u8]| {
     if let Ok(Request::AddDevice(device)) = packet.parse() {
         let _ = device.check(count);
     }
+    if let Ok(Request::AddVfio(group)) = packet.parse() {
+        let _ = group.check(count);
+    }
     if let Ok(Request::Save(saved)) = packet.parse() {
         let _ = saved.check(count);
     }

@@ -135,6 +135,7 @@ fn machine(
         console: Some(ConsoleSpec {
             output: Descriptor(1),
         }),
+        vfio: false,
         vsock: Some(VsockSpec {
             cid: 3,
             host_ports: vec![HostPort {

@@ -507,6 +507,18 @@ impl Agent {
         Ok(())
     }
 
+    /// Lets go of a PCI device of the node before it is unplugged.
+    ///
+    /// # Errors
+    /// As the agent says.
+    pub async fn remove_pci(&self, slot: u8) -> Result<(), AgentError> {
+        let mut request = agent::RemoveDeviceRequest::default();
+        request.set_pci_slot(slot.into());
+        let ask = |context| self.client.remove_device(context, &request);
+        self.answer("RemoveDevice", QUICK, ask).await?;
+        Ok(())
+    }
+
     /// Ends every process, syncs and powers the guest off. The answer may be
     /// lost with the connection.
     pub async fn shut_down(&self, deadline: Duration) {

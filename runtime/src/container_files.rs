@@ -16,6 +16,7 @@ use crate::id::Id;
 use crate::mirror::MirrorUse;
 use crate::rootfs::{self, RootfsPlan, layers};
 use crate::shared_tree::{ContainerTree, SharedTree};
+use crate::vfio::{GroupUse, PodGroups};
 use crate::vm_plan::Disk;
 use crate::vm_process::Vm;
 use crate::volume;
@@ -26,6 +27,7 @@ pub struct ContainerFiles {
     tree: ContainerTree,
     disks: Vec<DiskUse>,
     mirrors: Vec<MirrorUse>,
+    groups: Vec<GroupUse>,
     pod_disks: Arc<PodDisks>,
 }
 
@@ -50,6 +52,8 @@ pub struct GuestFiles {
     pub devices: Vec<DeviceNumber>,
     /// The container gets all devices of the guest.
     pub all_devices: bool,
+    /// Where the guest finds PCI devices of the node.
+    pub pci_slots: Vec<u8>,
 }
 
 /// What the files are made from.
@@ -65,6 +69,8 @@ pub struct FilesRequest {
     pub tree: SharedTree,
     /// The pod's disks.
     pub disks: Arc<PodDisks>,
+    /// Its PCI devices of the node.
+    pub groups: Arc<PodGroups>,
     /// The pod's own files about names are mounted in it.
     pub pod_binds: bool,
 }
@@ -91,6 +97,7 @@ impl FilesRequest {
             tree: ContainerTree::create(&self.tree, &self.id)?,
             disks: Vec::new(),
             mirrors: Vec::new(),
+            groups: Vec::new(),
             pod_disks: Arc::clone(&self.disks),
         };
         let guest = self.fill(&mut files);
@@ -120,14 +127,15 @@ impl FilesRequest {
                 root
             }
         };
-        let mut devices = Devices::open(&self.id, &self.bundle, &self.disks)?;
+        let mut devices = Devices::open(&self.id, &self.bundle, &self.disks, &self.groups)?;
         let pod_uid = self.bundle.pod_uid();
         let mounts = self.bundle.mounts();
         let mirrors = &mut files.mirrors;
         let sources =
             volume::mount_volumes(tree, &mut devices, mirrors, mounts, pod_uid.as_deref())?;
-        let (mut devices, of_devices) = devices.finish();
-        files.disks.extend(of_devices);
+        let (mut devices, disks, groups) = devices.finish();
+        files.disks.extend(disks);
+        files.groups.extend(groups);
         // The guest looks for each, which most containers need not wait for.
         if self.bundle.limits_io() {
             let below = files.disks.iter().flat_map(DiskUse::stands_on);
@@ -145,6 +153,7 @@ impl FilesRequest {
             storages,
             devices: devices.numbers,
             all_devices: devices.all,
+            pci_slots: devices.pci_slots,
         })
     }
 }
@@ -172,14 +181,17 @@ impl ContainerFiles {
         disks.collect::<Result<_, _>>().map_err(Error::Disk)
     }
 
-    /// Hands a running machine what it does not have yet: plugs the disks, and
-    /// gives the guest its copies of what it has copies of.
+    /// Hands a running machine what it does not have yet: plugs disks and PCI
+    /// devices, and gives the guest its copies of what it has copies of.
     ///
     /// # Errors
     /// The machine or its guest could not.
     pub async fn hand_over(&self, vm: &Vm, agent: &Agent) -> Result<(), Error> {
         for disk in &self.disks {
             disk.plug(vm, agent).await?;
+        }
+        for group in &self.groups {
+            group.plug(vm, agent).await?;
         }
         for mirror in &self.mirrors {
             mirror.fill(agent).await?;
@@ -193,11 +205,16 @@ impl ContainerFiles {
             tree,
             disks,
             mirrors,
+            groups,
             pod_disks,
         } = self;
-        drop((disks, mirrors));
+        let pod_groups = groups.first().map(GroupUse::pod);
+        drop((disks, mirrors, groups));
         if let Some((vm, agent)) = machine {
             pod_disks.unplug_unused(vm, agent).await;
+            if let Some(pod_groups) = pod_groups {
+                pod_groups.unplug_unused(vm, agent).await;
+            }
             tree.tree().mirrors().remove_unused(agent).await;
         }
         // umount(2) may wait for a disk.

@@ -16,7 +16,12 @@ use ttrpc::Code;
 use crate::bundle::device::{self, Device, DeviceKind};
 use crate::bundle::{Bundle, DeviceRule};
 use crate::disk::{Backing, DiskUse, PodDisks};
+use crate::error::Error;
 use crate::id::Id;
+use crate::vfio::{self, GroupUse, PodGroups};
+
+/// What is listed beside groups of PCI devices, and is the shim's to use.
+const VFIO: &str = "vfio/vfio";
 
 /// A block device that cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +52,7 @@ pub struct Devices {
     container: Id,
     pod: Arc<PodDisks>,
     disks: Vec<DiskUse>,
+    groups: Vec<GroupUse>,
     numbers: Vec<DeviceNumber>,
     storages: Vec<Storage>,
     asked: Vec<usize>,
@@ -64,20 +70,28 @@ pub struct GuestDevices {
     pub storages: Vec<Storage>,
     /// The container gets all that the guest has.
     pub all: bool,
+    /// Where the guest finds the PCI devices of the node.
+    pub pci_slots: Vec<u8>,
 }
 
 impl Devices {
     /// Opens what the spec's list has. Blocks.
     ///
     /// # Errors
-    /// A block device cannot be opened.
-    pub fn open(container: &Id, bundle: &Bundle, pod: &Arc<PodDisks>) -> Result<Self, DeviceError> {
+    /// A block device cannot be opened, or a PCI device not be had.
+    pub fn open(
+        container: &Id,
+        bundle: &Bundle,
+        pod: &Arc<PodDisks>,
+        groups: &Arc<PodGroups>,
+    ) -> Result<Self, Error> {
         let (listed, rules) = (bundle.devices(), bundle.device_rules());
         let mut devices = Self {
             rules: rules.to_vec(),
             container: container.clone(),
             pod: Arc::clone(pod),
             disks: Vec::new(),
+            groups: Vec::new(),
             numbers: Vec::new(),
             storages: Vec::new(),
             asked: device::asked_for(listed, rules, is_nodes),
@@ -89,7 +103,17 @@ impl Devices {
                 (DeviceKind::Block, Some(number)) => {
                     devices.disk(&device.path, number)?;
                 }
-                (DeviceKind::Character, Some(number)) => devices.character(number),
+                (DeviceKind::Character, Some(number)) => {
+                    let name = name(DeviceKind::Character, number).unwrap_or_default();
+                    if let Some(number) = vfio::number(&name) {
+                        devices.groups.push(groups.share(number)?);
+                    } else if name != VFIO {
+                        devices.character(number, name);
+                        continue;
+                    }
+                    // The guest has others in its place.
+                    devices.asked.retain(|asked| *asked != index);
+                }
                 _ => {}
             }
         }
@@ -137,14 +161,20 @@ impl Devices {
     }
 
     /// What the guest is told, and what has to be plugged before.
-    pub fn finish(self) -> (GuestDevices, Vec<DiskUse>) {
+    pub fn finish(self) -> (GuestDevices, Vec<DiskUse>, Vec<GroupUse>) {
         let guest = GuestDevices {
             asked: self.asked,
             numbers: self.numbers,
             storages: self.storages,
             all: self.all,
+            pci_slots: self
+                .groups
+                .iter()
+                .flat_map(GroupUse::slots)
+                .copied()
+                .collect(),
         };
-        (guest, self.disks)
+        (guest, self.disks, self.groups)
     }
 
     /// The serial of the disk that a block device becomes, if the container may
@@ -177,8 +207,8 @@ impl Devices {
         Ok(Some(serial))
     }
 
-    fn character(&mut self, number: (u32, u32)) {
-        if let Some(name) = name(DeviceKind::Character, number) {
+    fn character(&mut self, number: (u32, u32), name: String) {
+        if !name.is_empty() {
             self.tell(number, |entry| entry.set_character_name(name));
         }
     }

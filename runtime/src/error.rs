@@ -18,6 +18,7 @@ use crate::rootfs::RootfsError;
 use crate::shared_tree::SharedTreeError;
 use crate::state_dir::StateDirError;
 use crate::stdio::StdioError;
+use crate::vfio::VfioError;
 use crate::vm_plan::PlanError;
 use crate::vm_process::VmError;
 use crate::volume::VolumeError;
@@ -96,6 +97,9 @@ pub enum Error {
     /// A device of the node.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A PCI device of the node.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// A hook of the spec.
     #[error(transparent)]
     Hook(#[from] HookError),
@@ -142,6 +146,7 @@ impl Error {
             Self::Rootfs(error) => error.code(),
             Self::Volume(error) => error.code(),
             Self::Device(error) => error.code(),
+            Self::Vfio(error) => error.code(),
             Self::Stdio(error) => error.code(),
             Self::Plan(error) => error.code(),
             Self::Config(_)

@@ -185,6 +185,7 @@ impl MachineParts {
             file_server: Some(self.file_server_socket),
             disks,
             rates,
+            vfio: request.config.vfio,
         };
         let StartPlan {
             size,

@@ -63,6 +63,7 @@ mod stdio;
 mod task_service;
 mod template;
 mod trace;
+mod vfio;
 mod vm_plan;
 mod vm_process;
 mod volume;

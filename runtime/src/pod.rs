@@ -35,6 +35,7 @@ use crate::stand_in::StandIn;
 use crate::state_dir::{State, StateDir};
 use crate::stdio::Owner;
 use crate::trace::{self, Trace};
+use crate::vfio::PodGroups;
 use crate::vm_process::{Vm, VmEnd};
 
 mod create;
@@ -127,6 +128,7 @@ pub struct Pod {
     /// What the machine was ended for the lack of.
     lost_part: Option<Part>,
     disks: Arc<PodDisks>,
+    groups: Arc<PodGroups>,
     /// There has been a container.
     was_used: bool,
     over: bool,
@@ -234,6 +236,7 @@ impl Pod {
             steps,
             state_dir: state_dir.clone(),
         };
+        let vfio = settings.config.vfio;
         let pod = Self {
             settings,
             state_dir,
@@ -252,6 +255,7 @@ impl Pod {
             sandbox_exit: None,
             lost_part: None,
             disks: Arc::default(),
+            groups: Arc::new(PodGroups::new(vfio)),
             was_used: false,
             over: false,
         };

@@ -84,6 +84,8 @@ pub struct VmParts {
     pub disks: Vec<Disk>,
     /// What disks and interfaces may move.
     pub rates: Rates,
+    /// It may get PCI devices of the node.
+    pub vfio: bool,
 }
 
 /// How a machine begins.
@@ -301,6 +303,7 @@ pub fn plan(
         console: Some(ConsoleSpec {
             output: descriptors.push(parts.console),
         }),
+        vfio: parts.vfio,
         vsock: Some(VsockSpec {
             cid: CID,
             host_ports: vec![HostPort {

@@ -9,15 +9,16 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use husk_node::rates::Rates;
 use husk_vmm_spec::{
     DeviceId, DeviceSpec, ExitReason, Failure, HostPort, Message, Reply, Request, SavedSpec,
-    Timeline, ValidVmSpec,
+    Timeline, ValidVmSpec, VfioFunctionSpec, VfioSpec,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
@@ -40,6 +41,13 @@ pub use end::{VmEnd, VmError};
 /// Longest time for the VMM to answer a request.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 
+/// What it may take longer for each GiB of memory that is pinned: a page of 4 KiB may
+/// have to be found and zeroed for each that the guest has not touched.
+const PIN_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Locked memory beside guest memory: io_uring's rings, as the VMM's jail says.
+const LOCKED_BESIDE: u64 = 1 << 20;
+
 /// How long a VMM that was asked to end may take before it is killed.
 const KILL_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -60,6 +68,10 @@ pub struct Vm {
     request_limit: Duration,
     /// Of what is plugged later.
     rates: Rates,
+    /// All that the guest can come to have.
+    memory_mib: u32,
+    /// Groups of PCI devices that were plugged, all in all.
+    groups: Arc<AtomicU64>,
     calls: mpsc::Sender<Call>,
     /// Apart from the calls, which may have to wait.
     kill: Arc<Notify>,
@@ -153,6 +165,8 @@ impl Vmm {
         rates: Rates,
     ) -> Result<(Vm, Timeline), VmError> {
         let process = self.process();
+        let memory = spec.spec().memory;
+        let memory_mib = memory.boot_mib.saturating_add(memory.pluggable_mib);
         match self.control.send(spec.spec(), &descriptors).await {
             // It has ended: why is asked below.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
@@ -183,6 +197,8 @@ impl Vmm {
             process,
             request_limit,
             rates,
+            memory_mib,
+            groups: Arc::default(),
             calls,
             kill,
             end,
@@ -273,6 +289,64 @@ impl Vm {
         added
     }
 
+    /// Plugs PCI devices of the node: a group with its devices, each into a slot.
+    ///
+    /// # Errors
+    /// The VMM could not.
+    pub async fn add_vfio(
+        &self,
+        id: DeviceId,
+        container: OwnedFd,
+        group: OwnedFd,
+        functions: Vec<(OwnedFd, u8)>,
+    ) -> Result<(), VmError> {
+        self.allow_pinning()?;
+        let mut descriptors = Descriptors::default();
+        let spec = VfioSpec {
+            id: id.clone(),
+            container: descriptors.push(container),
+            group: descriptors.push(group),
+            functions: functions
+                .into_iter()
+                .map(|(device, slot)| VfioFunctionSpec {
+                    device: descriptors.push(device),
+                    slot,
+                })
+                .collect(),
+        };
+        let limit = self
+            .request_limit
+            .saturating_add(PIN_PATIENCE * (self.memory_mib >> 10));
+        let request = Request::AddVfio(spec);
+        let added = self.request_within(limit, "plug a PCI device", request, descriptors.0);
+        let added = added.await;
+        if matches!(added, Err(VmError::Deadline { .. })) {
+            // It may still do so.
+            if let Err(error) = self.remove_device(id).await {
+                tracing::debug!("{}", crate::error::chain(&error));
+            }
+        }
+        added
+    }
+
+    /// What a PCI device reaches is pinned, all of the guest's memory for each group,
+    /// and the kernel counts it as the VMM's locked memory.
+    fn allow_pinning(&self) -> Result<(), VmError> {
+        let groups = self.groups.fetch_add(1, Ordering::Relaxed) + 1;
+        let most = (u64::from(self.memory_mib) << 20).saturating_mul(groups);
+        let most = Some(most.saturating_add(LOCKED_BESIDE));
+        let limit = Rlimit {
+            current: most,
+            maximum: most,
+        };
+        let pid = i32::try_from(self.process.pid).ok().and_then(Pid::from_raw);
+        let raised = prlimit(pid, Resource::Memlock, limit);
+        raised.map(drop).map_err(|source| VmError::Io {
+            what: "raising the VMM's limit of locked memory",
+            source: source.into(),
+        })
+    }
+
     /// Unplugs a device that the agent has let go of.
     ///
     /// # Errors
@@ -344,6 +418,17 @@ impl Vm {
         request: Request,
         descriptors: Vec<OwnedFd>,
     ) -> Result<(), VmError> {
+        self.request_within(self.request_limit, what, request, descriptors)
+            .await
+    }
+
+    async fn request_within(
+        &self,
+        limit: Duration,
+        what: &'static str,
+        request: Request,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), VmError> {
         let (reply, answer) = oneshot::channel();
         let call = Call {
             request,
@@ -355,13 +440,13 @@ impl Vm {
             let _ = self.calls.send(call).await;
             answer.await
         };
-        match timeout(self.request_limit, asked).await {
+        match timeout(limit, asked).await {
             Ok(Ok(Ok(_))) => Ok(()),
             Ok(Ok(Err(source))) => Err(VmError::Refused { what, source }),
             Ok(Err(_)) => Err(VmError::Ended(self.ended().await)),
             Err(_) => Err(VmError::Deadline {
                 what,
-                seconds: self.request_limit.as_secs(),
+                seconds: limit.as_secs(),
             }),
         }
     }

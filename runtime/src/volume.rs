@@ -336,7 +336,8 @@ mod tests {
         std::fs::write(dir.join("config.json"), "{}").unwrap();
         let bundle = crate::bundle::Bundle::load(dir).unwrap();
         let id = Id::new("container", "c").unwrap();
-        Devices::open(&id, &bundle, &Default::default()).unwrap()
+        let groups = std::sync::Arc::new(crate::vfio::PodGroups::new(false));
+        Devices::open(&id, &bundle, &Default::default(), &groups).unwrap()
     }
 
     #[test]
@@ -374,7 +375,7 @@ mod tests {
         .unwrap_err();
         assert!(matches!(error, VolumeError::Device { .. }), "{error}");
         // Nobody may read the block device, so no disk is plugged for it.
-        let (guest, disks) = devices.finish();
+        let (guest, disks, _) = devices.finish();
         assert!(disks.is_empty() && guest.numbers.is_empty());
         assert_eq!(guest.storages.len(), 1);
         assert_eq!(guest.storages[0].block().serial, "");
@@ -405,7 +406,7 @@ mod tests {
             "{place}"
         );
         assert_eq!(&sources[&1], place);
-        let (guest, disks) = devices.finish();
+        let (guest, disks, _) = devices.finish();
         assert!(disks.is_empty());
         let mounted: Vec<_> = guest.storages.iter().map(|one| &one.mount_point).collect();
         assert_eq!(mounted, [place], "one for both");

@@ -90,6 +90,7 @@ fn plan() -> Result<(Plan, File)> {
             console: Some(ConsoleSpec {
                 output: Descriptor(2),
             }),
+            vfio: false,
             vsock: None,
             blocks: Vec::new(),
             nets: Vec::new(),

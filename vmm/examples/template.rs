@@ -145,6 +145,7 @@ fn start(plan: &Plan, name: &str, start: StartSpec, more: Vec<OwnedFd>) -> Resul
         console: Some(ConsoleSpec {
             output: Descriptor(1),
         }),
+        vfio: false,
         vsock: Some(VsockSpec {
             cid: 3,
             host_ports: vec![HostPort {

@@ -149,6 +149,9 @@ fn boot(
     let memory = GuestMemoryAtomic::new(memory);
     let mut board = Board::new(spec, descriptors, &vm, &memory, confinement)?;
     let region = layout::pluggable_range(ram, pluggable);
+    if spec.vfio {
+        board.devices.provide_for_vfio(vm.fd(), region.clone());
+    }
     board.devices.add_memory(region, When::AtBoot)?;
     board.add_vsock(spec, descriptors)?;
     board.add_rest(spec, descriptors, When::AtBoot)?;
@@ -190,6 +193,9 @@ fn restore(
     board.add_vsock(spec, descriptors)?;
     board.bus.restore(&state.bus)?;
     let region = layout::pluggable_range(ram, pluggable);
+    if spec.vfio {
+        board.devices.provide_for_vfio(vm.fd(), region.clone());
+    }
     board.devices.add_memory(region, When::AtRestore)?;
     board.devices.provide_for_later(spec.filesystems.len())?;
     board.add_rest(spec, descriptors, When::AtRestore)?;

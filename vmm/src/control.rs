@@ -56,6 +56,10 @@ fn start(
             source,
         })
     })?;
+    let confinement = match spec.spec().vfio {
+        true => confinement.with_vfio(),
+        false => confinement,
+    };
     let mut machine = boot::start(&spec, &mut packet.descriptors, confinement)
         .map_err(|error| describe(&error))?;
     drop(packet);
@@ -148,6 +152,12 @@ fn answer(packet: Packet, machine: &mut Machine) -> Answer {
                         .devices()
                         .add(&device, &mut descriptors, When::Later)
                 }),
+        ),
+        Request::AddVfio(group) => done(
+            group
+                .check(descriptors.count())
+                .map_err(PlugError::from)
+                .and_then(|()| machine.devices().add_vfio(&group, &mut descriptors)),
         ),
         Request::RemoveDevice(id) => done(machine.devices().remove(&id)),
     })

@@ -17,8 +17,11 @@ use husk_virtio::pci::{Reporter, VirtioPci};
 use husk_virtio::rate::{Limits, Rate, RateError};
 use husk_virtio::rng::Rng;
 use husk_virtio::vsock::{AddHostPorts, RemoveHostPorts, Vsock};
-use husk_virtio::{GuestMemory, VirtioDevice};
-use husk_vmm_spec::{BucketSpec, DeviceId, DeviceSpec, HostPort, RateSpec, SpecError, VsockSpec};
+use husk_virtio::{GuestMemory, Pins, VirtioDevice};
+use husk_vmm_spec::{
+    BucketSpec, DeviceId, DeviceSpec, HostPort, RateSpec, SpecError, VfioSpec, VsockSpec,
+};
+use kvm_ioctls::VmFd;
 use vm_memory::GuestAddressSpace;
 
 use crate::console::ConsoleOutput;
@@ -27,6 +30,7 @@ use crate::kvm::irq::Routes;
 use crate::kvm::memory::is_shared;
 use crate::packet::Descriptors;
 use crate::pci::{BusError, PciBus};
+use crate::vfio::{DmaSpace, Groups, VfioError};
 
 // A rate that a specification may have can be.
 const _: () = assert!(husk_vmm_spec::TOKENS_MAX == husk_virtio::rate::TOKENS_MAX);
@@ -52,6 +56,18 @@ pub enum PlugError {
     /// There is no vsock device.
     #[error("the machine has no vsock device")]
     NoVsock,
+    /// It began as one that gets none.
+    #[error("the machine was not made for PCI devices of the node")]
+    NoVfio,
+    /// A PCI device of the node.
+    #[error("PCI device {id:?}")]
+    Vfio {
+        /// Its group.
+        id: DeviceId,
+        /// Why not.
+        #[source]
+        source: VfioError,
+    },
     /// No memory can be plugged.
     #[error("the machine has no pluggable memory")]
     NoMemory,
@@ -103,7 +119,15 @@ pub struct Devices {
     plugged: Vec<Plugged>,
     vsock: Option<Arc<Mutex<VirtioPci>>>,
     pluggable_memory: Option<Arc<Mutex<VirtioPci>>>,
+    vfio: Option<Vfio>,
+    pins: Pins,
     provided: Provided,
+}
+
+/// PCI devices of the node, and what they reach.
+struct Vfio {
+    dma: Arc<DmaSpace>,
+    groups: Groups,
 }
 
 /// What was made for devices that come later, when no thread can make it.
@@ -155,8 +179,28 @@ impl Devices {
             plugged: Vec::new(),
             vsock: None,
             pluggable_memory: None,
+            vfio: None,
+            pins: Pins::default(),
             provided: Provided::default(),
         }
+    }
+
+    /// Has the machine take PCI devices of the node. Comes before the memory in
+    /// `pluggable` does.
+    pub fn provide_for_vfio(&mut self, vm: &Arc<VmFd>, pluggable: Range<u64>) {
+        let dma = Arc::new(DmaSpace::new(
+            self.memory.clone(),
+            pluggable,
+            self.pins.clone(),
+        ));
+        let groups = Groups::new(
+            Arc::clone(vm),
+            Arc::clone(&self.bus),
+            Arc::clone(&self.routes),
+            Arc::clone(&dma),
+            Arc::clone(&self.reporter),
+        );
+        self.vfio = Some(Vfio { dma, groups });
     }
 
     /// Makes what later devices need and what no thread can make once it is
@@ -195,7 +239,11 @@ impl Devices {
             self.put_on_bus("console", Box::new(device), When::AtBoot)?;
         }
         self.put_on_bus("rng", Box::new(Rng), When::AtBoot)?;
-        self.put_on_bus("balloon", Box::new(Balloon), When::AtBoot)?;
+        self.put_on_bus(
+            "balloon",
+            Box::new(Balloon::new(self.pins.clone())),
+            When::AtBoot,
+        )?;
         Ok(())
     }
 
@@ -205,7 +253,12 @@ impl Devices {
     /// The host refuses something.
     pub fn add_memory(&mut self, range: Range<u64>, when: When) -> Result<(), PlugError> {
         if !range.is_empty() {
-            let device = Box::new(Mem::new(range));
+            let mut device = Mem::new(range);
+            if let Some(Vfio { dma, .. }) = &self.vfio {
+                let dma = Arc::clone(dma);
+                device = device.watched_by(Arc::new(move |change| dma.follow(change)));
+            }
+            let device = Box::new(device);
             let (function, _slot) = self.put_on_bus("memory", device, when)?;
             self.pluggable_memory = Some(function);
         }
@@ -250,9 +303,7 @@ impl Devices {
         when: When,
     ) -> Result<(), PlugError> {
         let id = spec.id();
-        if self.plugged.iter().any(|plugged| plugged.id == id) {
-            return Err(PlugError::Exists(id.to_owned()));
-        }
+        self.check_new(id)?;
         // What was provided for a device is used up once it is made.
         if self.bus.free_slots() == 0 {
             return Err(BusError::Full.into());
@@ -268,12 +319,44 @@ impl Devices {
         Ok(())
     }
 
+    /// Adds PCI devices of the node.
+    ///
+    /// # Errors
+    /// The machine takes none, the name is taken, or the host refuses something.
+    /// Nothing has changed then.
+    pub fn add_vfio(
+        &mut self,
+        spec: &VfioSpec,
+        descriptors: &mut Descriptors,
+    ) -> Result<(), PlugError> {
+        self.check_new(&spec.id)?;
+        let vfio = self.vfio.as_mut().ok_or(PlugError::NoVfio)?;
+        let added = vfio.groups.add(spec, descriptors);
+        added.map_err(|source| PlugError::Vfio {
+            id: spec.id.clone(),
+            source,
+        })
+    }
+
+    fn check_new(&self, id: &str) -> Result<(), PlugError> {
+        let mut plugged = self.plugged.iter();
+        let is_group = self.vfio.as_ref().is_some_and(|vfio| vfio.groups.has(id));
+        match is_group || plugged.any(|plugged| plugged.id == id) {
+            true => Err(PlugError::Exists(id.to_owned())),
+            false => Ok(()),
+        }
+    }
+
     /// Takes a device off the bus. When this returns, it touches neither guest
     /// memory nor its descriptors.
     ///
     /// # Errors
     /// There is no such device.
     pub fn remove(&mut self, id: &str) -> Result<(), PlugError> {
+        let groups = self.vfio.as_mut().map(|vfio| &mut vfio.groups);
+        if groups.is_some_and(|groups| groups.remove(id)) {
+            return Ok(());
+        }
         let index = self.plugged.iter().position(|plugged| plugged.id == id);
         let index = index.ok_or_else(|| PlugError::Unknown(id.to_owned()))?;
         let plugged = self.plugged.swap_remove(index);
@@ -291,7 +374,10 @@ impl Devices {
     /// in this process, or has more state than its registers.
     pub fn not_to_be_saved(&self) -> Option<&str> {
         let memory = self.pluggable_memory.as_ref().map(|_| "memory");
-        memory.or_else(|| self.plugged.first().map(|plugged| plugged.id.as_str()))
+        let group = self.vfio.as_ref().and_then(|vfio| vfio.groups.any());
+        memory
+            .or(group)
+            .or_else(|| self.plugged.first().map(|plugged| plugged.id.as_str()))
     }
 
     /// Lets the guest dial more ports.

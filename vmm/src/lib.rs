@@ -20,3 +20,4 @@ pub mod packet;
 pub mod pci;
 pub mod saved;
 pub mod seccomp;
+pub mod vfio;

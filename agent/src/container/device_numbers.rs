@@ -3,13 +3,14 @@
 
 use std::collections::HashMap;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use husk_protocol::agent::{DeviceNumber, device_number};
 use husk_protocol::limit;
 
 use crate::error::Error;
 use crate::oci::{Device, DeviceKind, DeviceRule, Linux, Mount, Resources, Throttle};
+use crate::pci::{self, Node};
 use crate::storage;
 
 /// The devices of a container, as its spec numbers them.
@@ -17,6 +18,8 @@ use crate::storage;
 pub struct DeviceNumbers {
     known: Vec<Known>,
     below: Vec<Below>,
+    /// Those of PCI devices of the host, which its spec does not number.
+    nodes: Vec<Node>,
 }
 
 #[derive(Debug)]
@@ -41,15 +44,17 @@ enum Guest {
 }
 
 impl DeviceNumbers {
-    /// Finds the devices; waits for disks that were just plugged.
-    pub async fn find(wanted: &[DeviceNumber]) -> Result<Self, Error> {
+    /// Finds the devices, and those that came out of the PCI functions in these
+    /// slots; waits for what was just plugged.
+    pub async fn find(wanted: &[DeviceNumber], slots: &[u32]) -> Result<Self, Error> {
         let invalid = |reason: String| Error::Invalid {
             field: "devices",
             reason,
         };
-        if wanted.len() > limit::DEVICES {
+        if wanted.len() + slots.len() > limit::DEVICES {
             let most = limit::DEVICES;
-            return Err(invalid(format!("{} of them, at most {most}", wanted.len())));
+            let count = wanted.len() + slots.len();
+            return Err(invalid(format!("{count} of them, at most {most}")));
         }
         // Many devices of the host stand below one disk.
         let mut disks = HashMap::new();
@@ -84,18 +89,31 @@ impl DeviceNumbers {
                 }),
             }
         }
-        Ok(Self { known, below })
+        let mut nodes = Vec::new();
+        for slot in slots {
+            nodes.extend(pci::claim(*slot).await?);
+        }
+        Ok(Self {
+            known,
+            below,
+            nodes,
+        })
     }
 
     /// The guest's numbers of the container's block devices.
     pub fn blocks(&self) -> Vec<u64> {
         let known = self.known.iter();
-        known
+        let known = known
             .filter(|known| known.kind == DeviceKind::Block)
             .filter_map(|known| match known.guest {
-                Guest::Number(major, minor) => Some(rustix::fs::makedev(major, minor)),
+                Guest::Number(major, minor) => Some((major, minor)),
                 Guest::Missing(_) => None,
-            })
+            });
+        let nodes = self.nodes.iter();
+        let nodes = nodes.filter(|node| node.kind == DeviceKind::Block);
+        known
+            .chain(nodes.map(|node| node.number))
+            .map(|(major, minor)| rustix::fs::makedev(major, minor))
             .collect()
     }
 
@@ -116,8 +134,15 @@ impl DeviceNumbers {
         for device in &mut linux.devices {
             self.translate_device(device)?;
         }
-        if let Some(resources) = &mut linux.resources {
-            self.translate_resources(resources);
+        for node in &self.nodes {
+            let path = Path::new("/dev").join(&node.name);
+            // What its spec has there is meant to be there.
+            if !linux.devices.iter().any(|device| device.path == path) {
+                linux.devices.push(device_of(node, path));
+            }
+        }
+        if linux.resources.is_some() || !self.nodes.is_empty() {
+            self.translate_resources(linux.resources.get_or_insert_default());
         }
         Ok(())
     }
@@ -127,6 +152,7 @@ impl DeviceNumbers {
         resources
             .devices
             .retain_mut(|rule| self.translate_rule(rule));
+        resources.devices.extend(self.nodes.iter().map(rule_of));
         let block_io = &mut resources.block_io;
         for throttles in [
             &mut block_io.throttle_read_bps_device,
@@ -248,6 +274,28 @@ pub fn check_mounts(mounts: &[Mount]) -> Result<(), Error> {
     Ok(())
 }
 
+fn device_of(node: &Node, path: PathBuf) -> Device {
+    Device {
+        path,
+        kind: node.kind,
+        major: node.number.0.into(),
+        minor: node.number.1.into(),
+        file_mode: None,
+        uid: None,
+        gid: None,
+    }
+}
+
+fn rule_of(node: &Node) -> DeviceRule {
+    DeviceRule {
+        allow: true,
+        kind: Some(node.kind),
+        major: Some(node.number.0.into()),
+        minor: Some(node.number.1.into()),
+        access: Some("rwm".to_owned()),
+    }
+}
+
 fn parts(number: u64) -> Guest {
     Guest::Number(rustix::fs::major(number), rustix::fs::minor(number))
 }
@@ -298,6 +346,7 @@ mod tests {
                 below((8, 32), (254, 32)),
                 below((8, 32), (254, 48)),
             ],
+            nodes: Vec::new(),
         }
     }
 
@@ -386,6 +435,45 @@ mod tests {
         let throttles = resources.block_io.throttle_read_bps_device;
         assert_eq!(throttles.len(), 1);
         assert_eq!((throttles[0].major, throttles[0].minor), (254, 32));
+    }
+
+    #[test]
+    fn what_comes_out_of_a_pci_device_is_the_containers() {
+        let node = |name: &str, kind, number| Node {
+            name: name.to_owned(),
+            kind,
+            number,
+        };
+        let numbers = DeviceNumbers {
+            nodes: vec![
+                node("nvme0", DeviceKind::Character, (241, 0)),
+                node("nvme0n1", DeviceKind::Block, (259, 0)),
+            ],
+            ..numbers()
+        };
+        let spec = r#"{"devices": [
+            {"path": "/dev/nvme0", "type": "c", "major": 10, "minor": 126}]}"#;
+        let mut linux = linux(spec);
+        numbers.translate(&mut linux).unwrap();
+        let devices = linux.devices.iter();
+        let devices: Vec<_> = devices
+            .map(|d| (d.path.to_str().unwrap(), d.major))
+            .collect();
+        assert_eq!(devices, [("/dev/nvme0", 10), ("/dev/nvme0n1", 259)]);
+        let rules = |resources: &Resources| -> Vec<_> {
+            let rules = resources.devices.iter();
+            rules
+                .map(|rule| (rule.allow, rule.major, rule.minor))
+                .collect()
+        };
+        let own = [(true, Some(241), Some(0)), (true, Some(259), Some(0))];
+        assert_eq!(rules(&linux.resources.unwrap()), own);
+        assert_eq!(numbers.blocks().last(), Some(&rustix::fs::makedev(259, 0)));
+        // Rules that come later take nothing of it away.
+        let mut later: Resources =
+            serde_json::from_str(r#"{"devices": [{"allow": false, "access": "rwm"}]}"#).unwrap();
+        numbers.translate_resources(&mut later);
+        assert_eq!(rules(&later)[1..], own);
     }
 
     #[test]

@@ -146,12 +146,22 @@ async fn wait_for(interface: &Interface) -> Result<(), NetworkError> {
 /// Takes an interface that has appeared in the first network namespace into the
 /// pod's, if that is another.
 fn bring_in(interface: &Interface) -> io::Result<()> {
+    bring_in_link(|links| current(links, interface))
+}
+
+/// Likewise, that of a device, by its name on its bus.
+pub fn bring_in_device(device: &str) -> io::Result<()> {
+    let is_it = |link: &&Link| link.device.as_deref() == Some(device);
+    bring_in_link(|links| links.iter().find(is_it))
+}
+
+fn bring_in_link(find: impl Fn(&[Link]) -> Option<&Link>) -> io::Result<()> {
     let Some(pod) = pod_namespaces::network() else {
         return Ok(());
     };
     let socket = pod_namespaces::in_first_network(RouteSocket::open)?;
     let links = links(&socket)?;
-    let Some(link) = current(&links, interface) else {
+    let Some(link) = find(&links) else {
         return Ok(());
     };
     let pod = pod.as_raw_fd().unsigned_abs();

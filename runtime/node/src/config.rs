@@ -56,6 +56,8 @@ pub struct Config {
     pub kernel_parameters: String,
     /// Programs may be run in the guest itself.
     pub debug_shell: bool,
+    /// Pods may have PCI devices of the node.
+    pub vfio: bool,
     /// Of each disk, reading and writing together; like the others below, none
     /// limits nothing.
     pub disk_kib_per_second: Option<u32>,
@@ -101,6 +103,7 @@ impl Default for Config {
             boot_timeout_seconds: 60,
             kernel_parameters: String::new(),
             debug_shell: false,
+            vfio: false,
             disk_kib_per_second: None,
             disk_burst_kib: None,
             disk_requests_per_second: None,

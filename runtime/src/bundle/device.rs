@@ -1,6 +1,6 @@
 //! The devices of a spec and its rules about them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -110,7 +110,8 @@ pub fn has_all(devices: &[Device], rules: &[DeviceRule]) -> bool {
 
 /// Which of the devices a container asks for. Of one that has all of its node,
 /// those block devices that are not there because of that alone: they are listed
-/// twice, or at a path that is not the node's, as `is_nodes` says.
+/// twice, or at a path that is not the node's, as `is_nodes` says; and groups of PCI
+/// devices that are listed twice.
 pub fn asked_for(
     devices: &[Device],
     rules: &[DeviceRule],
@@ -122,7 +123,12 @@ pub fn asked_for(
     let is_asked = |(index, device): &(usize, &Device)| {
         let again = devices.iter().skip(index + 1).any(|next| next == *device);
         let before = devices.iter().take(*index).any(|next| next == *device);
-        device.kind == DeviceKind::Block && !before && (again || !is_nodes(device))
+        let is_asked = match device.kind {
+            DeviceKind::Block => again || !is_nodes(device),
+            DeviceKind::Character => again && device.path.parent() == Some(Path::new("/dev/vfio")),
+            DeviceKind::All | DeviceKind::Pipe => false,
+        };
+        is_asked && !before
     };
     let asked = devices.iter().enumerate().filter(is_asked);
     asked.map(|(index, _)| index).collect()
@@ -174,16 +180,20 @@ mod tests {
                 {"path": "/dev/sdb", "type": "b", "major": 8, "minor": 16},
                 {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
                 {"path": "/dev/sdb", "type": "b", "major": 8, "minor": 16},
+                {"path": "/dev/vfio/7", "type": "c", "major": 243, "minor": 0},
+                {"path": "/dev/vfio/8", "type": "c", "major": 243, "minor": 1},
+                {"path": "/dev/vfio/7", "type": "c", "major": 243, "minor": 0},
+                {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232},
                 {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]"#,
         );
         let is_nodes = |device: &Device| {
             device.path.starts_with("/dev/sda") || device.path.starts_with("/dev/sdb")
         };
         let open = rules(r#"[{"allow": false}, {"allow": true, "access": "rwm"}]"#);
-        assert_eq!(asked_for(&all, &open, is_nodes), [1, 2]);
+        assert_eq!(asked_for(&all, &open, is_nodes), [1, 2, 5]);
         let closed = rules(r#"[{"allow": false}]"#);
         assert_eq!(asked_for(&all, &closed, is_nodes).len(), all.len());
         // All are allowed, but none is listed that was not asked for.
-        assert_eq!(asked_for(&all[3..], &open, is_nodes), [0, 1, 2]);
+        assert_eq!(asked_for(&all[3..6], &open, is_nodes), [0, 1, 2]);
     }
 }

@@ -238,6 +238,7 @@ impl Pod {
         };
         let rootfs = RootfsPlan::new(&request.rootfs, root)?;
         let (id, disks) = (request.id.clone(), Arc::clone(&self.disks));
+        let groups = Arc::clone(&self.groups);
         let pod_binds = self.pod_binds;
         let hooks = Arc::new(bundle.hooks(&request.id));
         let streams = Streams {
@@ -252,6 +253,7 @@ impl Pod {
                 rootfs,
                 tree,
                 disks,
+                groups,
                 pod_binds,
             },
             streams,

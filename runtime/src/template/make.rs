@@ -309,6 +309,7 @@ async fn start_machine(
         file_server: None,
         disks: Vec::new(),
         rates: Rates::default(),
+        vfio: false,
     };
     let room = Room {
         vcpus: key.vcpus_max,

@@ -135,6 +135,7 @@ fn parts(nics: Vec<Nic>, disks: Vec<Disk>) -> VmParts {
         file_server: Some(null()),
         disks,
         rates: Rates::default(),
+        vfio: false,
     }
 }
 

@@ -15,6 +15,7 @@ pub mod image;
 pub mod netns;
 pub mod node;
 pub mod oci;
+pub mod pci;
 pub mod pod;
 pub mod pod_cgroup;
 pub mod pod_state;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DeviceId, DeviceSpec, HostPort, SavedSpec};
+use crate::{DeviceId, DeviceSpec, HostPort, SavedSpec, VfioSpec};
 
 /// What the shim asks of a running VMM. Requests are answered in order, one
 /// [`Reply`] each.
@@ -15,6 +15,8 @@ pub enum Request {
     RemoveHostPorts(Vec<u32>),
     /// Plugs a device; the agent then rescans the bus.
     AddDevice(DeviceSpec),
+    /// Plugs PCI devices of the node, likewise.
+    AddVfio(VfioSpec),
     /// Unplugs a device that the agent has let go of.
     RemoveDevice(DeviceId),
     /// Tells the guest to have this much of its pluggable memory, MiB; more than

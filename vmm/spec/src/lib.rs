@@ -10,6 +10,7 @@
 mod control;
 mod device;
 mod valid;
+mod vfio;
 mod vm;
 
 pub use control::{ExitReason, Failure, Message, Reply, Request, Timeline, VmStats};
@@ -21,6 +22,7 @@ pub use valid::{
     CID_MIN, COMMAND_LINE_BYTES, MEMORY_MAX_MIB, MEMORY_MIN_MIB, ORIGIN_BYTES, PLUGGABLE_UNIT_MIB,
     SpecError, VCPU_MAX, ValidVmSpec,
 };
+pub use vfio::{VFIO_FUNCTIONS_MAX, VfioFunctionSpec, VfioSpec};
 pub use vm::{
     BootSpec, ConsoleSpec, Descriptor, JailSpec, MemorySpec, SavedSpec, StartSpec, VcpuSpec, VmSpec,
 };

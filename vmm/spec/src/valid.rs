@@ -3,8 +3,9 @@
 use std::collections::HashSet;
 
 use crate::{
-    BootSpec, BucketSpec, Descriptor, DeviceSpec, PACKET_DESCRIPTORS, RateSpec, SERIAL_BYTES,
-    SavedSpec, StartSpec, TAG_BYTES, TOKENS_MAX, VmSpec,
+    BootSpec, BucketSpec, Descriptor, DeviceSpec, PACKET_DESCRIPTORS, PCI_SLOTS, RateSpec,
+    SERIAL_BYTES, SavedSpec, StartSpec, TAG_BYTES, TOKENS_MAX, VFIO_FUNCTIONS_MAX, VfioSpec,
+    VmSpec,
 };
 
 /// Least guest memory, MiB: below it the kernel does not reach its init.
@@ -140,6 +141,11 @@ pub enum SpecError {
         /// As asked.
         burst: u64,
     },
+    /// Functions of a group that cannot be those of one, or not on this bus.
+    #[error(
+        "functions of device {0:?} must be 1 to {VFIO_FUNCTIONS_MAX}, each in a slot of its own below {PCI_SLOTS}"
+    )]
+    Functions(String),
     /// One vsock port given twice.
     #[error("vsock host port {0} is given twice")]
     HostPortTwice(u32),
@@ -284,12 +290,7 @@ impl DeviceSpec {
     }
 
     fn check_values(&self) -> Result<(), SpecError> {
-        let id = self.id();
-        let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if id.is_empty() || id.len() > DEVICE_ID_BYTES || !id.chars().all(allowed) {
-            return Err(SpecError::DeviceId(id.to_owned()));
-        }
-        let id = id.to_owned();
+        let id = checked_id(self.id())?;
         let rate = match self {
             Self::Block(block) => block.rate,
             Self::Net(net) => net.rate,
@@ -326,6 +327,35 @@ impl DeviceSpec {
             Self::Net(net) if net.mtu < 68 => Err(SpecError::Mtu { id, mtu: net.mtu }),
             _ => Ok(()),
         }
+    }
+}
+
+impl VfioSpec {
+    /// Checks functions that came with `descriptors` descriptors beside them.
+    ///
+    /// # Errors
+    /// The first value that cannot be, with what would be right.
+    pub fn check(&self, descriptors: usize) -> Result<(), SpecError> {
+        let id = checked_id(&self.id)?;
+        let slots: HashSet<_> = self.functions.iter().map(|one| one.slot).collect();
+        let exist = |slots: &HashSet<u8>| slots.iter().all(|slot| usize::from(*slot) < PCI_SLOTS);
+        let count = self.functions.len();
+        if !(1..=VFIO_FUNCTIONS_MAX).contains(&count) || slots.len() != count || !exist(&slots) {
+            return Err(SpecError::Functions(id));
+        }
+        let mut used = UsedDescriptors::new(descriptors);
+        used.take("vfio.container", self.container)?;
+        used.take("vfio.group", self.group)?;
+        let mut devices = self.functions.iter();
+        devices.try_for_each(|one| used.take("vfio.functions.device", one.device))
+    }
+}
+
+fn checked_id(id: &str) -> Result<String, SpecError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    match id.is_empty() || id.len() > DEVICE_ID_BYTES || !id.chars().all(allowed) {
+        true => Err(SpecError::DeviceId(id.to_owned())),
+        false => Ok(id.to_owned()),
     }
 }
 
@@ -403,6 +433,7 @@ mod tests {
                     stream: Descriptor(2),
                 }],
             }),
+            vfio: false,
             blocks: vec![BlockSpec {
                 id: "root".into(),
                 file: Descriptor(3),

@@ -25,6 +25,10 @@ pub struct VmSpec {
     pub console: Option<ConsoleSpec>,
     /// The guest's vsock device; absent: none.
     pub vsock: Option<VsockSpec>,
+    /// PCI devices of the node may be plugged later, for which the VMM's threads may
+    /// then make more system calls.
+    #[serde(default)]
+    pub vfio: bool,
     /// Disks present at boot; a restored guest finds them when it looks again.
     #[serde(default)]
     pub blocks: Vec<BlockSpec>,

@@ -35,6 +35,9 @@ pub enum BusError {
     /// All slots are taken.
     #[error("all {SLOTS} slots of the PCI bus are taken")]
     Full,
+    /// That slot is not free, or not on this bus.
+    #[error("slot {0} of the PCI bus is not free")]
+    Taken(usize),
     /// No addresses are left for its registers.
     #[error("no addresses are left for {size:#x} bytes of PCI registers")]
     NoAddresses {
@@ -157,6 +160,14 @@ impl PciBus {
     /// No slot is left.
     pub fn plug(&self, function: SharedFunction) -> Result<usize, BusError> {
         self.config().add(function)
+    }
+
+    /// Likewise, into that slot.
+    ///
+    /// # Errors
+    /// It is taken.
+    pub fn plug_into(&self, slot: usize, function: SharedFunction) -> Result<(), BusError> {
+        self.config().put(slot, function)
     }
 
     /// How many slots are free.
@@ -314,6 +325,7 @@ impl PciBus {
                 })
                 .collect()
         });
+        lock(&slot.function).placed(&placed);
         for bar in placed {
             for notification in slot.notifications.iter().filter(|n| n.bar == bar.index) {
                 let address = bar.address.saturating_add(notification.offset);
@@ -347,17 +359,21 @@ impl PciBus {
 
 impl Config {
     fn add(&mut self, function: SharedFunction) -> Result<usize, BusError> {
-        let notifications = lock(&function).notifications();
         let free = self.slots.iter().position(Option::is_none);
         let number = free.ok_or(BusError::Full)?;
-        if let Some(slot) = self.slots.get_mut(number) {
-            *slot = Some(Slot {
-                function,
-                notifications,
-                ioeventfds: Vec::new(),
-            });
-        }
+        self.put(number, function)?;
         Ok(number)
+    }
+
+    fn put(&mut self, number: usize, function: SharedFunction) -> Result<(), BusError> {
+        let notifications = lock(&function).notifications();
+        let slot = self.slots.get_mut(number).filter(|slot| slot.is_none());
+        *slot.ok_or(BusError::Taken(number))? = Some(Slot {
+            function,
+            notifications,
+            ioeventfds: Vec::new(),
+        });
+        Ok(())
     }
 
     /// Slot and offset that an access to the data register means. Only bus 0 and

@@ -5,6 +5,7 @@ mod devices;
 mod main_thread;
 mod program;
 mod vcpu;
+pub(crate) mod vfio;
 
 use std::io;
 
@@ -18,6 +19,8 @@ use crate::{descriptors, jail};
 pub enum Confinement {
     /// Each thread gets its filter.
     Filters,
+    /// Each gets one with which the machine may have PCI devices of the node.
+    FiltersWithVfio,
     /// Threads stay as they are.
     None,
 }
@@ -61,6 +64,15 @@ const DATA_PAGES: &[u64] = &[
 ];
 
 impl Confinement {
+    /// The same, for a machine that may have PCI devices of the node.
+    #[must_use]
+    pub fn with_vfio(self) -> Self {
+        match self {
+            Self::Filters | Self::FiltersWithVfio => Self::FiltersWithVfio,
+            Self::None => Self::None,
+        }
+    }
+
     /// Refuses to go on with a descriptor that a jailed process may not hold.
     ///
     /// # Errors
@@ -69,7 +81,7 @@ impl Confinement {
         match self {
             // The tests' process has others.
             Self::None => Ok(()),
-            Self::Filters => descriptors::check(jail::DESCRIPTORS),
+            Self::Filters | Self::FiltersWithVfio => descriptors::check(jail::DESCRIPTORS),
         }
     }
 
@@ -81,7 +93,9 @@ impl Confinement {
         match self {
             // The tests' process has others.
             Self::None => Ok(()),
-            Self::Filters => jail::limit_threads(vcpus).map_err(io::Error::other),
+            Self::Filters | Self::FiltersWithVfio => {
+                jail::limit_threads(vcpus).map_err(io::Error::other)
+            }
         }
     }
 
@@ -92,21 +106,27 @@ impl Confinement {
     pub fn enter(self, role: Role) -> io::Result<()> {
         match self {
             Self::None => Ok(()),
-            Self::Filters => {
-                let program = program(role)?;
+            Self::Filters | Self::FiltersWithVfio => {
+                let program = program(role, self == Self::FiltersWithVfio)?;
                 seccompiler::apply_filter(&program).map_err(io::Error::other)
             }
         }
     }
 }
 
-fn program(role: Role) -> io::Result<BpfProgram> {
+fn program(role: Role, with_vfio: bool) -> io::Result<BpfProgram> {
     let list = match role {
         Role::Main => main_thread::ALLOWED,
         Role::Vcpu => vcpu::ALLOWED,
         Role::Devices => devices::ALLOWED,
     };
-    program::compile(&[list, COMMON])
+    let vfio = match role {
+        _ if !with_vfio => &[],
+        Role::Main => vfio::MAIN,
+        Role::Vcpu => vfio::VCPU,
+        Role::Devices => vfio::DEVICES,
+    };
+    program::compile(&[list, vfio, COMMON])
 }
 
 /// What the language's run time and the allocator do on any thread.
@@ -148,13 +168,13 @@ mod tests {
     use super::*;
 
     /// How a process ends that confines itself to `role` and makes a call.
-    fn end(role: Role, call: fn()) -> i32 {
+    fn end(confinement: Confinement, role: Role, call: fn()) -> i32 {
         // SAFETY: the child only makes system calls and allocates, which glibc
         // allows after its fork, and leaves without running destructors.
         let child = unsafe { libc::fork() };
         assert!(child >= 0);
         if child == 0 {
-            let confined = Confinement::Filters.enter(role);
+            let confined = confinement.enter(role);
             call();
             // SAFETY: ends the process.
             unsafe { libc::_exit(i32::from(confined.is_err())) };
@@ -183,6 +203,16 @@ mod tests {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: maps fresh memory that nobody uses.
         unsafe { libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0) };
+    }
+
+    fn control_a_device() {
+        // SAFETY: no such descriptor is open.
+        unsafe { libc::ioctl(-1, vfio::DEVICE_SET_IRQS as libc::Ioctl, 0) };
+    }
+
+    fn reach_memory() {
+        // SAFETY: no such descriptor is open.
+        unsafe { libc::ioctl(-1, vfio::IOMMU_MAP_DMA as libc::Ioctl, 0) };
     }
 
     fn create_vm() {
@@ -233,8 +263,13 @@ mod tests {
 
     #[test]
     fn what_no_list_names_ends_the_process() {
-        for role in [Role::Main, Role::Vcpu, Role::Devices] {
-            assert_eq!(end(role, nothing), 0, "{role:?}");
+        let roles = [Role::Main, Role::Vcpu, Role::Devices];
+        let confinements = [Confinement::Filters, Confinement::FiltersWithVfio];
+        let pairs = roles
+            .into_iter()
+            .flat_map(|role| confinements.map(|one| (one, role)));
+        for (confinement, role) in pairs {
+            assert_eq!(end(confinement, role, nothing), 0, "{role:?}");
             for call in [
                 open,
                 socket,
@@ -249,10 +284,32 @@ mod tests {
                 read_another_process,
                 signal_another_process,
             ] {
-                let status = end(role, call);
+                let status = end(confinement, role, call);
                 assert!(libc::WIFSIGNALED(status), "{role:?}");
                 assert_eq!(libc::WTERMSIG(status), libc::SIGSYS, "{role:?}");
             }
+        }
+    }
+
+    #[test]
+    fn a_machine_without_devices_of_the_node_has_none_of_their_calls() {
+        for (role, call) in [
+            (Role::Main, control_a_device as fn()),
+            (Role::Main, reach_memory),
+            (Role::Vcpu, control_a_device),
+            (Role::Devices, reach_memory),
+        ] {
+            let status = end(Confinement::Filters, role, call);
+            assert!(libc::WIFSIGNALED(status), "{role:?}");
+            assert_eq!(end(Confinement::FiltersWithVfio, role, call), 0, "{role:?}");
+        }
+        // Not each thread has all of them.
+        for (role, call) in [
+            (Role::Vcpu, reach_memory as fn()),
+            (Role::Devices, control_a_device),
+        ] {
+            let status = end(Confinement::FiltersWithVfio, role, call);
+            assert!(libc::WIFSIGNALED(status), "{role:?}");
         }
     }
 }

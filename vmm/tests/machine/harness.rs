@@ -67,6 +67,7 @@ impl Request0 {
             console: Some(ConsoleSpec {
                 output: Descriptor(2),
             }),
+            vfio: false,
             vsock: None,
             blocks: Vec::new(),
             nets: Vec::new(),

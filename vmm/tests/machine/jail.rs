@@ -9,7 +9,7 @@ use std::thread;
 
 use husk_vmm_spec::{
     BlockSpec, BucketSpec, CONTROL_FD, Descriptor, DeviceSpec, ExitReason, Message, RateSpec,
-    Reply, Request,
+    Reply, Request, VfioFunctionSpec, VfioSpec,
 };
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use seccompiler::{
@@ -284,6 +284,44 @@ fn a_jailed_vmm_takes_disks_that_come_and_go() {
             assert_eq!(vmm.request(&Request::RemoveDevice(id)), done);
         }
         assert_eq!(rings(), before);
+    }
+}
+
+/// That a machine gets PCI devices of the node is decided as it begins; what is none
+/// changes nothing.
+#[test]
+fn a_jailed_vmm_refuses_what_is_no_pci_device() {
+    if skip_unless_root() {
+        return;
+    }
+    for (vfio, said) in [
+        (false, "was not made for PCI devices"),
+        (true, "VFIO_IOMMU_MAP_DMA of guest memory"),
+    ] {
+        let vmm = Jailed::spawn();
+        let (mut request, _console) = Request0::new(payload::build("1: jmp 1b"));
+        request.spec.vfio = vfio;
+        assert!(matches!(vmm.start(&request), Message::Started(_)));
+        let spec = VfioSpec {
+            id: "vfio-7".into(),
+            container: Descriptor(0),
+            group: Descriptor(1),
+            functions: vec![VfioFunctionSpec {
+                device: Descriptor(2),
+                slot: 31,
+            }],
+        };
+        let file = || tempfile::tempfile().unwrap().into();
+        for _ in 0..2 {
+            let request = Request::AddVfio(spec.clone());
+            let answer = vmm.request_with(&request, &[file(), file(), file()]);
+            let Message::Reply(Err(failure)) = answer else {
+                panic!("{answer:?}");
+            };
+            assert!(failure.message.contains(said), "{failure}");
+        }
+        let gone = vmm.request(&Request::RemoveDevice("vfio-7".into()));
+        assert!(matches!(gone, Message::Reply(Err(_))));
     }
 }
 

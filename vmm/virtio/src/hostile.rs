@@ -172,7 +172,7 @@ proptest! {
 
     #[test]
     fn balloon(acts in prop::collection::vec(any_act(), 1..300)) {
-        let mut driver = run(Balloon, acts);
+        let mut driver = run(Balloon::default(), acts);
         serves(&mut driver, 2, &[Buffer::writable(NEAR.start, 4096)]);
     }
 

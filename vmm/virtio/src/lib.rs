@@ -15,6 +15,7 @@ mod hostile;
 pub mod mem;
 pub mod net;
 pub mod pci;
+mod pins;
 pub mod queue;
 pub mod rate;
 pub mod rng;
@@ -28,3 +29,4 @@ pub use device::{
     ActivateError, Activation, ActiveQueue, DeviceError, DeviceType, Event, GuestMemory, Interrupt,
     Source, VirtioDevice, Worker,
 };
+pub use pins::Pins;

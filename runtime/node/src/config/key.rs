@@ -44,7 +44,7 @@ pub enum Kind {
 const LARGEST_PID: u32 = 1 << 22;
 
 /// All of them, in the order in which they are shown.
-pub const KEYS: [Key; 19] = [
+pub const KEYS: [Key; 20] = [
     Key {
         name: "vmm",
         kind: Kind::Path,
@@ -120,6 +120,14 @@ pub const KEYS: [Key; 19] = [
                   and `husk console`. Only machines that begin while it is true have what that needs: \
                   `debug.cpio` beside the initramfs, whose shell is in each of them. No annotation of a \
                   pod changes it.",
+    },
+    Key {
+        name: "vfio",
+        kind: Kind::Switch,
+        meaning: "Whether containers may have PCI devices of this node, those whose `/dev/vfio/` group their \
+                  spec lists. Only machines that begin while it is true take them: their VMMs may make more \
+                  system calls. All memory of a machine that has one is in use on the node. No annotation of \
+                  a pod changes it.",
     },
     Key {
         name: "disk_kib_per_second",

@@ -205,6 +205,7 @@ async fn create_in_guest(
         storages: guest.storages,
         devices: guest.devices,
         all_devices: guest.all_devices,
+        pci_slots: guest.pci_slots.into_iter().map(u32::from).collect(),
         streams: Some(guest_streams.ports).into(),
         terminal,
         ..CreateContainerRequest::default()

@@ -27,6 +27,7 @@ pub mod streaming;
 pub mod task;
 pub mod template;
 pub mod user_namespace;
+pub mod vfio;
 pub mod volume;
 
 use std::path::PathBuf;
@@ -236,6 +237,7 @@ pub fn all() -> Vec<&'static Case> {
         storage::CASES,
         volume::CASES,
         device::CASES,
+        vfio::CASES,
         task::CASES,
         pod::CASES,
         sandboxer::CASES,

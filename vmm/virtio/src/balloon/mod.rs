@@ -5,7 +5,7 @@
 mod worker;
 
 use crate::queue::FEATURES;
-use crate::{ActivateError, Activation, DeviceType, VirtioDevice, Worker};
+use crate::{ActivateError, Activation, DeviceType, Pins, VirtioDevice, Worker};
 
 use worker::BalloonWorker;
 
@@ -19,7 +19,16 @@ const QUEUE_SIZES: [u16; 3] = [16, 16, 32];
 
 /// A balloon that nobody inflates.
 #[derive(Debug, Default)]
-pub struct Balloon;
+pub struct Balloon {
+    pins: Pins,
+}
+
+impl Balloon {
+    /// One that takes nothing while memory is pinned.
+    pub fn new(pins: Pins) -> Self {
+        Self { pins }
+    }
+}
 
 impl VirtioDevice for Balloon {
     fn device_type(&self) -> DeviceType {
@@ -48,6 +57,7 @@ impl VirtioDevice for Balloon {
             unwanted: [activation.take_queue(0)?, activation.take_queue(1)?],
             reports,
             memory: activation.memory,
+            pins: self.pins.clone(),
         }))
     }
 

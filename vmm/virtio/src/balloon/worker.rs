@@ -2,7 +2,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::discard::discard;
 use crate::queue::{Chain, DeviceQueue};
-use crate::{DeviceError, Event, GuestMemory, Source, Worker};
+use crate::{DeviceError, Event, GuestMemory, Pins, Source, Worker};
 
 /// What the host gives and takes.
 const PAGE_BYTES: u64 = 4096;
@@ -12,6 +12,7 @@ pub(super) struct BalloonWorker {
     pub(super) unwanted: [DeviceQueue; 2],
     pub(super) reports: Option<DeviceQueue>,
     pub(super) memory: GuestMemory,
+    pub(super) pins: Pins,
 }
 
 impl Worker for BalloonWorker {
@@ -36,7 +37,7 @@ impl Worker for BalloonWorker {
         // Giving memory back may take long.
         reports.begin_with(1);
         while let Some(chain) = reports.pop()? {
-            give_back(&self.memory, &chain);
+            self.pins.unless_any(|| give_back(&self.memory, &chain));
             reports.add_used(chain.head(), 0)?;
         }
         reports.signal()
@@ -76,6 +77,7 @@ mod tests {
         FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap,
     };
 
+    use crate::Pins;
     use crate::balloon::Balloon;
     use crate::testing::{Buffer, Driver, HIGH, MEMORY_BYTES};
 
@@ -85,6 +87,10 @@ mod tests {
 
     /// A driver whose memory is `file`, twice: below and above the hole.
     fn driver(file: &Arc<File>, flags: i32) -> Driver {
+        driver_of(file, flags, Pins::default())
+    }
+
+    fn driver_of(file: &Arc<File>, flags: i32, pins: Pins) -> Driver {
         let region = |start, offset| {
             let mapping = MmapRegionBuilder::new(MEMORY_BYTES as usize)
                 .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))
@@ -96,7 +102,7 @@ mod tests {
         };
         let regions = vec![region(0, 0), region(HIGH, MEMORY_BYTES)];
         let memory = GuestMemoryMmap::from_regions(regions).unwrap();
-        Driver::with_memory(Balloon, GuestMemoryAtomic::new(memory))
+        Driver::with_memory(Balloon::new(pins), GuestMemoryAtomic::new(memory))
     }
 
     fn file(byte: u8) -> Arc<File> {
@@ -150,6 +156,21 @@ mod tests {
         report(&mut driver, &[Buffer::writable(LOW_PAGE, PAGE)]);
         assert_eq!(driver.read(LOW_PAGE, 4097), [&[7; 4096][..], &[9]].concat());
         assert_eq!(held(&file), 2 * MEMORY_BYTES, "the others' is as it was");
+    }
+
+    #[test]
+    fn nothing_is_taken_while_memory_is_pinned() {
+        let file = file(7);
+        let pins = Pins::default();
+        let mut driver = driver_of(&file, libc::MAP_SHARED, pins.clone());
+        let before = held(&file);
+        let piece = [Buffer::writable(LOW_PAGE, PAGE)];
+        pins.add();
+        report(&mut driver, &piece);
+        assert_eq!(held(&file), before);
+        pins.remove();
+        report(&mut driver, &piece);
+        assert_eq!(before - held(&file), u64::from(PAGE));
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod blocks;
 mod worker;
 
 use std::any::Any;
+use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -29,10 +30,22 @@ const QUEUE_SIZES: [u16; 1] = [16];
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resize(pub u64);
 
+/// What happens to memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// The driver wants to use it, and does so if this is not refused.
+    Plug(Range<u64>),
+    /// The driver has given it up, where it had it, and the host's memory is gone.
+    Unplug(Range<u64>),
+}
+
+/// Told of each change, on the device's thread.
+pub type Watcher = Arc<dyn Fn(Change) -> io::Result<()> + Send + Sync>;
+
 /// A region of memory at rest.
-#[derive(Debug)]
 pub struct Mem {
     blocks: Shared,
+    watcher: Option<Watcher>,
 }
 
 /// Both halves need it: the driver reads from vCPU threads what its requests
@@ -47,7 +60,15 @@ impl Mem {
     pub fn new(region: Range<u64>) -> Self {
         Self {
             blocks: Shared(Arc::new(Mutex::new(Blocks::new(region)))),
+            watcher: None,
         }
+    }
+
+    /// Has `watcher` know what happens to the region.
+    #[must_use]
+    pub fn watched_by(mut self, watcher: Watcher) -> Self {
+        self.watcher = Some(watcher);
+        self
     }
 }
 
@@ -87,6 +108,7 @@ impl VirtioDevice for Mem {
             interrupt: activation.interrupt,
             memory: activation.memory,
             blocks: self.blocks.clone(),
+            watcher: self.watcher.clone(),
         }))
     }
 

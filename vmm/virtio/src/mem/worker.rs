@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::blocks::{Refusal, State};
-use super::{Resize, Shared};
+use super::{BLOCK_BYTES, Change, Resize, Shared, Watcher};
 use crate::discard::discard;
 use crate::queue::DeviceQueue;
 use crate::{DeviceError, Event, GuestMemory, Interrupt, Source, Worker};
@@ -33,6 +33,7 @@ pub(super) struct MemWorker {
     pub(super) interrupt: Arc<dyn Interrupt>,
     pub(super) memory: GuestMemory,
     pub(super) blocks: Shared,
+    pub(super) watcher: Option<Watcher>,
 }
 
 impl Worker for MemWorker {
@@ -96,7 +97,7 @@ impl MemWorker {
         ] = request;
         let (address, count) = (u64::from_le_bytes(address), u16::from_le_bytes([c0, c1]));
         let done = match kind {
-            PLUG => self.blocks.lock().plug(address, count),
+            PLUG => self.plug(address, count),
             STATE => match self.blocks.lock().state(address, count) {
                 Ok(state) => return (ACK, number(state)),
                 Err(refusal) => Err(refusal),
@@ -109,7 +110,10 @@ impl MemWorker {
                 match range {
                     // Without the lock, which a vCPU takes to read the configuration:
                     // only this worker changes what is plugged.
-                    Ok(range) => match self.give_back(&range) {
+                    Ok(range) => match self
+                        .give_back(&range)
+                        .and_then(|()| self.tell(Change::Unplug(range.clone())))
+                    {
                         Ok(()) => {
                             self.blocks.lock().unplugged(&range);
                             Ok(())
@@ -128,6 +132,23 @@ impl MemWorker {
             Err(Refusal::Wrong) => ERROR,
         };
         (response, 0)
+    }
+
+    fn plug(&self, address: u64, count: u16) -> Result<(), Refusal> {
+        self.blocks.lock().plug(address, count)?;
+        // They are in the region.
+        let range = address..address + u64::from(count) * BLOCK_BYTES;
+        self.tell(Change::Plug(range.clone())).map_err(|_| {
+            self.blocks.lock().unplugged(&range);
+            Refusal::TooMuch
+        })
+    }
+
+    fn tell(&self, change: Change) -> io::Result<()> {
+        match &self.watcher {
+            Some(watcher) => watcher(change),
+            None => Ok(()),
+        }
     }
 
     /// Takes the host's memory from a part of the region. What is plugged there
@@ -181,6 +202,10 @@ mod tests {
 
     impl Machine {
         fn new() -> Self {
+            Self::of(|mem| mem)
+        }
+
+        fn of(change: impl FnOnce(Mem) -> Mem) -> Self {
             let bytes = MEMORY_BYTES + BLOCKS * BLOCK_BYTES;
             let file = File::from(memfd_create("test", MemfdFlags::CLOEXEC).unwrap());
             file.set_len(bytes).unwrap();
@@ -195,7 +220,7 @@ mod tests {
                 region(START, BLOCKS * BLOCK_BYTES, MEMORY_BYTES),
             ];
             let memory = GuestMemoryMmap::from_regions(regions).unwrap();
-            let device = Mem::new(START..START + BLOCKS * BLOCK_BYTES);
+            let device = change(Mem::new(START..START + BLOCKS * BLOCK_BYTES));
             let mut driver = Driver::with_memory(device, GuestMemoryAtomic::new(memory));
             let queue = driver.start(u64::MAX).remove(0);
             let at = driver.allocate(64);
@@ -242,6 +267,37 @@ mod tests {
         fn plugged(&mut self) -> u64 {
             u64::from_le_bytes(self.driver.device_config(40)) / BLOCK_BYTES
         }
+    }
+
+    #[test]
+    fn what_a_watcher_refuses_is_not_plugged() {
+        let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let told = Arc::clone(&seen);
+        let watcher: Watcher = Arc::new(move |change| {
+            let refused = change == Change::Plug(START..START + BLOCK_BYTES);
+            told.lock().unwrap().push(change);
+            match refused {
+                true => Err(io::ErrorKind::OutOfMemory.into()),
+                false => Ok(()),
+            }
+        });
+        let mut machine = Machine::of(|mem| mem.watched_by(watcher));
+        machine.resize(3);
+        assert_eq!(machine.ask(PLUG, START, 1), (NACK, 0));
+        assert_eq!(machine.ask(STATE, START, 1), (ACK, STATE_UNPLUGGED));
+        let second = START + BLOCK_BYTES;
+        assert_eq!(machine.ask(PLUG, second, 2), (ACK, 0));
+        assert_eq!(machine.ask(UNPLUG, second, 1), (ACK, 0));
+        assert_eq!(machine.plugged(), 1);
+        let end = second + 2 * BLOCK_BYTES;
+        assert_eq!(
+            *seen.lock().unwrap(),
+            [
+                Change::Plug(START..second),
+                Change::Plug(second..end),
+                Change::Unplug(second..second + BLOCK_BYTES),
+            ]
+        );
     }
 
     #[test]

@@ -109,7 +109,15 @@ impl ConfigSpace {
     /// # Panics
     /// There is no room left.
     pub fn add_capability(&mut self, id: u8, body: &[u8]) -> u16 {
-        let at = self.end;
+        self.add_capability_at(self.end, id, body)
+    }
+
+    /// Likewise, at `at`, behind all that were added before or between them.
+    ///
+    /// # Panics
+    /// It does not fit there.
+    pub fn add_capability_at(&mut self, at: usize, id: u8, body: &[u8]) -> u16 {
+        assert!(at >= FIRST_CAPABILITY, "capability at {at:#x}");
         let end = at + 2 + body.len();
         assert!(end <= CONFIG_SPACE_BYTES, "no room for capability {id:#x}");
         let pointer = match self.last_capability {
@@ -121,7 +129,7 @@ impl ConfigSpace {
         self.bytes[at] = id;
         self.bytes[at + 2..end].copy_from_slice(body);
         self.last_capability = at;
-        self.end = end.next_multiple_of(4);
+        self.end = self.end.max(end.next_multiple_of(4));
         at as u16
     }
 

@@ -47,6 +47,10 @@ pub trait PciFunction: Send {
     /// function is of no use then.
     fn restore(&mut self, saved: &FunctionState) -> Result<(), StateError>;
 
+    /// The bus has put these of its BARs where they say, and no other: what KVM maps
+    /// for the guest belongs there.
+    fn placed(&mut self, _bars: &[Bar]) {}
+
     /// Places behind its BARs where a write of any width and value is nothing
     /// but a notification, so that KVM may write the event descriptor itself
     /// (ioeventfd without data match). Fixed for the function's life.

@@ -13,5 +13,9 @@ mod transport;
 pub use config_space::{ConfigSpace, Identity};
 pub use function::{Bar, BarKind, Notification, PciFunction};
 pub use msi::{MsiMessage, MsiVectors};
+pub use msix::{
+    CAPABILITY as MSIX_CAPABILITY, CONTROL_ENABLE as MSIX_ENABLE,
+    CONTROL_WRITABLE as MSIX_WRITABLE, Msix,
+};
 pub use state::{FunctionState, StateError, VirtioState};
 pub use transport::{Reporter, TransportError, VirtioPci};

@@ -9,21 +9,22 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{MsiMessage, MsiVectors, StateError};
 use crate::fd::borrow;
 
-/// Capability id.
-pub(super) const CAPABILITY: u8 = 0x11;
+/// Id of the MSI-X capability.
+pub const CAPABILITY: u8 = 0x11;
 /// Bits of the capability's message control that the guest may write.
-pub(super) const CONTROL_WRITABLE: u16 = CONTROL_ENABLE | CONTROL_FUNCTION_MASK;
+pub const CONTROL_WRITABLE: u16 = CONTROL_ENABLE | CONTROL_FUNCTION_MASK;
 /// Vectors of a function: what fits the page of its table.
 pub(super) const VECTORS_MAX: usize = 256;
 
-const CONTROL_ENABLE: u16 = 1 << 15;
+/// Of message control: the function sends messages.
+pub const CONTROL_ENABLE: u16 = 1 << 15;
 const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
 const ENTRY_BYTES: usize = 16;
 const ENTRY_CONTROL: usize = 12;
 const ENTRY_MASKED: u8 = 1;
 
 /// Table, pending bits and their connection to the machine.
-pub(super) struct Msix {
+pub struct Msix {
     vectors: Box<dyn MsiVectors>,
     entries: Vec<Entry>,
     control: u16,
@@ -51,7 +52,7 @@ impl Entry {
 
 impl Msix {
     /// A table with an entry for each of `vectors`, all masked.
-    pub(super) fn new(vectors: Box<dyn MsiVectors>) -> Self {
+    pub fn new(vectors: Box<dyn MsiVectors>) -> Self {
         let count = vectors.events().len().min(VECTORS_MAX);
         let mut bytes = [0; ENTRY_BYTES];
         bytes[ENTRY_CONTROL] = ENTRY_MASKED;
@@ -67,12 +68,15 @@ impl Msix {
     }
 
     /// The vectors' event descriptors.
-    pub(super) fn events(&self) -> &[Arc<EventFd>] {
+    pub fn events(&self) -> &[Arc<EventFd>] {
         &self.vectors.events()[..self.entries.len()]
     }
 
     /// The capability's message control changed.
-    pub(super) fn set_control(&mut self, control: u16) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// KVM refused.
+    pub fn set_control(&mut self, control: u16) -> io::Result<()> {
         let control = control & CONTROL_WRITABLE;
         if control == self.control {
             return Ok(());
@@ -107,7 +111,7 @@ impl Msix {
     }
 
     /// Fills `data` from the table.
-    pub(super) fn read_table(&self, offset: usize, data: &mut [u8]) {
+    pub fn read_table(&self, offset: usize, data: &mut [u8]) {
         for (i, byte) in data.iter_mut().enumerate() {
             let at = offset + i;
             if let Some(entry) = self.entries.get(at / ENTRY_BYTES) {
@@ -117,7 +121,10 @@ impl Msix {
     }
 
     /// Takes a write to the table.
-    pub(super) fn write_table(&mut self, offset: usize, data: &[u8]) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// KVM refused.
+    pub fn write_table(&mut self, offset: usize, data: &[u8]) -> io::Result<()> {
         for (i, byte) in data.iter().enumerate() {
             let at = offset + i;
             if let Some(entry) = self.entries.get_mut(at / ENTRY_BYTES) {
@@ -134,7 +141,7 @@ impl Msix {
     }
 
     /// Fills `data` from the pending bits.
-    pub(super) fn read_pending(&self, offset: usize, data: &mut [u8]) {
+    pub fn read_pending(&self, offset: usize, data: &mut [u8]) {
         for (i, byte) in data.iter_mut().enumerate() {
             let first = (offset + i) * 8;
             for bit in 0..8 {

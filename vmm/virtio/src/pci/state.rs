@@ -61,6 +61,9 @@ pub(super) struct SignalsState {
 /// A function that cannot be saved, or be what was saved.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
+    /// It is a device of the node.
+    #[error("a device of the node cannot be saved")]
+    OfNode,
     /// It was saved by something else.
     #[error("the saved {0} is not that of such a function")]
     Unlike(&'static str),
