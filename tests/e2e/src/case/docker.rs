@@ -14,6 +14,8 @@ use super::{Bench, Case, Skip, case};
 use crate::docker::Docker;
 use crate::process::eventually;
 
+pub mod compose;
+
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
     case("docker/run", 90, run),

@@ -255,6 +255,7 @@ pub fn all() -> Vec<&'static Case> {
         security::CASES,
         user_namespace::CASES,
         docker::CASES,
+        docker::compose::CASES,
         template::CASES,
         abuse::CASES,
         churn::CASES,
