@@ -1,8 +1,10 @@
-//! `husk-bench`: what a start costs with Husk, runc and QEMU microvm, in one
-//! run and alternating, on a node with containerd. Runs as root; writes
-//! `results.json`, `table.md` and `starts.svg`.
+//! `husk-bench`: what starts, files, networks and many pods cost with Husk, runc and
+//! QEMU microvm, in one run and alternating, on a node with containerd. Runs as root;
+//! writes `results.json` and `table.md`, of starts `starts.svg` as well.
 
 mod contender;
+mod io;
+mod many;
 mod measure;
 mod plot;
 mod promises;
@@ -19,9 +21,11 @@ use measure::{Measured, Setup};
 
 const USAGE: &str = "\
 usage: husk-bench check RESULTS PROMISES
-       husk-bench [--rounds N] [--slowness N] [--out DIR] [--busybox FILE]
+       husk-bench [io|many] [--rounds N] [--slowness N] [--out DIR] [--busybox FILE]
                   [--qemu FILE --qemu-initramfs FILE] [--method TEXT]
   check                  compares results.json with promises.toml
+  io                     files, disks and networks of a container that runs
+  many                   many starts at once, and many pods that do nothing
   --rounds N             measured rounds after one that warms up (5)
   --slowness N           how much longer to wait than on hardware (1)
   --out DIR              where results go (.)
@@ -57,6 +61,7 @@ fn run() -> Result<()> {
         };
         return promises::check(results.as_ref(), promises.as_ref());
     }
+    let subject = words.next_if(|word| ["io", "many"].contains(&word.as_str()));
     while let Some(word) = words.next() {
         let value = words
             .next()
@@ -78,7 +83,11 @@ fn run() -> Result<()> {
     let probe = std::env::current_exe()?.with_file_name("husk-probe");
     husk_e2e::image::install_for(&setup.node, &probe, &busybox)?;
 
-    let all = measure_all(&setup)?;
+    let all = match subject.as_deref() {
+        None => measure_all(&setup)?,
+        Some("io") => io::measure(&setup.node)?,
+        Some(_) => many::measure(&setup.node)?,
+    };
     std::fs::write(
         out.join("results.json"),
         serde_json::to_vec_pretty(&table::as_json(&all, &method))?,
@@ -86,7 +95,10 @@ fn run() -> Result<()> {
     let text = table::as_text(&all, &method);
     std::fs::write(out.join("table.md"), &text)?;
     print!("{text}");
-    plot::starts(&all, &out.join("starts.svg"))
+    match subject {
+        None => plot::starts(&all, &out.join("starts.svg")),
+        Some(_) => Ok(()),
+    }
 }
 
 fn measure_all(setup: &Setup) -> Result<Vec<Measured>> {

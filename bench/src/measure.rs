@@ -16,12 +16,12 @@ use crate::contender::Contender;
 #[derive(Clone, Debug)]
 pub struct Measured {
     /// What was measured.
-    pub what: &'static str,
+    pub what: String,
     /// Of whom.
     pub who: String,
     /// The figure.
     pub value: f64,
-    /// `ms`, `KiB` or `bytes`.
+    /// `ms`, `KiB`, `bytes`; none where what was measured says it.
     pub unit: &'static str,
 }
 
@@ -228,7 +228,7 @@ impl Setup {
             .filter_map(|(who, file)| {
                 let value = std::fs::metadata(file).ok()?.len() as f64;
                 Some(Measured {
-                    what: FILE_SIZE,
+                    what: FILE_SIZE.to_owned(),
                     who: who.into(),
                     value,
                     unit: "bytes",
@@ -244,18 +244,19 @@ fn is_ours(process: &HostProcess) -> bool {
         .any(|name| process.name.starts_with(name))
 }
 
-fn milliseconds(what: &'static str, who: &str, took: Duration) -> Measured {
+/// A time.
+pub fn milliseconds(what: &str, who: &str, took: Duration) -> Measured {
     Measured {
-        what,
+        what: what.to_owned(),
         who: who.to_owned(),
         value: took.as_secs_f64() * 1e3,
         unit: "ms",
     }
 }
 
-fn kib(what: &'static str, who: &str, kib: u64) -> Measured {
+fn kib(what: &str, who: &str, kib: u64) -> Measured {
     Measured {
-        what,
+        what: what.to_owned(),
         who: who.to_owned(),
         value: kib as f64,
         unit: "KiB",
@@ -265,7 +266,7 @@ fn kib(what: &'static str, who: &str, kib: u64) -> Measured {
 fn summary(all: &[Measured]) -> String {
     let starts: Vec<String> = all
         .iter()
-        .filter(|measured| [FIRST_OUTPUT, GUEST_READY].contains(&measured.what))
+        .filter(|measured| [FIRST_OUTPUT, GUEST_READY].contains(&measured.what.as_str()))
         .map(|measured| {
             format!(
                 "{} {:.0} ms ({})",
@@ -277,7 +278,10 @@ fn summary(all: &[Measured]) -> String {
 }
 
 /// When `wanted` came, and when the process had ended.
-fn first_output(command: &mut Command, wanted: &str) -> Result<(Duration, Duration)> {
+///
+/// # Errors
+/// It failed, or ended without saying so.
+pub fn first_output(command: &mut Command, wanted: &str) -> Result<(Duration, Duration)> {
     let begun = Instant::now();
     let mut child = command
         .stdin(Stdio::null())
@@ -336,7 +340,7 @@ fn settle() {
 }
 
 /// What is in use and no cache.
-fn used_kib() -> Result<u64> {
+pub fn used_kib() -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
     let field = |name: &str| -> Result<u64> {
         let line = text.lines().find_map(|line| line.strip_prefix(name));

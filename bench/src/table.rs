@@ -38,7 +38,7 @@ pub fn series(all: &[Measured]) -> Vec<Series<'_>> {
         {
             Some(series) => series.values.push(measured.value),
             None => found.push(Series {
-                what: measured.what,
+                what: &measured.what,
                 who: &measured.who,
                 unit: measured.unit,
                 values: vec![measured.value],
