@@ -82,7 +82,11 @@ pub fn restore(
     if !is_read_only(&file) {
         return Err(MemoryError::Saved("the descriptor can write to the file"));
     }
-    if length(&file).ok() != Some(bytes) {
+    let length = length(&file).map_err(|source| MemoryError::File {
+        step: "length",
+        source,
+    })?;
+    if length != bytes {
         return Err(MemoryError::Saved("the file is not as long as boot_mib"));
     }
     let saved = Arc::new(file);

@@ -190,6 +190,11 @@ pub fn socket_pair() -> (OwnedFd, OwnedFd) {
 }
 
 pub fn send(shim: &OwnedFd, bytes: &[u8], descriptors: &[OwnedFd]) {
+    try_send(shim, bytes, descriptors).unwrap();
+}
+
+/// An error when the VMM has hung up.
+pub fn try_send(shim: &OwnedFd, bytes: &[u8], descriptors: &[OwnedFd]) -> rustix::io::Result<()> {
     let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -202,7 +207,7 @@ pub fn send(shim: &OwnedFd, bytes: &[u8], descriptors: &[OwnedFd]) {
         &mut ancillary,
         SendFlags::NOSIGNAL,
     )
-    .unwrap();
+    .map(drop)
 }
 
 /// The next packet; none when the VMM has hung up.
@@ -215,7 +220,8 @@ pub fn receive(shim: &OwnedFd) -> Option<Message> {
             &mut RecvAncillaryBuffer::default(),
             RecvFlags::empty(),
         ) {
-            Err(rustix::io::Errno::INTR) => {}
+            // It has left something unread, and comes before what it said.
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNRESET) => {}
             received => break received.unwrap().bytes,
         }
     };

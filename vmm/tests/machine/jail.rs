@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 
 use husk_vmm_spec::{
@@ -18,7 +18,7 @@ use seccompiler::{
 };
 
 use crate::driver::{self, Attack, BUFFER, NEXT, WRITABLE};
-use crate::harness::{Request0, receive, send, skip, socket_pair};
+use crate::harness::{Request0, receive, send, skip, socket_pair, try_send};
 use crate::payload;
 use crate::saved::Saved;
 
@@ -40,10 +40,15 @@ pub struct Jailed {
 
 impl Jailed {
     pub fn spawn() -> Self {
+        Self::spawn_as(UID)
+    }
+
+    /// Under a user of its own, with whom nobody shares limits.
+    pub fn spawn_as(uid: u32) -> Self {
         let (shim, vmm) = socket_pair();
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk-vmm"));
         command
-            .args(["--uid", &UID.to_string(), "--gid", &GID.to_string()])
+            .args(["--uid", &uid.to_string(), "--gid", &GID.to_string()])
             .stderr(Stdio::piped());
         let fd = vmm.as_raw_fd();
         // SAFETY: dup2 is async-signal-safe, and nothing else is done in the child.
@@ -64,13 +69,34 @@ impl Jailed {
     }
 
     pub fn start(&self, request: &Request0) -> Message {
+        self.try_start(request).expect("the VMM hung up")
+    }
+
+    /// None: it has hung up without a word.
+    pub fn try_start(&self, request: &Request0) -> Option<Message> {
         let bytes = serde_json::to_vec(&request.spec).unwrap();
-        send(&self.shim, &bytes, &request.descriptors);
-        receive(&self.shim).expect("the VMM hung up")
+        // It may have said before that it cannot.
+        let _ = try_send(&self.shim, &bytes, &request.descriptors);
+        receive(&self.shim)
+    }
+
+    /// How it ended, which it does by itself, and what it printed.
+    pub fn ended(&mut self) -> (ExitStatus, String) {
+        let mut said = String::new();
+        let mut stream = self.child.stderr.take().unwrap();
+        stream.read_to_string(&mut said).unwrap();
+        (self.child.wait().unwrap(), said)
     }
 
     pub fn request(&self, request: &Request) -> Message {
         self.request_with(request, &[])
+    }
+
+    /// None: it has hung up.
+    pub fn try_request(&self, request: &Request) -> Option<Message> {
+        let bytes = serde_json::to_vec(request).unwrap();
+        let _ = try_send(&self.shim, &bytes, &[]);
+        receive(&self.shim)
     }
 
     pub fn request_with(&self, request: &Request, descriptors: &[OwnedFd]) -> Message {

@@ -9,6 +9,7 @@
 mod attack;
 mod devices;
 mod driver;
+mod faults;
 mod files;
 mod harness;
 mod hostile;
