@@ -519,8 +519,10 @@ impl Owner {
                         match sent {
                             Ok(Ok(())) => self.unanswered.push_back(reply),
                             Ok(Err(error)) => {
-                                tracing::warn!(%error, "VMM's control socket");
-                                return None;
+                                tracing::debug!(%error, "VMM's control socket");
+                                // It has ended, mostly, and what it said is still to be
+                                // read. Nobody else would end one that is only deaf.
+                                deadline = Some(Instant::now() + KILL_PATIENCE);
                             }
                             Err(_) => {
                                 tracing::error!("the VMM takes no requests; it is ended");
@@ -534,9 +536,9 @@ impl Owner {
                 () = self.kill.notified(), if deadline.is_none() => {
                     let limit = Instant::now() + KILL_PATIENCE;
                     deadline = Some(limit);
-                    match timeout_at(limit, self.control.send(&Request::Kill, &[])).await {
-                        Ok(Ok(())) => {}
-                        Ok(Err(_)) | Err(_) => return None,
+                    // Likewise.
+                    if timeout_at(limit, self.control.send(&Request::Kill, &[])).await.is_err() {
+                        return None;
                     }
                 }
                 () = until(deadline) => return None,

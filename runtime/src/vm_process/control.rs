@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 
 use husk_vmm_spec::{Message, PACKET_BYTES, PACKET_DESCRIPTORS};
-use rustix::io::ioctl_fionbio;
+use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
     SocketType, recv, sendmsg, socketpair,
@@ -80,15 +80,38 @@ impl ControlSocket {
         let count = self
             .socket
             .async_io(tokio::io::Interest::READABLE, |socket| {
-                let (count, _) = recv(socket, &mut buffer[..], RecvFlags::empty())?;
+                let mut once = || recv(socket, &mut buffer[..], RecvFlags::empty());
+                let (count, _) = match once() {
+                    // Told one time, before what it has said: that it has ended and
+                    // left something of ours unread.
+                    Err(Errno::CONNRESET) => once()?,
+                    received => received?,
+                };
                 Ok(count)
             })
-            .await;
+            .await?;
         match count {
-            Ok(0) => Ok(None),
-            Ok(count) => Ok(Some(serde_json::from_slice(&self.buffer[..count])?)),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
-            Err(error) => Err(error),
+            0 => Ok(None),
+            count => Ok(Some(serde_json::from_slice(&self.buffer[..count])?)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use husk_vmm_spec::{ExitReason, Request};
+    use rustix::net::send;
+
+    #[tokio::test]
+    async fn the_last_word_of_one_that_leaves_requests_unread_is_heard() {
+        let (mut near, far) = ControlSocket::pair().unwrap();
+        near.send(&Request::Stats, &[]).await.unwrap();
+        let word = Message::Exited(ExitReason::Panic);
+        let text = serde_json::to_vec(&word).unwrap();
+        send(&far, &text, SendFlags::empty()).unwrap();
+        drop(far);
+        assert_eq!(near.receive().await.unwrap(), Some(word));
+        assert_eq!(near.receive().await.unwrap(), None);
     }
 }
