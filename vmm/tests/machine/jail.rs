@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use husk_vmm_spec::{
     BlockSpec, BucketSpec, CONTROL_FD, Descriptor, DeviceSpec, ExitReason, Message, RateSpec,
@@ -546,6 +547,75 @@ fn a_jailed_vmm_saves_its_guest_and_another_goes_on() {
             vmm.request(&Request::Kill),
             Message::Exited(ExitReason::Killed)
         );
+    }
+}
+
+/// Processor time of each thread, in ticks, by name.
+fn ticks(vmm: &Jailed) -> Vec<(String, u64)> {
+    let tasks = fs::read_dir(vmm.proc("task")).unwrap();
+    let of_task = |task: fs::DirEntry| {
+        let stat = fs::read_to_string(task.path().join("stat")).unwrap();
+        let (name, fields) = stat.rsplit_once(") ").unwrap();
+        let (_, name) = name.split_once('(').unwrap();
+        // proc_pid_stat(5): utime and stime, and the third field is the first here.
+        let times = fields.split(' ').skip(14 - 3).take(2);
+        let times = times.map(|time| time.parse::<u64>().unwrap());
+        (name.to_owned(), times.sum())
+    };
+    tasks.map(|task| of_task(task.unwrap())).collect()
+}
+
+#[test]
+fn a_guest_that_spins_on_exits_costs_its_own_processor_alone() {
+    if skip_unless_root() {
+        return;
+    }
+    // A port and a register of nobody's, and a device's that notes nothing.
+    let source = r#"
+        config_write 3, 4, 6
+        config_read 3, 0x10
+        mov ebx, eax
+        and ebx, 0xfffffff0
+        mov r12d, 0xd0000000
+        say '+'
+    1:  in al, 0x80
+        out 0x80, al
+        mov eax, [r12]
+        mov [r12], eax
+        mov al, [rbx + 20]
+        jmp 1b
+    "#;
+    let (request, mut console) = Request0::new(payload::build(source));
+    let vmm = Jailed::spawn();
+    assert!(matches!(vmm.start(&request), Message::Started(_)));
+    console.read_exact(&mut [0]).unwrap();
+    let exits = || match vmm.request(&Request::Stats) {
+        Message::Reply(Ok(Reply::Stats(stats))) => stats.exits,
+        other => panic!("{other:?}"),
+    };
+    let (before, first) = (ticks(&vmm), exits());
+    let began = Instant::now();
+    let spun = |now: &[(String, u64)]| -> Vec<(String, u64)> {
+        let differences = now.iter().zip(&before);
+        differences
+            .map(|(now, before)| (now.0.clone(), now.1 - before.1))
+            .collect()
+    };
+    // Until there is something to see, on a busy machine too.
+    let used = loop {
+        thread::sleep(Duration::from_millis(100));
+        let used = spun(&ticks(&vmm));
+        if used
+            .iter()
+            .any(|(name, ticks)| name == "vcpu0" && *ticks >= 50)
+        {
+            break used;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{used:?}");
+    };
+    assert!(exits() > first + 1000);
+    for (name, ticks) in &used {
+        assert!(name == "vcpu0" || *ticks <= 2, "{used:?}");
     }
 }
 
