@@ -212,6 +212,7 @@ impl VcpuThreads {
                 gate: Arc::clone(&this.gate),
                 exits: Arc::clone(&this.exits),
                 undelivered: 0,
+                retried: 0,
             };
             let thread = thread::Builder::new()
                 .name(format!("vcpu{index}"))
@@ -341,6 +342,12 @@ enum Entered {
 /// descriptor table is a device fails for ever.
 const REDELIVERIES: u32 = 8;
 
+/// How often in a row KVM may have the first processor try again. It tells others so
+/// whenever something has woken them before their start-up message; the first waits
+/// for none, and is told so where KVM's own thread for the machine (that splits large
+/// pages) cannot be had, each time anew.
+const RETRIES: u32 = 8;
+
 /// What a processor thread owns.
 struct Runner {
     index: u8,
@@ -352,6 +359,8 @@ struct Runner {
     exits: Arc<AtomicU64>,
     /// How often in a row KVM could not deliver an event.
     undelivered: u32,
+    /// How often in a row KVM had the first processor try again.
+    retried: u32,
 }
 
 impl Runner {
@@ -413,6 +422,13 @@ impl Runner {
         if !matches!(result, Ok(VcpuExit::InternalError)) {
             self.undelivered = 0;
         }
+        match &result {
+            Err(error) if error.errno() == libc::EAGAIN => {
+                self.retried += u32::from(self.index == 0);
+            }
+            _ => self.retried = 0,
+        }
+        let may_try_again = self.retried <= RETRIES;
         match result {
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.space.read_port(port, data);
@@ -444,10 +460,9 @@ impl Runner {
             Ok(other) => Entered::Ended(failure(format!(
                 "unexpected exit from the guest: {other:?}"
             ))),
-            // Signals, and processors that wait for their start-up message.
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                Entered::Interrupted
-            }
+            Err(error) if error.errno() == libc::EINTR => Entered::Interrupted,
+            // Processors that wait for their start-up message.
+            Err(error) if error.errno() == libc::EAGAIN && may_try_again => Entered::Interrupted,
             Err(error) => Entered::Ended(failure(format!("KVM_RUN: {}", io::Error::from(error)))),
         }
     }

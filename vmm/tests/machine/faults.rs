@@ -11,7 +11,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use husk_vmm_spec::{
     BlockSpec, CONTROL_FD, ExitReason, HostPort, Message, RateSpec, Reply, Request, VsockSpec,
@@ -121,10 +121,19 @@ fn listen() -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(listener as i32) }
 }
 
+/// What fails.
+#[derive(Clone, Copy)]
+enum Fault {
+    Nothing,
+    /// The one call of this number, counted from the program's first.
+    Once(usize),
+    /// Every one of these, also when the machine has begun.
+    Always(Call, i32),
+}
+
 /// Answers what a VMM asks, until it and whoever started it are gone.
 struct Oracle {
-    /// The one call that fails, counted from the program's first.
-    failing: Option<usize>,
+    fault: Fault,
     failed: Option<Call>,
     calls: Vec<Call>,
     /// The machine has begun, and what it calls now is no part of a start.
@@ -152,15 +161,22 @@ impl Oracle {
         }
         let is_first = (i64::from(data.nr), data.args[0], data.args[1]) == FIRST;
         // What starts the program asks, too.
-        if self.calls.is_empty() && !is_first || self.has_begun.load(Ordering::Relaxed) {
+        let is_over = match self.fault {
+            Fault::Always(refused, errno) if call == refused => return errno,
+            Fault::Always(..) => true,
+            Fault::Nothing | Fault::Once(_) => self.has_begun.load(Ordering::Relaxed),
+        };
+        if self.calls.is_empty() && !is_first || is_over {
             return 0;
         }
         self.calls.push(call);
-        if self.failing != Some(self.calls.len() - 1) {
-            return 0;
+        match self.fault {
+            Fault::Once(number) if number + 1 == self.calls.len() => {
+                self.failed = Some(call);
+                errno_of(call)
+            }
+            _ => 0,
         }
-        self.failed = Some(call);
-        errno_of(call)
     }
 }
 
@@ -252,19 +268,14 @@ enum Outcome {
     Ended(ExitStatus, String),
 }
 
-/// Starts a machine, with the call of this number failing.
-fn start(
-    uid: u32,
-    request: &Request0,
-    failing: Option<usize>,
-) -> (Outcome, Option<Call>, Vec<Call>) {
+/// Starts the program, whose calls the oracle decides.
+fn spawn(uid: u32, fault: Fault, has_begun: &Arc<AtomicBool>) -> (Jailed, JoinHandle<Oracle>) {
     let (listeners, listener) = mpsc::channel::<OwnedFd>();
-    let has_begun = Arc::new(AtomicBool::new(false));
     let oracle = Oracle {
-        failing,
+        fault,
         failed: None,
         calls: Vec::new(),
-        has_begun: Arc::clone(&has_begun),
+        has_begun: Arc::clone(has_begun),
     };
     let oracle = thread::spawn(move || oracle.serve(&listener.recv().unwrap()));
     // A thread of its own: it, too, has to ask from then on.
@@ -272,7 +283,13 @@ fn start(
         listeners.send(listen()).unwrap();
         Jailed::spawn_as(uid)
     };
-    let mut vmm = thread::spawn(spawn).join().unwrap();
+    (thread::spawn(spawn).join().unwrap(), oracle)
+}
+
+/// Starts a machine, of which this fails.
+fn start(uid: u32, request: &Request0, fault: Fault) -> (Outcome, Option<Call>, Vec<Call>) {
+    let has_begun = Arc::new(AtomicBool::new(false));
+    let (mut vmm, oracle) = spawn(uid, fault, &has_begun);
     let mut jail = None;
     let outcome = loop {
         let said = match jail {
@@ -376,7 +393,7 @@ fn check(what: &str, call: Call, outcome: &Outcome, calm: &[String]) {
 
 /// Each call of such a start fails once.
 fn sweep(uid: u32, make: impl Fn() -> Request0) {
-    let (calm, _, calls) = start(uid, &make(), None);
+    let (calm, _, calls) = start(uid, &make(), Fault::Nothing);
     let Outcome::Runs(calm) = calm else {
         panic!("{calm:?}");
     };
@@ -385,7 +402,7 @@ fn sweep(uid: u32, make: impl Fn() -> Request0) {
         if failed.get(expected).is_some_and(|times| *times >= OFTEN) {
             continue;
         }
-        let (outcome, call, _) = start(uid, &make(), Some(failing));
+        let (outcome, call, _) = start(uid, &make(), Fault::Once(failing));
         // Threads take turns, so it may be another one, or none any more.
         let Some(call) = call else { continue };
         *failed.entry(call).or_default() += 1;
@@ -451,4 +468,29 @@ fn a_call_that_fails_ends_a_restored_machine_in_one_sentence() {
         add_disk(&mut request);
         request
     });
+}
+
+/// `_IO(KVMIO, 0x80)`.
+const KVM_RUN: u64 = 0xae80;
+
+/// As where the pod may have no more processes: KVM wants a thread for the machine.
+#[test]
+fn a_processor_that_kvm_does_not_run_ends_the_machine() {
+    if skip_unless_root() {
+        return;
+    }
+    let refused = Fault::Always((libc::SYS_ioctl, KVM_RUN), libc::EAGAIN);
+    let (mut vmm, oracle) = spawn(64_203, refused, &Arc::default());
+    let (mut request, _console) = Request0::new(payload::build("1: jmp 1b"));
+    request.spec.vcpus.max = 2;
+    assert!(matches!(vmm.start(&request), Message::Started(_)));
+    match vmm.next() {
+        Some(Message::Exited(ExitReason::Failed(failure))) => {
+            let why = "KVM_RUN: Resource temporarily unavailable (os error 11)";
+            assert_eq!(failure.message, why);
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(vmm.ended().0.success());
+    oracle.join().unwrap();
 }

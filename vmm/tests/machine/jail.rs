@@ -93,6 +93,11 @@ impl Jailed {
         self.request_with(request, &[])
     }
 
+    /// What it says of itself.
+    pub fn next(&self) -> Option<Message> {
+        receive(&self.shim)
+    }
+
     /// None: it has hung up.
     pub fn try_request(&self, request: &Request) -> Option<Message> {
         let bytes = serde_json::to_vec(request).unwrap();
