@@ -212,6 +212,22 @@ fn make(dir: &Path) -> io::Result<bool> {
     }
 }
 
+/// Whether the kernel has ended a process in the cgroup of this one, which is the
+/// pod's, for want of memory.
+pub fn has_run_out_of_memory() -> bool {
+    let Some(path) = own_path() else { return false };
+    let events = fs::read_to_string(under_mount(&path).join("memory.events"));
+    events.is_ok_and(|events| has_killed(&events))
+}
+
+/// cgroup-v2.rst, "memory.events".
+fn has_killed(events: &str) -> bool {
+    let count = events
+        .lines()
+        .find_map(|line| line.strip_prefix("oom_kill "));
+    count.is_some_and(|count| count != "0")
+}
+
 /// Ends what is left in a pod's cgroup, which was made for it, and removes it.
 pub fn remove(path: &Path) {
     let dir = under_mount(path);
@@ -365,6 +381,13 @@ mod tests {
         fs::write(dir.path().join("memory.max"), "max\n").unwrap();
         fs::write(dir.path().join("cpu.max"), "50000 100000\n").unwrap();
         assert_eq!(unlimited(dir.path()), Unlimited { cpu: false, ..all });
+    }
+
+    #[test]
+    fn knows_who_was_killed_for_want_of_memory() {
+        assert!(has_killed("oom 3\noom_kill 1\noom_group_kill 0\n"));
+        assert!(!has_killed("oom 3\noom_kill 0\noom_group_kill 1\n"));
+        assert!(!has_killed(""));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use crate::agent_client::clean;
+use crate::cgroup;
 use crate::child::Child;
 use crate::config::Patience;
 use crate::network::Nic;
@@ -471,8 +472,9 @@ impl Owner {
         drop(self.control);
         finish(&self.child).await;
         self.console.drain();
+        let starved = || cgroup::has_run_out_of_memory().then(end::starved);
         end.send_replace(Some(VmEnd {
-            reason,
+            reason: reason.or_else(starved),
             console: self.console.tail(),
         }));
     }

@@ -12,10 +12,19 @@ use super::console;
 /// How a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmEnd {
-    /// As the VMM said; none: it said nothing.
+    /// As the VMM said, or the kernel of it; none: it said nothing.
     pub reason: Option<ExitReason>,
     /// The last of what the guest's console showed.
     pub console: String,
+}
+
+/// For one that said nothing, where the pod's cgroup had no memory left.
+pub(super) fn starved() -> ExitReason {
+    ExitReason::Failed(Failure {
+        message: "the VMM ended without a word, and the kernel has ended a process of the \
+                  pod's cgroup for want of memory"
+            .to_owned(),
+    })
 }
 
 /// A VMM that does not do what it should.

@@ -28,7 +28,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// Fails unless `done` is one clear error with all of `words`.
-fn ensure_clear(done: &Finished, words: &[&str]) -> Result<()> {
+pub(super) fn ensure_clear(done: &Finished, words: &[&str]) -> Result<()> {
     let said = done.err();
     ensure!(done.code() != 0, "it worked: {}", done.tail());
     for word in words {
@@ -90,14 +90,14 @@ impl Drop for Covered<'_> {
 }
 
 /// Husk's configuration for the time of a case.
-struct Configured {
+pub(super) struct Configured {
     earlier: Option<String>,
 }
 
 const CONFIGURATION: &str = "/etc/husk/config.toml";
 
 impl Configured {
-    fn with(text: &str) -> Result<Self> {
+    pub(super) fn with(text: &str) -> Result<Self> {
         let earlier = fs::read_to_string(CONFIGURATION).ok();
         fs::create_dir_all("/etc/husk")?;
         let base = earlier.clone().unwrap_or_default();

@@ -1,7 +1,9 @@
 //! Rates that devices of a pod are held to, seen by the guest's own clock: beside
 //! a pod without a limit, which moves the same at the same time.
 
+use std::fs;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 
@@ -10,12 +12,15 @@ use super::{Bench, Case, husk_case};
 use crate::block::LoopDevice;
 use crate::cri::Cri;
 use crate::cri::api::Device;
+use crate::footprint;
 use crate::pod::Pod;
+use crate::template;
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
     husk_case("limits/disk-rate", 90, disk_rate),
     husk_case("limits/network-rate", 90, network_rate),
+    husk_case("limits/idle", 90, idle),
 ];
 
 /// Of the shortest time that the rate allows, so much must be seen: clocks of
@@ -133,6 +138,57 @@ fn disk_rate(bench: &Bench) -> Result<()> {
         pod.remove(&cri)?;
     }
     Ok(())
+}
+
+/// How long a pod that does nothing is looked at, seconds.
+const IDLE: u32 = 20;
+
+/// How often its processes may be woken in a second, all of them together.
+const WAKES: u32 = 20;
+
+/// How often the threads of a process have waited so far.
+fn waits(pid: i32) -> Result<u64> {
+    let mut waits = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let status = fs::read_to_string(task?.path().join("status"))?;
+        let of = status.lines().filter_map(|line| {
+            let count = line.strip_prefix("voluntary_ctxt_switches:")?;
+            count.trim().parse::<u64>().ok()
+        });
+        waits += of.sum::<u64>();
+    }
+    Ok(waits)
+}
+
+/// A pod that does nothing hardly wakes the node.
+fn idle(bench: &Bench) -> Result<()> {
+    let cri = bench.cri()?;
+    let pod = Pod::run(bench, &cri, |_| {})?;
+    pod.start(&cri, &["sleep", "1000000"])?;
+    // The guest has something to do after its start, as has whoever makes a template.
+    template::await_maker(bench.seconds(60))?;
+    thread::sleep(bench.seconds(2));
+    let count = || -> Result<Vec<(String, u64)>> {
+        let processes = footprint::of_pod(&pod.id)?;
+        let counted = processes.into_iter().map(|process| {
+            let waits = waits(process.pid)?;
+            Ok((process.name, waits))
+        });
+        counted.collect()
+    };
+    let before = count()?;
+    thread::sleep(Duration::from_secs(IDLE.into()));
+    let after = count()?;
+    let mut all = 0;
+    for ((name, before), (_, after)) in before.iter().zip(&after) {
+        println!("{name}: woken {} times in {IDLE} s", after - before);
+        all += after - before;
+    }
+    ensure!(
+        all <= u64::from(WAKES * IDLE),
+        "woken {all} times in {IDLE} s"
+    );
+    pod.remove(&cri)
 }
 
 /// The first port of those that count what comes.

@@ -18,6 +18,7 @@ pub mod pod_network;
 pub mod resources;
 pub mod run;
 pub mod sandboxer;
+pub mod scarce;
 pub mod security;
 pub mod snapshotter;
 pub mod soak;
@@ -258,6 +259,7 @@ pub fn all() -> Vec<&'static Case> {
         docker::compose::CASES,
         template::CASES,
         abuse::CASES,
+        scarce::CASES,
         churn::CASES,
         cli::CASES,
         cli::guest::CASES,
