@@ -64,6 +64,10 @@ fn start(
         .map_err(|error| describe(&error))?;
     drop(packet);
     confinement.check_descriptors().map_err(|source| {
+        // A thread that could not begin closes what it had.
+        if let Some(ExitReason::Failed(failure)) = machine.exit().reason() {
+            return failure;
+        }
         describe(&BootError::Host {
             what: "descriptors of the jailed process",
             source,
