@@ -150,18 +150,22 @@ impl PodGroups {
         // What somebody else is taking shall be gone as well when this returns.
         let _turn = self.unplugging.lock().await;
         let unused = || self.unused.lock().unwrap_or_else(PoisonError::into_inner);
-        let groups = unused().clone();
+        let mut groups = unused().clone();
+        let mut taken = Vec::new();
         for (id, slots) in &groups {
-            // A machine that cannot is about to end or has ended.
             for slot in slots {
                 if let Err(error) = agent.remove_pci(*slot).await {
                     tracing::warn!(id, slot, %error, "PCI device");
                 }
             }
-            if let Err(error) = vm.remove_device(id.clone()).await {
-                tracing::warn!(id, %error, "PCI device");
+            // A machine that cannot is about to end, or is asked again when the next
+            // container goes.
+            match vm.remove_vfio(id.clone()).await {
+                Ok(()) => taken.push(id.clone()),
+                Err(error) => tracing::warn!(id, %error, "PCI device"),
             }
         }
+        groups.retain(|(id, _)| taken.contains(id));
         // Not before: their slots are free from here on.
         unused().retain(|group| !groups.contains(group));
     }
@@ -177,8 +181,10 @@ impl Groups {
     fn free_slots(&self, count: usize, unused: &Unused) -> Option<Vec<u8>> {
         // PCI_SLOTS fits.
         const LAST: u8 = PCI_SLOTS as u8;
-        let unused = unused.lock().unwrap_or_else(PoisonError::into_inner);
+        // Before the lock, and so given up behind it: the last use of a group takes the
+        // lock when it goes.
         let used: Vec<_> = self.used.values().filter_map(Weak::upgrade).collect();
+        let unused = unused.lock().unwrap_or_else(PoisonError::into_inner);
         let is_free = |slot: &u8| {
             !used.iter().any(|group| group.slots.contains(slot))
                 && !unused.iter().any(|(_, slots)| slots.contains(slot))

@@ -315,19 +315,33 @@ impl Vm {
                 })
                 .collect(),
         };
-        let limit = self
-            .request_limit
-            .saturating_add(PIN_PATIENCE * (self.memory_mib >> 10));
         let request = Request::AddVfio(spec);
+        let limit = self.pinning_limit();
         let added = self.request_within(limit, "plug a PCI device", request, descriptors.0);
         let added = added.await;
         if matches!(added, Err(VmError::Deadline { .. })) {
             // It may still do so.
-            if let Err(error) = self.remove_device(id).await {
+            if let Err(error) = self.remove_vfio(id).await {
                 tracing::debug!("{}", crate::error::chain(&error));
             }
         }
         added
+    }
+
+    /// Takes the devices of an IOMMU group back, of which the agent has let go.
+    ///
+    /// # Errors
+    /// The VMM could not.
+    pub async fn remove_vfio(&self, id: DeviceId) -> Result<(), VmError> {
+        let (limit, request) = (self.pinning_limit(), Request::RemoveDevice(id));
+        self.request_within(limit, "unplug a PCI device", request, Vec::new())
+            .await
+    }
+
+    /// How long pinning all of the guest's memory may take, or letting go of it.
+    fn pinning_limit(&self) -> Duration {
+        let more = PIN_PATIENCE * (self.memory_mib >> 10);
+        self.request_limit.saturating_add(more)
     }
 
     /// What a PCI device reaches is pinned, all of the guest's memory for each group,

@@ -50,18 +50,18 @@ impl DmaSpace {
     /// # Errors
     /// The kernel refuses: more would be pinned than may be.
     pub fn add(&self, container: &Arc<OwnedFd>) -> io::Result<()> {
-        let mut state = self.lock();
         // Nothing is taken from the guest from here on.
         self.pins.add();
-        let added = self.map_all(&state, container);
-        match &added {
-            Ok(()) => state.containers.push(Arc::clone(container)),
-            Err(_) => self.pins.remove(),
+        let added = self.map_all(container);
+        if added.is_err() {
+            self.pins.remove();
         }
         added
     }
 
-    fn map_all(&self, state: &State, container: &Arc<OwnedFd>) -> io::Result<()> {
+    fn map_all(&self, container: &Arc<OwnedFd>) -> io::Result<()> {
+        // Without the lock, which the thread of all devices takes when memory is
+        // plugged: pinning takes long, and this part stays as it is.
         let memory = self.memory.memory();
         let regions = memory.iter().map(|region| {
             let start = region.start_addr().0;
@@ -70,9 +70,11 @@ impl DmaSpace {
         for range in regions.filter(|range| !self.pluggable.contains(&range.start)) {
             self.map(container.as_fd(), &range)?;
         }
+        let mut state = self.lock();
         for block in &state.plugged {
             self.map(container.as_fd(), &(*block..block + BLOCK_BYTES))?;
         }
+        state.containers.push(Arc::clone(container));
         Ok(())
     }
 

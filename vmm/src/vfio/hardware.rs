@@ -196,8 +196,11 @@ impl Hardware for NodeFunction {
             if wanted == mapping.address {
                 continue;
             }
-            if mapping.address.take().is_some() {
+            if mapping.address.is_some() {
+                // Until KVM has let go of it, it counts as there: it must not be
+                // unmapped under KVM's slot.
                 mapping.tell(&self.vm, 0, 0)?;
+                mapping.address = None;
             }
             if let Some(wanted) = wanted {
                 mapping.tell(&self.vm, wanted, mapping.range.end - mapping.range.start)?;
