@@ -126,11 +126,17 @@ async fn shut_down(client: &Client, id: &str) {
     let _: Empty = call(client, "Shutdown", &shutdown).await;
 }
 
-fn annotated(node: &Node, id: &str, kind: &str, command: &[&str]) -> Bundle {
+/// A pod's id that nobody else on this machine has: CRI-O names no address of its own,
+/// so the shim's socket is told apart by namespace and id alone.
+fn pod_id(word: &str) -> String {
+    format!("{word}-{}", std::process::id())
+}
+
+fn annotated(node: &Node, pod: &str, id: &str, kind: &str, command: &[&str]) -> Bundle {
     node.bundle(id, command).with(|spec| {
         spec["annotations"] = json!({
             "io.kubernetes.cri-o.ContainerType": kind,
-            "io.kubernetes.cri-o.SandboxID": "pod",
+            "io.kubernetes.cri-o.SandboxID": pod,
             "io.kubernetes.cri-o.ContainerName": id,
         });
     })
@@ -139,8 +145,9 @@ fn annotated(node: &Node, id: &str, kind: &str, command: &[&str]) -> Bundle {
 fn older_service() {
     block_on(async {
         let node = Node::new().await;
-        let pod = annotated(&node, "pod", "sandbox", &["/pause"]);
-        let member = annotated(&node, "member", "container", &["sleep"]);
+        let id = pod_id("pod");
+        let pod = annotated(&node, &id, &id, "sandbox", &["/pause"]);
+        let member = annotated(&node, &id, "member", "container", &["sleep"]);
         let address = start(&node, &pod);
         let pid = std::fs::read_to_string(pod.dir.join("shim.pid")).unwrap();
         let shim = Shim {
@@ -159,7 +166,7 @@ fn older_service() {
             kill(&client, &bundle.id, 9).await.unwrap();
             assert_eq!(finish(&client, &bundle.id).await, 137);
         }
-        shut_down(&client, "pod").await;
+        shut_down(&client, &id).await;
         shim.assert_gone().await;
         node.assert_clean();
     });
@@ -170,8 +177,9 @@ fn older_service() {
 fn files_and_signals() {
     block_on(async {
         let node = Node::new().await;
-        let pod = annotated(&node, "pod", "sandbox", &["/pause"]);
-        let eater = annotated(&node, "eater", "container", &["oom"]);
+        let id = pod_id("eaten");
+        let pod = annotated(&node, &id, &id, "sandbox", &["/pause"]);
+        let eater = annotated(&node, &id, "eater", "container", &["oom"]);
         let address = start(&node, &pod);
         let pid = std::fs::read_to_string(pod.dir.join("shim.pid")).unwrap();
         let shim = Shim {
@@ -197,11 +205,11 @@ fn files_and_signals() {
         assert!(!pod.dir.join("oom").exists());
         shut_down(&client, "eater").await;
 
-        assert_eq!(status(&client, "pod").await, Status::RUNNING);
-        kill(&client, "pod", 0).await.unwrap();
-        kill(&client, "pod", 9).await.unwrap();
-        assert_eq!(finish(&client, "pod").await, 137);
-        shut_down(&client, "pod").await;
+        assert_eq!(status(&client, &id).await, Status::RUNNING);
+        kill(&client, &id, 0).await.unwrap();
+        kill(&client, &id, 9).await.unwrap();
+        assert_eq!(finish(&client, &id).await, 137);
+        shut_down(&client, &id).await;
         shim.assert_gone().await;
         node.assert_clean();
     });
