@@ -211,7 +211,7 @@ fn unmap() {
 fn device(kind: Kind) -> Box<dyn VirtioDevice> {
     match kind {
         Kind::Rng => Box::new(Rng),
-        Kind::Balloon => Box::new(Balloon),
+        Kind::Balloon => Box::new(Balloon::default()),
         Kind::Console => {
             let (_, writer) = pipe_with(PipeFlags::NONBLOCK).expect("a pipe");
             Box::new(Console::new(writer, Arc::default()).expect("a pipe is good"))
