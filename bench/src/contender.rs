@@ -24,6 +24,9 @@ impl Contender {
     /// Everyone, in the order of a round.
     pub const ALL: [Self; 3] = [Self::Boot, Self::Runc, Self::Copy];
 
+    /// What all but a node's first pod are, and what everybody knows.
+    pub const USUAL: [Self; 2] = [Self::Runc, Self::Copy];
+
     /// As the tables name it.
     pub fn name(self) -> &'static str {
         match self {

@@ -26,9 +26,6 @@ const PROGRAMS: [&str; 6] = [
     "type=bind,src=/usr/lib64,dst=/lib64,options=rbind:ro",
 ];
 
-/// Who is compared: what all but a node's first pod are, and what everybody knows.
-const CONTENDERS: [Contender; 2] = [Contender::Runc, Contender::Copy];
-
 /// Where the files are that fio reads and writes: what the table says, flags of
 /// `ctr run`, and the file.
 const PLACES: [(&str, &[&str], &str); 3] = [
@@ -87,11 +84,11 @@ const SMALL_JOBS: [(&str, &str); 3] = [
 pub fn measure(node: &Node) -> Result<Vec<Measured>> {
     let volume = node.work.join("volume");
     fs::create_dir_all(&volume)?;
-    for contender in CONTENDERS {
+    for contender in Contender::USUAL {
         contender.warm_up(node)?;
     }
     let mut all = Vec::new();
-    for contender in CONTENDERS {
+    for contender in Contender::USUAL {
         let _prepared = contender.prepare()?;
         let bench = Bench {
             ctr: Ctr::new(node, contender.runtime()),
@@ -144,13 +141,13 @@ impl Bench {
     }
 
     fn figure(&self, what: String, value: f64) -> Measured {
-        println!("{what}, {}: {value:.1}", self.who);
         Measured {
             what,
             who: self.who.to_owned(),
             value,
             unit: "",
         }
+        .told()
     }
 
     fn files(&self) -> Result<Vec<Measured>> {

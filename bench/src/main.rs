@@ -111,11 +111,7 @@ fn measure_all(setup: &Setup) -> Result<Vec<Measured>> {
     }
     for contender in Contender::ALL {
         let more = setup.one_more(contender)?;
-        println!(
-            "{}, {}: {:.0} {}",
-            more.what, more.who, more.value, more.unit
-        );
-        all.push(more);
+        all.push(more.told());
     }
     all.extend(setup.sizes());
     Ok(all)

@@ -14,9 +14,6 @@ use husk_e2e::node::Node;
 use crate::contender::Contender;
 use crate::measure::{Measured, first_output, milliseconds, used_kib};
 
-/// Who is compared.
-const CONTENDERS: [Contender; 2] = [Contender::Runc, Contender::Copy];
-
 /// How many are started at once.
 const TOGETHER: [usize; 3] = [1, 8, 32];
 
@@ -31,16 +28,16 @@ const WATCHED: Duration = Duration::from_secs(30);
 /// # Errors
 /// One start of all fails, or a pod does not answer.
 pub fn measure(node: &Node) -> Result<Vec<Measured>> {
-    for contender in CONTENDERS {
+    for contender in Contender::USUAL {
         contender.warm_up(node)?;
     }
     let mut all = Vec::new();
     for count in TOGETHER {
-        for contender in CONTENDERS {
+        for contender in Contender::USUAL {
             all.extend(together(node, contender, count)?);
         }
     }
-    for contender in CONTENDERS {
+    for contender in Contender::USUAL {
         all.extend(alive(node, contender)?);
     }
     Ok(all)
@@ -67,13 +64,8 @@ fn together(node: &Node, contender: Contender, count: usize) -> Result<Vec<Measu
     firsts.sort();
     let figure = |what: &str, at: usize| {
         let took = firsts.get(at).copied().unwrap_or_default();
-        let figure = milliseconds(
-            &format!("{count} started at once: {what}"),
-            contender.name(),
-            took,
-        );
-        println!("{}, {}: {:.0} ms", figure.what, figure.who, figure.value);
-        figure
+        let what = format!("{count} started at once: {what}");
+        milliseconds(&what, contender.name(), took).told()
     };
     Ok(vec![
         figure("first output, median", count / 2),
@@ -127,13 +119,13 @@ fn alive(node: &Node, contender: Contender) -> Result<Vec<Measured>> {
     }
     let pod_seconds = WATCHED.as_secs_f64() * ALIVE as f64;
     let figure = |what: String, value: f64, unit: &'static str| {
-        println!("{what}, {}: {value:.1} {unit}", contender.name());
         Measured {
             what,
             who: contender.name().into(),
             value,
             unit,
         }
+        .told()
     };
     Ok(vec![
         figure(

@@ -25,6 +25,20 @@ pub struct Measured {
     pub unit: &'static str,
 }
 
+impl Measured {
+    /// Prints it, for whoever waits for a long run.
+    pub fn told(self) -> Self {
+        let Self {
+            what,
+            who,
+            value,
+            unit,
+        } = &self;
+        println!("{what}, {who}: {value:.1} {unit}");
+        self
+    }
+}
+
 /// From `ctr run` to the first byte of output.
 pub const FIRST_OUTPUT: &str = "ctr run to first output";
 /// From `ctr run` to its end, the container removed.

@@ -48,6 +48,19 @@ fn start(node: &Node, bundle: &Bundle) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// The shim of a new pod, and a client as CRI-O is one.
+async fn start_pod(node: &Node, pod: &Bundle) -> (Shim, Client) {
+    let address = start(node, pod);
+    let client = Client::connect(&address).await.unwrap();
+    let pid = std::fs::read_to_string(pod.dir.join("shim.pid")).unwrap();
+    let shim = Shim {
+        task: connect(&address).await,
+        pid: pid.parse().unwrap(),
+        address,
+    };
+    (shim, client)
+}
+
 async fn call<T: Message>(client: &Client, method: &str, message: &impl Message) -> T {
     let answer = try_call(client, method, message).await;
     answer.unwrap_or_else(|error| panic!("{method}: {error}"))
@@ -148,17 +161,10 @@ fn older_service() {
         let id = pod_id("pod");
         let pod = annotated(&node, &id, &id, "sandbox", &["/pause"]);
         let member = annotated(&node, &id, "member", "container", &["sleep"]);
-        let address = start(&node, &pod);
-        let pid = std::fs::read_to_string(pod.dir.join("shim.pid")).unwrap();
-        let shim = Shim {
-            task: connect(&address).await,
-            pid: pid.parse().unwrap(),
-            address: address.clone(),
-        };
-        let client = Client::connect(&address).await.unwrap();
+        let (shim, client) = start_pod(&node, &pod).await;
         for bundle in [&pod, &member] {
             if bundle.id == "member" {
-                assert_eq!(start(&node, bundle), address);
+                assert_eq!(start(&node, bundle), shim.address);
             }
             create_and_start(&client, bundle).await;
         }
@@ -180,19 +186,12 @@ fn files_and_signals() {
         let id = pod_id("eaten");
         let pod = annotated(&node, &id, &id, "sandbox", &["/pause"]);
         let eater = annotated(&node, &id, "eater", "container", &["oom"]);
-        let address = start(&node, &pod);
-        let pid = std::fs::read_to_string(pod.dir.join("shim.pid")).unwrap();
-        let shim = Shim {
-            task: connect(&address).await,
-            pid: pid.parse().unwrap(),
-            address: address.clone(),
-        };
-        let client = Client::connect(&address).await.unwrap();
+        let (shim, client) = start_pod(&node, &pod).await;
         create_and_start(&client, &pod).await;
         start(&node, &eater);
         for bundle in [&pod, &eater] {
             let file = std::fs::read_to_string(bundle.dir.join("address"));
-            assert_eq!(file.unwrap(), address);
+            assert_eq!(file.unwrap(), shim.address);
         }
         let _: CreateTaskResponse = call(&client, "Create", &eater.request()).await;
         let start = StartRequest {
