@@ -1,13 +1,14 @@
 //! `/dev` of a container.
 
 use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, Uid, chmodat, chownat, makedev, mknodat, statat, symlinkat,
-    unlinkat,
+    AtFlags, FileType, Gid, Mode, Stat, Uid, chmodat, chownat, fstat, major, makedev, minor,
+    mknodat, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -50,6 +51,16 @@ struct Node<'a> {
     device: u64,
     mode: u32,
     owner: (u32, u32),
+    /// The guest's own, where it is known; else it is found by its number.
+    guests: Option<&'a Path>,
+}
+
+impl Node<'_> {
+    /// Whether a file is this device.
+    fn is(&self, stat: &Stat) -> bool {
+        FileType::from_raw_mode(stat.st_mode) == self.kind
+            && (stat.st_rdev == self.device || self.kind == FileType::Fifo)
+    }
 }
 
 /// How nodes come to be.
@@ -73,11 +84,12 @@ pub fn populate(root: &OwnedFd, spec: &Spec, source: NodeSource) -> Result<(), I
             device: makedev(major, minor),
             mode: 0o666,
             owner: (0, 0),
+            guests: Some(Path::new(path)),
         };
-        make(root, &node, source).doing("make", path)?;
+        make(root, &node, source)?;
     }
     for device in &spec.linux.devices {
-        make(root, &node_of(device)?, source).doing("make", device.path.display())?;
+        make(root, &node_of(device)?, source)?;
     }
     for (target, path) in LINKS {
         link(root, target, Path::new(path)).doing("link", path)?;
@@ -124,8 +136,9 @@ pub fn add_all(root: &OwnedFd, spec: &Spec, source: NodeSource) -> Result<(), In
                 device: metadata.rdev(),
                 mode: metadata.mode() & 0o7777,
                 owner: (metadata.uid(), metadata.gid()),
+                guests: Some(&path),
             };
-            make(root, &node, source).doing("make", path.display())?;
+            make(root, &node, source)?;
         }
     }
     Ok(())
@@ -149,25 +162,68 @@ fn node_of(device: &Device) -> Result<Node<'_>, InitError> {
         device: device.number(),
         mode: device.file_mode.unwrap_or(0o666) & 0o7777,
         owner: (device.uid.unwrap_or(0), device.gid.unwrap_or(0)),
+        guests: None,
     })
 }
 
-fn make(root: &OwnedFd, node: &Node<'_>, source: NodeSource) -> Result<(), std::io::Error> {
+fn make(root: &OwnedFd, node: &Node<'_>, source: NodeSource) -> Result<(), InitError> {
     let path = in_root::clean(node.path);
     if source == NodeSource::Bind && node.kind != FileType::Fifo {
-        let tree = mounts::clone_tree(&path, Recursion::Alone).map_err(|error| error.source)?;
-        let at = in_root::ensure_file(root, &path).map_err(|error| error.source)?;
-        return Ok(mounts::attach(&tree, &at)?);
+        let tree = clone_guests(node)?;
+        let at = in_root::ensure_file(root, &path)?;
+        return Ok(mounts::attach(&tree, &at).doing("make", path.display())?);
     }
-    let (directory, name) = split(root, &path).map_err(|error| error.source)?;
+    Ok(make_by_number(root, node, &path).doing("make", path.display())?)
+}
+
+/// The guest's own node of a device: the path is the container's, and may be
+/// anything here.
+fn clone_guests(node: &Node<'_>) -> Result<OwnedFd, InitError> {
+    let absent = || InitError::Invalid {
+        field: "linux.devices",
+        reason: format!(
+            "{}: the guest has no node of {}:{}",
+            node.path.display(),
+            major(node.device),
+            minor(node.device)
+        ),
+    };
+    let guests = match node.guests {
+        Some(path) => path.to_owned(),
+        None => find_guests(node.kind, node.device).ok_or_else(absent)?,
+    };
+    let tree = mounts::clone_tree(&guests, Recursion::Alone)?;
+    let stat = fstat(&tree).doing("stat", guests.display())?;
+    match node.is(&stat) {
+        true => Ok(tree),
+        false => Err(absent()),
+    }
+}
+
+/// Where the kernel says that a device's node is.
+fn find_guests(kind: FileType, device: u64) -> Option<PathBuf> {
+    let kind = match kind {
+        FileType::BlockDevice => "block",
+        _ => "char",
+    };
+    let directory = format!("/sys/dev/{kind}/{}:{}", major(device), minor(device));
+    let uevent = fs::read_to_string(Path::new(&directory).join("uevent")).ok()?;
+    let name = uevent
+        .lines()
+        .find_map(|line| line.strip_prefix("DEVNAME="))?;
+    let mut parts = Path::new(name).components();
+    let plain = parts.all(|part| matches!(part, Component::Normal(_)));
+    plain.then(|| Path::new("/dev").join(name))
+}
+
+fn make_by_number(root: &OwnedFd, node: &Node<'_>, path: &Path) -> Result<(), io::Error> {
+    let (directory, name) = split(root, path).map_err(|error| error.source)?;
     let mode = Mode::from_raw_mode(node.mode);
     match mknodat(&directory, &name, node.kind, mode, node.device) {
         Ok(()) => {}
         Err(Errno::EXIST) => {
             let stat = statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW)?;
-            let same = FileType::from_raw_mode(stat.st_mode) == node.kind
-                && (stat.st_rdev == node.device || node.kind == FileType::Fifo);
-            if !same {
+            if !node.is(&stat) {
                 unlinkat(&directory, &name, AtFlags::empty())?;
                 mknodat(&directory, &name, node.kind, mode, node.device)?;
             }
@@ -186,7 +242,7 @@ fn make(root: &OwnedFd, node: &Node<'_>, source: NodeSource) -> Result<(), std::
     Ok(chmodat(&directory, &name, mode, AtFlags::empty())?)
 }
 
-fn link(root: &OwnedFd, target: &str, path: &Path) -> Result<(), std::io::Error> {
+fn link(root: &OwnedFd, target: &str, path: &Path) -> Result<(), io::Error> {
     let (directory, name) = split(root, path).map_err(|error| error.source)?;
     match symlinkat(target, &directory, &name) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),

@@ -175,6 +175,31 @@ async fn containers_are_in_one_user_namespace() {
 }
 
 #[tokio::test]
+async fn their_devices_are_those_of_the_numbers() {
+    let Some(agent) = agent_with_users().await else {
+        return;
+    };
+    let device = |path: &str, minor: u32| {
+        let path = path.to_owned();
+        json!({"path": path, "type": "c", "major": 1, "minor": minor})
+    };
+    // A path that the guest has not, and one that is another device there.
+    let line = "stat -c %n=%t:%T /dev/mine /dev/fuse /dev/zero";
+    let mut named = spec(&agent, line);
+    named["linux"]["devices"] = json!([device("/dev/mine", 5), device("/dev/fuse", 7)]);
+    let (_, stdout, stderr) = agent.output(&named).await;
+    let wanted = "/dev/mine=1:5\n/dev/fuse=1:7\n/dev/zero=1:5\n";
+    assert_eq!(stdout, wanted, "{stderr}");
+    // Nothing else of the guest's comes in by such a path.
+    named["linux"]["devices"] = json!([{"path": "/tmp", "type": "c", "major": 136, "minor": 4321}]);
+    let error = agent.create("x", &named).await.err().unwrap();
+    let (code, text) = crate::agent::status(error);
+    assert_eq!(code, ttrpc::Code::INVALID_ARGUMENT, "{text}");
+    let said = "/tmp: the guest has no node of 136:4321";
+    assert!(text.contains(said), "{text}");
+}
+
+#[tokio::test]
 async fn they_may_share_their_processes() {
     let Some(agent) = agent_with_users().await else {
         return;
