@@ -2,13 +2,13 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, Stat, Uid, chmodat, chownat, fstat, major, makedev, minor,
-    mknodat, statat, symlinkat, unlinkat,
+    AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid, chmod, chownat, fstat, major, makedev, minor,
+    mknodat, openat, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -230,16 +230,22 @@ fn make_by_number(root: &OwnedFd, node: &Node<'_>, path: &Path) -> Result<(), io
         }
         Err(errno) => return Err(errno.into()),
     }
+    Ok(hand_over(&directory, &name, node)?)
+}
+
+/// Gives a node its owner and mode. Not by its name: the directory may be a volume's,
+/// where another container puts a link to a file of the guest's in its place.
+fn hand_over(directory: &OwnedFd, name: &Path, node: &Node<'_>) -> Result<(), Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let made = openat(directory, name, flags, Mode::empty())?;
+    if !node.is(&fstat(&made)?) {
+        return Err(Errno::EXIST);
+    }
     let (uid, gid) = (Uid::from_raw(node.owner.0), Gid::from_raw(node.owner.1));
-    chownat(
-        &directory,
-        &name,
-        Some(uid),
-        Some(gid),
-        AtFlags::SYMLINK_NOFOLLOW,
-    )?;
-    // The image's own process doesn't run yet: the name is still our node.
-    Ok(chmodat(&directory, &name, mode, AtFlags::empty())?)
+    chownat(&made, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
+    // The one way to it that needs neither a name nor the device opened.
+    let path = format!("/proc/self/fd/{}", made.as_raw_fd());
+    chmod(path, Mode::from_raw_mode(node.mode))
 }
 
 fn link(root: &OwnedFd, target: &str, path: &Path) -> Result<(), io::Error> {
@@ -257,4 +263,44 @@ fn split(root: &OwnedFd, path: &Path) -> Result<(OwnedFd, PathBuf), OsError> {
         in_root::ensure_directory(root, parent)?,
         PathBuf::from(name),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn mode_of(path: &Path) -> u32 {
+        fs::symlink_metadata(path).unwrap().mode() & 0o7777
+    }
+
+    #[test]
+    fn a_link_in_place_of_a_node_leads_nowhere() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let owner = fs::metadata(directory.path()).unwrap();
+        let node = Node {
+            path: Path::new("/dev/p"),
+            kind: FileType::Fifo,
+            device: 0,
+            mode: 0o666,
+            owner: (owner.uid(), owner.gid()),
+            guests: None,
+        };
+        let made = OwnedFd::from(fs::File::open(directory.path()).unwrap());
+        let private = Mode::from_raw_mode(0o600);
+        mknodat(&made, "p", FileType::Fifo, private, 0).unwrap();
+        hand_over(&made, Path::new("p"), &node).unwrap();
+        assert_eq!(mode_of(&at("p")), 0o666);
+        // Between its making and this, another container was there.
+        mknodat(&made, "other", FileType::Fifo, private, 0).unwrap();
+        fs::remove_file(at("p")).unwrap();
+        symlink("other", at("p")).unwrap();
+        assert_eq!(hand_over(&made, Path::new("p"), &node), Err(Errno::EXIST));
+        assert_eq!(mode_of(&at("other")), 0o600);
+        fs::remove_file(at("p")).unwrap();
+        fs::write(at("p"), "").unwrap();
+        assert_eq!(hand_over(&made, Path::new("p"), &node), Err(Errno::EXIST));
+    }
 }

@@ -184,11 +184,12 @@ async fn their_devices_are_those_of_the_numbers() {
         json!({"path": path, "type": "c", "major": 1, "minor": minor})
     };
     // A path that the guest has not, and one that is another device there.
-    let line = "stat -c %n=%t:%T /dev/mine /dev/fuse /dev/zero";
+    let line = "stat -c %n=%t:%T /dev/mine /dev/fuse /dev/zero; stat -c %n=%a:%u /dev/p";
     let mut named = spec(&agent, line);
-    named["linux"]["devices"] = json!([device("/dev/mine", 5), device("/dev/fuse", 7)]);
+    let pipe = json!({"path": "/dev/p", "type": "p", "fileMode": 0o640, "uid": 7});
+    named["linux"]["devices"] = json!([device("/dev/mine", 5), device("/dev/fuse", 7), pipe]);
     let (_, stdout, stderr) = agent.output(&named).await;
-    let wanted = "/dev/mine=1:5\n/dev/fuse=1:7\n/dev/zero=1:5\n";
+    let wanted = "/dev/mine=1:5\n/dev/fuse=1:7\n/dev/zero=1:5\n/dev/p=640:7\n";
     assert_eq!(stdout, wanted, "{stderr}");
     // Nothing else of the guest's comes in by such a path.
     named["linux"]["devices"] = json!([{"path": "/tmp", "type": "c", "major": 136, "minor": 4321}]);
