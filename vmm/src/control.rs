@@ -26,7 +26,11 @@ pub fn serve(socket: &ControlSocket, exec_ns: u64, confinement: Confinement) {
     let reason = match start(socket, exec_ns, confinement) {
         Ok(Some(mut machine)) => {
             let reason = run(socket, &mut machine);
-            machine.stop();
+            if !machine.stop() {
+                // The shim hears of the end all the same. What still runs ends with
+                // the process.
+                std::mem::forget(machine);
+            }
             reason
         }
         Ok(None) => return,

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use husk_virtio::GuestMemory;
 use husk_virtio::event_loop::{EventLoop, LoopGone};
@@ -14,6 +15,10 @@ use crate::exit::ExitLatch;
 use crate::kvm::vcpu::VcpuThreads;
 use crate::kvm::vm::Vm;
 use crate::saved::{self, SavedError};
+
+/// How long devices may take to finish when the guest has ended: a disk of the host's
+/// that hangs would have nobody hear of the end.
+const FINISH_LIMIT: Duration = Duration::from_secs(5);
 
 /// A machine that has been booted. Fields are dropped from the first down:
 /// nothing runs any more when memory goes.
@@ -77,11 +82,14 @@ impl Machine {
         Ok(())
     }
 
-    /// Ends the processors for good and has the devices finish what they do.
-    pub fn stop(&mut self) {
+    /// Ends the processors for good and has the devices finish what they do. False:
+    /// they have not in time, and dropping the machine would wait for them.
+    #[must_use]
+    pub fn stop(&mut self) -> bool {
         self.vcpus.stop();
         // If the thread has ended, it touches nothing either.
-        let _ = self.device_loop.handle().pause();
+        let finished = self.device_loop.handle().pause_within(FINISH_LIMIT);
+        finished.unwrap_or(true)
     }
 
     /// Counters since the start.

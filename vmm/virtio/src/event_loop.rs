@@ -11,8 +11,9 @@ use std::mem;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -172,6 +173,21 @@ impl LoopHandle {
         let (reply, answer) = mpsc::sync_channel(1);
         self.send(Command::Pause { reply })?;
         answer.recv().map_err(|_| LoopGone)
+    }
+
+    /// Like [`LoopHandle::pause`], but gives up after `limit`: what a worker began may
+    /// hang with the host's disk. Returns whether all have come to rest.
+    ///
+    /// # Errors
+    /// The loop has stopped.
+    pub fn pause_within(&self, limit: Duration) -> Result<bool, LoopGone> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(Command::Pause { reply })?;
+        match answer.recv_timeout(limit) {
+            Ok(()) => Ok(true),
+            Err(RecvTimeoutError::Timeout) => Ok(false),
+            Err(RecvTimeoutError::Disconnected) => Err(LoopGone),
+        }
     }
 
     /// Lets the workers work again.

@@ -261,7 +261,11 @@ impl Chain {
             _memory: Arc::clone(&memory),
         };
         let mut whole = false;
-        for descriptor in found {
+        for (seen, descriptor) in found.enumerate() {
+            // An indirect table has room for 2^16, and empty ones become no segment.
+            if seen == CHAIN_SEGMENTS_MAX {
+                return Err("the chain has too many buffers");
+            }
             whole = !descriptor.has_next();
             let len = descriptor.len() as usize;
             let (access, writable) = match descriptor.is_write_only() {

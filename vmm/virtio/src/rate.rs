@@ -58,6 +58,14 @@ impl Rate {
     }
 }
 
+impl Rate {
+    /// For what a driver may have the host do now and then.
+    pub(crate) const SELDOM: Self = Self {
+        per_second: 1,
+        burst: 16,
+    };
+}
+
 /// What limits one direction of a device; nothing by default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
@@ -212,6 +220,26 @@ impl Limiter {
             let _ = rustix::io::read(timer, &mut [0; 8]);
         }
         self.is_set = false;
+    }
+}
+
+/// A few at once, and then so many a second; who wants more is refused.
+#[derive(Debug)]
+pub(crate) struct Allowance(Bucket);
+
+impl Allowance {
+    pub(crate) fn new(rate: Rate) -> Self {
+        Self(Bucket::full(rate, now_ns()))
+    }
+
+    /// Whether one more may be, which it then counts as.
+    pub(crate) fn spend(&mut self) -> bool {
+        self.0.refill(now_ns());
+        let may = self.0.wait_ns().is_none();
+        if may {
+            self.0.take(1);
+        }
+        may
     }
 }
 

@@ -33,6 +33,7 @@ enum Order {
     Fail,
     Number(u32),
     Time,
+    Sleep(Duration),
 }
 
 impl Worker for Recorder {
@@ -87,6 +88,7 @@ impl Worker for Recorder {
             Order::Time => {
                 let _ = self.told.send(Told::Time(thread_time()));
             }
+            Order::Sleep(time) => std::thread::sleep(time),
             Order::Number(number) => {
                 let _ = self.told.send(Told::Control(number));
             }
@@ -292,6 +294,16 @@ fn pauses() {
     bench.expect(Told::Control(2));
     bench.handle.resume().unwrap();
     bench.expect(Told::Event(Event::Queue(4)));
+}
+
+#[test]
+fn a_pause_that_takes_too_long_is_not_waited_for() {
+    let bench = Bench::new();
+    bench.order(Order::Sleep(6 * SHORT));
+    assert_eq!(bench.handle.pause_within(SHORT), Ok(false));
+    bench.expect(Told::Quiesced);
+    bench.handle.resume().unwrap();
+    assert_eq!(bench.handle.pause_within(LONG), Ok(true));
 }
 
 #[test]

@@ -12,14 +12,14 @@ use crate::queue::Chain;
 /// Carries out one command; returns what the driver gets for it.
 ///
 /// `offloads` are those that were negotiated, if they may be switched at all.
-pub(super) fn execute(command: &Chain, tap: &Tap, offloads: Option<u64>) -> u8 {
+pub(super) fn execute(command: &Chain, tap: &mut Tap, offloads: Option<u64>) -> u8 {
     match run(command, tap, offloads) {
         Some(()) => VIRTIO_NET_OK as u8,
         None => VIRTIO_NET_ERR as u8,
     }
 }
 
-fn run(command: &Chain, tap: &Tap, offloads: Option<u64>) -> Option<()> {
+fn run(command: &Chain, tap: &mut Tap, offloads: Option<u64>) -> Option<()> {
     let mut kind = [0; 2];
     command.read(0, &mut kind).then_some(())?;
     match kind.map(u32::from) {

@@ -10,6 +10,7 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::HEADER_BYTES;
+use crate::rate::{Allowance, Rate};
 
 // linux/if_tun.h
 const TUN_F_CSUM: u32 = 0x01;
@@ -27,6 +28,11 @@ const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8_u32 as _;
 #[derive(Debug)]
 pub(super) struct Tap {
     fd: OwnedFd,
+    /// Those that the kernel has been told.
+    flags: u32,
+    /// Each takes the lock of all of the node's networks, and is told to whoever
+    /// watches the pod's.
+    changes: Allowance,
     /// A socket that stands in for a tap knows none of its calls.
     #[cfg(test)]
     pub stand_in: Option<std::sync::Arc<std::sync::atomic::AtomicU32>>,
@@ -42,6 +48,8 @@ impl Tap {
         fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
         let tap = Self {
             fd,
+            flags: 0,
+            changes: Allowance::new(Rate::SELDOM),
             #[cfg(test)]
             stand_in: None,
         };
@@ -53,6 +61,8 @@ impl Tap {
     pub(super) fn stand_in(socket: OwnedFd) -> Self {
         Self {
             fd: socket,
+            flags: 0,
+            changes: Allowance::new(Rate::SELDOM),
             stand_in: Some(Default::default()),
         }
     }
@@ -64,11 +74,23 @@ impl Tap {
     }
 
     /// Tells the kernel which of [`super::GUEST_OFFLOADS`] the reader takes.
-    pub(super) fn set_offloads(&self, offloads: u64) -> io::Result<()> {
-        self.set_flags(tun_flags(offloads))
+    ///
+    /// # Errors
+    /// The kernel refuses, or was told something else too often lately.
+    pub(super) fn set_offloads(&mut self, offloads: u64) -> io::Result<()> {
+        let flags = tun_flags(offloads);
+        if flags == self.flags {
+            return Ok(());
+        }
+        if !self.changes.spend() {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+        self.set_flags(flags)?;
+        self.flags = flags;
+        Ok(())
     }
 
-    fn set_flags(&self, flags: u32) -> io::Result<()> {
+    pub(super) fn set_flags(&self, flags: u32) -> io::Result<()> {
         #[cfg(test)]
         if let Some(last) = &self.stand_in {
             last.store(flags, std::sync::atomic::Ordering::Relaxed);
@@ -96,7 +118,7 @@ impl AsFd for Tap {
 
 /// A tap refuses offloads whose foundation is missing: any without checksums, ECN
 /// without TCP segmentation, and UDP segmentation of one IP version alone.
-fn tun_flags(offloads: u64) -> u32 {
+pub(super) fn tun_flags(offloads: u64) -> u32 {
     let has = |feature: u32| offloads & 1 << feature != 0;
     if !has(VIRTIO_NET_F_GUEST_CSUM) {
         return 0;

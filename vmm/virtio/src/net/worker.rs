@@ -65,7 +65,7 @@ impl NetWorker {
         let tx = activation.take_queue(TX)?;
         let control = activation.take_queue(CONTROL).ok();
         let tap = match tap.take() {
-            Some(taken) => match taken.set_offloads(offloads) {
+            Some(mut taken) => match taken.set_offloads(offloads) {
                 Ok(()) => Ok(taken),
                 Err(error) => {
                     *tap = Some(taken);
@@ -147,7 +147,7 @@ impl NetWorker {
         };
         queue.begin();
         while let Some(command) = queue.pop()? {
-            let answer = control::execute(&command, &self.tap, self.switchable);
+            let answer = control::execute(&command, &mut self.tap, self.switchable);
             if !command.write(0, &[answer]) {
                 return Err(queue.chain_error("a command has no room for the answer"));
             }

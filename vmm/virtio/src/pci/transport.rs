@@ -147,7 +147,7 @@ impl VirtioPci {
         let msix = Msix::new(vectors);
         let events = msix.events().to_vec();
         let vectors = events.len();
-        let signals = Arc::new(Signals::new(name.into(), report, events, queues));
+        let signals = Arc::new(Signals::new(name.into(), report, events, queues)?);
 
         let mut config = ConfigSpace::new(identity(device.device_type()));
         config.add_bar(BAR, BAR_BYTES, BarKind::Memory32);

@@ -283,6 +283,19 @@ fn bounds_long_chains() {
 }
 
 #[test]
+fn bounds_chains_of_nothing() {
+    let mut ring = Ring::new(memory());
+    let count = CHAIN_SEGMENTS_MAX as u16 + 1;
+    ring.descriptors(&[Buffer::raw(0x2_0000, u32::from(count) * 16, INDIRECT, 0)]);
+    let table: Vec<_> = (1..count)
+        .map(|next| Buffer::raw(0x8000, 0, NEXT, next))
+        .chain([Buffer::readable(0x8000, 1)])
+        .collect();
+    ring.table(0x2_0000, &table);
+    assert_eq!(ring.pop_error(), "the chain has too many buffers");
+}
+
+#[test]
 fn bounds_the_bytes_of_a_chain() {
     // Each buffer is within memory; together they are more than 4 GiB.
     let whole = 64 << 20;

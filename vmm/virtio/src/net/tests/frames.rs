@@ -222,6 +222,23 @@ fn commands_are_answered() {
     assert_eq!(guest.command(&[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]), 1);
 }
 
+/// What the kernel was told last stays, and is told in vain no more.
+#[test]
+fn offloads_that_change_for_ever_are_refused() {
+    let mut guest = Guest::new(SEGMENTS);
+    let (mut told, mut refused, mut last) = (0, 0, 3);
+    for offloads in [0_u64, 0x82].repeat(50) {
+        let mut command = vec![5, 0];
+        command.extend(offloads.to_le_bytes());
+        refused += u32::from(guest.command(&command));
+        let now = guest.offloads.load(Ordering::Relaxed);
+        told += u32::from(now != last);
+        last = now;
+    }
+    assert!((10..=20).contains(&told), "{told}");
+    assert!(refused >= 30, "{refused}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 

@@ -216,7 +216,10 @@ fn every_choice_of_offloads_is_accepted() {
             .enumerate()
             .filter(|(i, _)| choice & 1 << i != 0);
         let offloads = chosen.fold(0, |offloads, (_, bit)| offloads | bit);
-        assert!(tap.set_offloads(offloads).is_ok(), "{offloads:#x}");
+        assert!(
+            tap.set_flags(tap::tun_flags(offloads)).is_ok(),
+            "{offloads:#x}"
+        );
     }
     done.send(()).unwrap();
     thread.join().unwrap();
