@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::volume::{shell, sleeper};
 use super::{Bench, Case, husk_case};
@@ -17,6 +17,7 @@ use crate::pod::Pod;
 pub const CASES: &[Case] = &[
     husk_case("device/vfio", 120, disk),
     husk_case("device/vfio-hot", 150, hot),
+    husk_case("device/vfio-nvme", 120, nvme),
     husk_case("device/vfio-interfaces", 120, interfaces),
     husk_case("device/vfio-refused", 60, refused),
 ];
@@ -71,6 +72,32 @@ fn disk(bench: &Bench) -> Result<()> {
     }
     let text = beginning(&pci::spare_disk()?)?;
     ensure!(text == "from the pod!", "the node reads {text:?}");
+    Ok(())
+}
+
+/// Of NVMe disks.
+const NVME: &str = "0x010802";
+
+/// Hardware of nobody's making for machines: what one pod writes, the next reads.
+fn nvme(bench: &Bench) -> Result<()> {
+    let addresses = pci::of_class(NVME)?;
+    let address = addresses.first().context("no spare NVMe disk")?;
+    let _on = DropIn::with(ON)?;
+    let lent = Lent::new(address)?;
+    let with = ["--device", lent.group.as_str()];
+    let run = |script: &str| {
+        let script = format!("d=$(ls -d /dev/nvme?n1) && {script}");
+        let done = bench.ctr.run(&with, &bench.id(), &["sh", "-c", &script])?;
+        Ok::<_, anyhow::Error>(done.ok()?.out())
+    };
+    let seen = run("blockdev --getsize64 $d; \
+                    dd if=/dev/urandom of=/tmp/all bs=1M count=24 2>/dev/null; \
+                    dd if=/tmp/all of=$d bs=1M seek=4 oflag=direct conv=fsync 2>/dev/null; \
+                    sha256sum < /tmp/all")?;
+    let (size, written) = seen.split_once('\n').context("no sum")?;
+    ensure!(size == "67108864", "{seen:?}");
+    let read = run("dd if=$d bs=1M skip=4 count=24 iflag=direct 2>/dev/null | sha256sum")?;
+    ensure!(read.trim() == written.trim(), "{written:?}, then {read:?}");
     Ok(())
 }
 
