@@ -211,6 +211,8 @@ int main(void)
     mounts("binfmt_misc", NULL);
     mounts("bpf", NULL);
     mounts("securityfs", NULL);
+    mount("securityfs", "/sys/kernel/security", "securityfs", 0, NULL);
+    words("/sys/kernel/security/lockdown", (const char *const[]){ "[confidentiality]", NULL });
     mkdir("/tmp/lower", 0755), mkdir("/tmp/upper", 0755), mkdir("/tmp/work", 0755);
     mounts("overlay", "lowerdir=/tmp/lower,upperdir=/tmp/upper,workdir=/tmp/work");
     mkdir("/tmp/cgroup", 0755);

@@ -14,6 +14,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestM
 use crate::address_space::AddressSpace;
 use crate::arch::x86_64::boot_params::{self, LoadError};
 use crate::arch::x86_64::elf::{self, ElfError};
+use crate::arch::x86_64::kaslr::{self, KaslrError};
 use crate::arch::x86_64::{layout, mptable, regs};
 use crate::console::ConsoleOutput;
 use crate::devices::{Devices, PlugError, When};
@@ -42,6 +43,9 @@ pub enum BootError {
     /// The kernel.
     #[error("the kernel cannot be loaded")]
     Kernel(#[from] ElfError),
+    /// The kernel's addresses.
+    #[error(transparent)]
+    Kaslr(#[from] KaslrError),
     /// The initramfs, or the tables beside it.
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -123,10 +127,9 @@ fn boot(
     let memory = memory::create(ram, pluggable)?;
     let [ram, pluggable] = [ram, pluggable].map(|mib| u64::from(mib) << 20);
     let vm = Vm::new(take(descriptors, "kvm", spec.kvm)?, &memory, spec.vcpus.max)?;
-    let kernel = elf::load(
-        &memory,
-        &File::from(take(descriptors, "boot.kernel", boot.kernel)?),
-    )?;
+    let kernel_file = File::from(take(descriptors, "boot.kernel", boot.kernel)?);
+    let kernel = elf::load(&memory, &kernel_file)?;
+    let moved = kaslr::move_at_random(&memory, kernel, &kernel_file, &boot.command_line)?;
     let initramfs = match boot.initramfs {
         Some(file) => Some(boot_params::load_initramfs(
             &memory,
@@ -140,7 +143,7 @@ fn boot(
         &memory,
         memory::large_page_of(filled.start)..memory::large_page_of(filled.end),
     );
-    boot_params::write(&memory, ram, &boot.command_line, initramfs)?;
+    boot_params::write(&memory, ram, &boot.command_line, initramfs, moved)?;
     let table = |what| move |source| BootError::Table { what, source };
     mptable::write(&memory, spec.vcpus.max).map_err(table("the MP table"))?;
     regs::write_tables(&memory).map_err(table("the page tables"))?;

@@ -10,6 +10,7 @@ use crate::cri::api::{
     Capability, ContainerConfig, Int64Value, LinuxContainerSecurityContext, ProfileType,
     SecurityProfile,
 };
+use crate::drop_in::DropIn;
 use crate::footprint;
 use crate::node::Runtime;
 use crate::pod::Pod;
@@ -24,6 +25,7 @@ pub const CASES: &[Case] = &[
     case("security/devices", 40, devices),
     case("security/privileged", 40, privileged),
     husk_case("security/jail", 40, jail),
+    husk_case("security/guest-kernel", 60, guest_kernel),
 ];
 
 /// A container that sleeps, with a security context of its own.
@@ -394,6 +396,54 @@ fn privileged(bench: &Bench) -> Result<()> {
         ensure!(disks.is_empty(), "block devices: {disks}");
     }
     pod.remove(&cri)
+}
+
+/// Where the guest's kernel is linked to be (`_text`).
+const LINKED_AT: u64 = 0xffff_ffff_8100_0000;
+
+/// Where it must end at the latest (`KERNEL_IMAGE_SIZE`).
+const KERNEL_END: u64 = 0xffff_ffff_c000_0000;
+
+/// Asks the guest's kernel how it protects itself from root of a container.
+const PROTECTION: &str = "mount -t securityfs none /mnt && cat /mnt/lockdown && \
+     dmesg | grep -o 'heap alloc:on' && sed -n 's/ . _text$//p' /proc/kallsyms";
+
+/// Where the kernel of a pod is that boots, asked by root with every capability.
+fn kernel_text(bench: &Bench) -> Result<u64> {
+    let id = bench.id();
+    let command = ["sh", "-c", PROTECTION];
+    let said = bench.ctr.run(&["--privileged"], &id, &command)?;
+    let said = said.ok()?.out();
+    let lines: Vec<&str> = said.lines().collect();
+    let [lockdown, zeroed, text] = lines.as_slice() else {
+        anyhow::bail!("{said:?}");
+    };
+    ensure!(lockdown.ends_with("[confidentiality]"), "{lockdown}");
+    ensure!(*zeroed == "heap alloc:on", "{zeroed}");
+    Ok(u64::from_str_radix(text, 16)?)
+}
+
+/// The kernel of each boot lies elsewhere, gives no memory that was not zeroed, and is
+/// not for root to change or read.
+fn guest_kernel(bench: &Bench) -> Result<()> {
+    let booting = DropIn::with("template_max_age_seconds = 0\n")?;
+    let mut places = std::collections::BTreeSet::new();
+    for _ in 0..4 {
+        let text = kernel_text(bench)?;
+        let large_page = text.wrapping_sub(LINKED_AT).is_multiple_of(2 << 20);
+        ensure!(
+            (LINKED_AT..KERNEL_END).contains(&text) && large_page,
+            "{text:#x}"
+        );
+        places.insert(text);
+    }
+    // Of some 490.
+    ensure!(places.len() > 1, "always at {places:x?}");
+    drop(booting);
+    let _fixed = DropIn::with("template_max_age_seconds = 0\nkernel_parameters = \"nokaslr\"\n")?;
+    let text = kernel_text(bench)?;
+    ensure!(text == LINKED_AT, "nokaslr: {text:#x}");
+    Ok(())
 }
 
 /// What a program's process of a pod is held by.

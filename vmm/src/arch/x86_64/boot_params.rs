@@ -16,6 +16,7 @@ const E820_ENTRIES: usize = 0x1e8;
 const BOOT_FLAG: usize = 0x1fe;
 const HEADER: usize = 0x202;
 const TYPE_OF_LOADER: usize = 0x210;
+const LOAD_FLAGS: usize = 0x211;
 const RAMDISK_IMAGE: usize = 0x218;
 const RAMDISK_SIZE: usize = 0x21c;
 const CMD_LINE_PTR: usize = 0x228;
@@ -25,6 +26,9 @@ const BOOT_FLAG_VALUE: u16 = 0xaa55;
 const HEADER_VALUE: [u8; 4] = *b"HdrS";
 /// A boot loader of no assigned number.
 const LOADER_UNDEFINED: u8 = 0xff;
+
+/// `KASLR_FLAG`: the kernel chooses the addresses of its other maps at random too.
+const MOVED_AT_RANDOM: u8 = 1 << 1;
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -86,7 +90,7 @@ pub fn load_initramfs(
 }
 
 /// Writes the command line and `boot_params`, which tell of `ram_bytes` of
-/// memory.
+/// memory, and whether the kernel was `moved` to random addresses.
 ///
 /// # Errors
 /// Guest memory is too small for them.
@@ -95,6 +99,7 @@ pub fn write(
     ram_bytes: u64,
     command_line: &str,
     initramfs: Option<Initramfs>,
+    moved: bool,
 ) -> Result<(), LoadError> {
     let failed = |what| move |source| LoadError::Write { what, source };
     let mut line = command_line.as_bytes().to_vec();
@@ -112,6 +117,9 @@ pub fn write(
     put(BOOT_FLAG, &BOOT_FLAG_VALUE.to_le_bytes());
     put(HEADER, &HEADER_VALUE);
     put(TYPE_OF_LOADER, &[LOADER_UNDEFINED]);
+    if moved {
+        put(LOAD_FLAGS, &[MOVED_AT_RANDOM]);
+    }
     put(CMD_LINE_PTR, &(layout::COMMAND_LINE as u32).to_le_bytes());
     if let Some(initramfs) = initramfs {
         put(RAMDISK_IMAGE, &(initramfs.start as u32).to_le_bytes());
@@ -196,6 +204,7 @@ mod tests {
         file.write_all(&[7; 5000]).unwrap();
         let kernel = Kernel {
             entry: 1 << 20,
+            start: 1 << 20,
             end: 2 << 20,
         };
         let loaded = load_initramfs(&memory, kernel, &file).unwrap();
@@ -206,6 +215,7 @@ mod tests {
         );
         let kernel = Kernel {
             entry: 1 << 20,
+            start: 1 << 20,
             end: loaded.start + 1,
         };
         assert!(matches!(

@@ -45,6 +45,8 @@ pub enum ElfError {
 pub struct Kernel {
     /// Physical address of its 64-bit entry.
     pub entry: u64,
+    /// Physical address of its first byte.
+    pub start: u64,
     /// First byte behind it, its zeroed data included.
     pub end: u64,
 }
@@ -94,7 +96,7 @@ pub fn load(memory: &GuestMemoryMmap, file: &File) -> Result<Kernel, ElfError> {
             address: entry,
         });
     }
-    Ok(Kernel { entry, end })
+    Ok(Kernel { entry, start, end })
 }
 
 fn segments(file: &File, offset: u64, count: u16) -> Result<Vec<Segment>, ElfError> {
@@ -141,7 +143,7 @@ fn short_is_kind(error: io::Error) -> ElfError {
 }
 
 /// Little-endian fields of a header; zero past its end.
-struct Fields<'a>(&'a [u8]);
+pub(super) struct Fields<'a>(pub(super) &'a [u8]);
 
 impl Fields<'_> {
     fn bytes<const N: usize>(&self, at: usize) -> [u8; N] {
@@ -152,15 +154,15 @@ impl Fields<'_> {
             .unwrap_or([0; N])
     }
 
-    fn u16(&self, at: usize) -> u16 {
+    pub(super) fn u16(&self, at: usize) -> u16 {
         u16::from_le_bytes(self.bytes(at))
     }
 
-    fn u32(&self, at: usize) -> u32 {
+    pub(super) fn u32(&self, at: usize) -> u32 {
         u32::from_le_bytes(self.bytes(at))
     }
 
-    fn u64(&self, at: usize) -> u64 {
+    pub(super) fn u64(&self, at: usize) -> u64 {
         u64::from_le_bytes(self.bytes(at))
     }
 }

@@ -4,6 +4,7 @@
 pub mod boot_params;
 pub mod cpuid;
 pub mod elf;
+pub mod kaslr;
 pub mod layout;
 pub mod mptable;
 pub mod msr;
