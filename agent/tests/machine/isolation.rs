@@ -11,7 +11,7 @@ agent_test! {
     async fn a_container_sees_only_its_own(agent: Agent) {
         assert_eq!(agent.shell("hostname").await, "box\n");
         assert_eq!(agent.shell("echo $$").await, "1\n");
-        assert_eq!(agent.shell("ls /proc | grep -c '^[0-9]'").await, "3\n");
+        assert_eq!(agent.shell("echo /proc/[0-9]*").await, "/proc/1\n");
         assert_eq!(agent.shell("grep ^0: /proc/self/cgroup").await, "0::/\n");
         assert_eq!(agent.shell("ls /").await, "bin\ndev\netc\nproc\nroot\nsys\ntmp\nusr\n");
         assert_eq!(agent.shell("cd /../..; ls -d /run 2>&1 || true").await, "ls: /run: No such file or directory\n");
