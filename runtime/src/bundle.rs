@@ -255,12 +255,14 @@ impl Bundle {
     }
 
     fn parse(dir: &Path, text: &[u8]) -> Result<Self, serde_json::Error> {
+        let json: Value = serde_json::from_slice(text)?;
+        check_objects(&json)?;
         let mut spec: Spec = serde_json::from_slice(text)?;
         spec.complete_mounts();
         Ok(Self {
             dir: dir.to_owned(),
             spec,
-            json: serde_json::from_slice(text)?,
+            json,
         })
     }
 
@@ -413,10 +415,13 @@ impl Bundle {
 
     /// Names that namespace by the container whose it is, as the guest knows it.
     pub fn join_processes_of(&mut self, container: &str) {
-        let namespaces = self.json["linux"]["namespaces"].as_array_mut();
-        for namespace in namespaces.into_iter().flatten() {
-            if namespace["type"] == "pid" {
-                namespace["path"] = format!("{}/{container}", path::CONTAINERS).into();
+        let namespaces = self.json.pointer_mut("/linux/namespaces");
+        let namespaces = namespaces.and_then(Value::as_array_mut);
+        let namespaces = namespaces.into_iter().flatten();
+        for namespace in namespaces.filter_map(Value::as_object_mut) {
+            if namespace.get("type").is_some_and(|kind| kind == "pid") {
+                let path = format!("{}/{container}", path::CONTAINERS);
+                namespace.insert("path".to_owned(), path.into());
             }
         }
     }
@@ -431,11 +436,20 @@ impl Bundle {
         binds: &[(&str, String)],
     ) -> Vec<u8> {
         let mut json = self.json.clone();
-        json["root"]["path"] = root.into();
+        let Some(spec) = json.as_object_mut() else {
+            return Vec::new();
+        };
+        match spec.get_mut("root").and_then(Value::as_object_mut) {
+            Some(found) => found.insert("path".to_owned(), root.into()),
+            None => spec.insert("root".to_owned(), json!({"path": root})),
+        };
         for (index, source) in sources {
-            json["mounts"][*index]["source"] = source.as_str().into();
-            // What is shown to the guest is mapped.
-            if let Some(mount) = json["mounts"][*index].as_object_mut() {
+            let mount = spec
+                .get_mut("mounts")
+                .and_then(|mounts| mounts.get_mut(*index));
+            if let Some(mount) = mount.and_then(Value::as_object_mut) {
+                mount.insert("source".to_owned(), source.as_str().into());
+                // What is shown to the guest is mapped.
                 mount.remove("uidMappings");
                 mount.remove("gidMappings");
                 if let Some(options) = mount.get_mut("options").and_then(Value::as_array_mut) {
@@ -443,9 +457,6 @@ impl Bundle {
                 }
             }
         }
-        let Some(spec) = json.as_object_mut() else {
-            return Vec::new();
-        };
         // Programs of the node's stay here.
         if let Some(hooks) = spec.get_mut("hooks").and_then(Value::as_object_mut) {
             hooks.retain(|turn, _| turn == "startContainer");
@@ -523,6 +534,31 @@ impl Linux {
         let ranges = |ranges: &Option<Vec<IdRange>>| ranges.clone().unwrap_or_default();
         has_one.then(|| IdMaps::new(&ranges(&self.users), &ranges(&self.groups)))?
     }
+}
+
+/// Refuses arrays where OCI has objects: serde takes one for a struct, its fields in
+/// order, and the guest's copy would be no such thing.
+fn check_objects(json: &Value) -> Result<(), serde_json::Error> {
+    let check = |value: &Value, path: &str| match value {
+        Value::Array(_) => Err(serde::de::Error::custom(format!("{path} is an array"))),
+        _ => Ok(()),
+    };
+    check(json, "the spec")?;
+    for path in ["/root", "/process", "/hooks", "/linux", "/linux/resources"] {
+        json.pointer(path).map_or(Ok(()), |one| check(one, path))?;
+    }
+    for path in [
+        "/mounts",
+        "/linux/namespaces",
+        "/linux/devices",
+        "/linux/resources/devices",
+    ] {
+        let list = json.pointer(path).and_then(Value::as_array);
+        for (index, one) in list.into_iter().flatten().enumerate() {
+            check(one, &format!("{path}/{index}"))?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -188,6 +188,32 @@ fn maps_the_owners_of_what_says_so() {
 }
 
 #[test]
+fn takes_no_array_for_an_object() {
+    let root = json!({"path": "rootfs"});
+    for (spec, path) in [
+        (json!(["1.0"]), "the spec"),
+        (json!({"root": ["rootfs"]}), "/root"),
+        (
+            json!({"root": root, "mounts": [{"destination": "/a"}, ["/x", "bind", "/y"]]}),
+            "/mounts/1",
+        ),
+        (json!({"linux": [[["pid", "/proc/7/ns/pid"]]]}), "/linux"),
+        (
+            json!({"linux": {"namespaces": [["pid", "/proc/7/ns/pid"]]}}),
+            "/linux/namespaces/0",
+        ),
+        (
+            json!({"linux": {"resources": {"devices": [[true]]}}}),
+            "/linux/resources/devices/0",
+        ),
+    ] {
+        let text = spec.to_string();
+        let error = Bundle::parse(Path::new("/bundle"), text.as_bytes()).unwrap_err();
+        assert_eq!(error.to_string(), format!("{path} is an array"), "{text}");
+    }
+}
+
+#[test]
 fn gives_the_guest_its_own_paths() {
     let bundle = bundle(json!({
         "root": {"path": "rootfs", "readonly": true},

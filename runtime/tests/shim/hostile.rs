@@ -122,7 +122,7 @@ fn no_specs() {
         let node = Node::new().await;
         let deep = (0..200).fold(json!(1), |deep, _| json!([deep]));
         type Change = Box<dyn FnOnce(&mut Value)>;
-        let changes: [(&str, Change); 5] = [
+        let changes: [(&str, Change); 6] = [
             (
                 "invalid type: floating point",
                 Box::new(|spec| spec["linux"]["resources"] = json!({"memory": {"limit": 1e300}})),
@@ -130,6 +130,10 @@ fn no_specs() {
             (
                 "invalid type: string",
                 Box::new(|spec| spec["linux"]["resources"] = json!({"memory": {"limit": "x"}})),
+            ),
+            (
+                "/root is an array",
+                Box::new(|spec| spec["root"] = json!(["rootfs"])),
             ),
             ("recursion limit", Box::new(|spec| spec["unknown"] = deep)),
             (
