@@ -1,8 +1,9 @@
 //! An agent that lies: what its guest is is an attacker's. The shim answers
 //! containerd in time, stays small, and the pod can be removed.
 
+use std::fs::File;
 use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use containerd_shim_protos::api::{StateRequest, StatsRequest, WaitRequest};
 use husk_protocol::agent::{Event, StatsResponse, WaitResponse};
 use husk_protocol::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
 use protobuf::Message;
+use serde_json::json;
 use ttrpc::Code;
 use ttrpc::context::with_duration;
 
@@ -18,6 +20,7 @@ use crate::Case;
 use crate::case::{Node, Shim, block_on};
 use crate::containerd::{refusal, soon};
 use crate::lifecycle::{finish, kill};
+use crate::names::namespace;
 
 pub const CASES: &[Case] = &[
     ("a_lying_agent_is_silent_or_worse", silent),
@@ -26,6 +29,7 @@ pub const CASES: &[Case] = &[
     ("a_lying_agent_tells_impossible_numbers", numbers),
     ("a_lying_agent_ends_what_never_ran", early),
     ("a_lying_agent_talks_much_in_little_pieces", tiny),
+    ("a_lying_agent_dials_no_port", undialled),
     ("a_lying_guest_floods_its_console", console),
 ];
 
@@ -379,6 +383,39 @@ fn tiny() {
         assert_paced(&node, began, burst, per_second).await;
         assert_state_is_told(&shim, "tiny").await;
         remove(&node, &shim, "tiny").await;
+    });
+}
+
+/// It says that it has dialled the host for whoever wants a port of the pod's.
+fn undialled() {
+    block_on(async {
+        let node = Node::new().await;
+        node.configure(&format!("kernel_parameters = '{PARAMETER}undialled'\n"));
+        let (mut holder, path) = namespace();
+        let bundle = node.bundle("undialled", &["sleep"]).with(|spec| {
+            spec["linux"]["namespaces"] =
+                json!([{"type": "pid"}, {"type": "network", "path": path}]);
+        });
+        let shim = node.start(&bundle).await;
+        shim.create(&bundle.request()).await.unwrap();
+        shim.run("undialled", "").await.unwrap();
+        let netns = File::open(&path).unwrap();
+        let caller = std::thread::spawn(move || {
+            nix::sched::setns(netns, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            // More than there are places.
+            for _ in 0..300 {
+                let mut call = TcpStream::connect("127.0.0.1:80").unwrap();
+                let patience = Duration::from_secs(20);
+                call.set_read_timeout(Some(patience)).unwrap();
+                let answer = call.read(&mut [0]).map_err(|error| error.kind());
+                assert_eq!(answer, Ok(0));
+            }
+        });
+        caller.join().unwrap();
+        assert_state_is_told(&shim, "undialled").await;
+        remove(&node, &shim, "undialled").await;
+        holder.kill().unwrap();
+        holder.wait().unwrap();
     });
 }
 

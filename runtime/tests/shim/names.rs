@@ -52,7 +52,7 @@ fn serve(netns: &str) -> mpsc::Receiver<Vec<u8>> {
 }
 
 /// A namespace with a localhost.
-fn namespace() -> (Child, String) {
+pub fn namespace() -> (Child, String) {
     let script = "ip link set lo up && exec sleep 100";
     let holder = Command::new("unshare")
         .args(["--net", "sh", "-c", script])
