@@ -8,7 +8,7 @@
 //!
 //! | what | bound | shown by |
 //! | --- | --- | --- |
-//! | files that it knows and does not forget | `NODES` of [`node`], less than half a KiB each | `so_many_are_known_and_no_more`, `a_known_file_costs_half_a_kib` |
+//! | files that it knows and does not forget | `--nodes`, which the shim makes one for each KiB of the guest's memory; less than half a KiB each | `a_guest_knows_so_many_files_and_no_more`, `so_many_are_known_and_no_more`, `a_known_file_costs_half_a_kib` |
 //! | references to them | `REFERENCES` of [`jail`], unless they have no name any more | `ten_thousand_files`, `a_known_file_costs_half_a_kib` |
 //! | files without a name, open files, open directories | together `DESCRIPTORS` of [`jail`], then `ENFILE` | `removed_files_end_with_the_descriptors`, `open_files_end_with_the_descriptors`, `the_process_keeps_little` |
 //! | what listings have read ahead | `READING` of [`handle`], `CHUNK_BYTES` of [`directory`] each | `listings_hold_little_however_many_are_open` |

@@ -1,6 +1,7 @@
-//! `husk-fs --socket-fd N --source DIR --uid N --gid N`: serves DIR, a mount point
-//! with shared propagation, to the front end at the other end of the connected
-//! vhost-user socket, until that is closed. The process is that user's.
+//! `husk-fs --socket-fd N --source DIR --uid N --gid N --nodes N`: serves DIR, a mount
+//! point with shared propagation, to the front end at the other end of the connected
+//! vhost-user socket, until that is closed. The process is that user's; its guest may
+//! know so many files at a time.
 
 use std::error::Error;
 use std::ffi::{OsStr, OsString};
@@ -15,13 +16,14 @@ use husk_fs::server::Server;
 use husk_fs::{jail, seccomp, vhost_user};
 use rustix::io::Errno;
 
-const USAGE: &str = "husk-fs --socket-fd N --source DIR --uid N --gid N";
+const USAGE: &str = "husk-fs --socket-fd N --source DIR --uid N --gid N --nodes N";
 
 /// What the command line says.
 struct Arguments {
     socket: OwnedFd,
     source: PathBuf,
     user: User,
+    nodes: u32,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -29,7 +31,7 @@ enum ArgumentError {
     #[error("usage: {USAGE}")]
     Usage,
     #[error("{0} must be a number from 1 to 4294967294")]
-    Id(&'static str),
+    Number(&'static str),
     #[error("{0} is no descriptor passed to this process")]
     Descriptor(RawFd, #[source] Errno),
 }
@@ -56,12 +58,14 @@ fn run() -> Result<(), Box<dyn Error>> {
         socket,
         source,
         user,
+        nodes,
     } = parse(std::env::args_os().skip(1))?;
     let resources = jail::enter(&source)?;
     jail::check_descriptors(socket.as_fd(), &resources)?;
     jail::lock(user)?;
     jail::rule_out(resources.top.as_fd())?;
     let mut server = Server::new(resources)?;
+    server.know_at_most(usize::try_from(nodes)?);
     seccomp::install()?;
     vhost_user::serve(UnixStream::from(socket), &mut server)?;
     Ok(())
@@ -71,34 +75,38 @@ fn run() -> Result<(), Box<dyn Error>> {
 fn parse(mut words: impl Iterator<Item = OsString>) -> Result<Arguments, ArgumentError> {
     let mut socket = None;
     let mut source = None;
-    let (mut uid, mut gid) = (None, None);
+    let (mut uid, mut gid, mut nodes) = (None, None, None);
     while let Some(flag) = words.next() {
         let value = words.next().ok_or(ArgumentError::Usage)?;
         match flag.to_str() {
             Some("--socket-fd") => socket = value.to_str().and_then(|text| text.parse().ok()),
             Some("--source") => source = Some(PathBuf::from(value)),
-            Some("--uid") => uid = Some(id("--uid", &value)?),
-            Some("--gid") => gid = Some(id("--gid", &value)?),
+            Some("--uid") => uid = Some(number("--uid", &value)?),
+            Some("--gid") => gid = Some(number("--gid", &value)?),
+            Some("--nodes") => nodes = Some(number("--nodes", &value)?),
             _ => return Err(ArgumentError::Usage),
         }
     }
-    let (Some(socket), Some(source), Some(uid), Some(gid)) = (socket, source, uid, gid) else {
+    let (Some(socket), Some(source), Some(uid), Some(gid), Some(nodes)) =
+        (socket, source, uid, gid, nodes)
+    else {
         return Err(ArgumentError::Usage);
     };
     Ok(Arguments {
         socket: take_only(socket)?,
         source,
         user: User { uid, gid },
+        nodes,
     })
 }
 
-fn id(option: &'static str, value: &OsStr) -> Result<u32, ArgumentError> {
+fn number(option: &'static str, value: &OsStr) -> Result<u32, ArgumentError> {
     value
         .to_str()
         .and_then(|text| text.parse().ok())
-        // All ones means "unchanged" to the kernel.
-        .filter(|id| (1..u32::MAX).contains(id))
-        .ok_or(ArgumentError::Id(option))
+        // All ones as an id means "unchanged" to the kernel.
+        .filter(|number| (1..u32::MAX).contains(number))
+        .ok_or(ArgumentError::Number(option))
 }
 
 /// Takes an inherited descriptor and closes the others, standard streams apart.

@@ -24,8 +24,8 @@ const EVICTION_STEPS: usize = 256;
 /// How many references are closed when the process runs out of descriptors.
 const EVICTION_BATCH: usize = 64;
 
-/// Nodes known at a time. The guest's kernel forgets those that it needs no more, and
-/// keeps over 1 KiB for each of the others: one with more has 16 GiB of nothing else.
+/// Nodes known at a time by any guest, which may be allowed fewer. Its kernel forgets
+/// those that it needs no more, and keeps over 1 KiB for each of the others.
 const NODES: usize = 1 << 24;
 
 /// Number of a node.
@@ -120,6 +120,11 @@ impl NodeTable {
             budget,
             most: NODES,
         })
+    }
+
+    /// Lets so many be known and no more.
+    pub fn know_at_most(&mut self, count: usize) {
+        self.most = count.min(NODES);
     }
 
     /// Forgets everything but the top directory.
@@ -613,7 +618,7 @@ mod tests {
             fs::write(dir.path().join(text), "").unwrap();
         }
         // The top directory is one of them.
-        table.most = 3;
+        table.know_at_most(3);
         let try_look = |table: &mut NodeTable, text: &CStr| {
             let top = table.reference(ROOT_ID)?;
             let found = open_reference(top.as_fd(), name(text))?;

@@ -134,6 +134,11 @@ impl Server {
         })
     }
 
+    /// Lets the guest know so many files and no more.
+    pub fn know_at_most(&mut self, count: usize) {
+        self.nodes.know_at_most(count);
+    }
+
     /// Nodes known, references and files open.
     pub fn counts(&self) -> (usize, usize, usize) {
         (

@@ -164,6 +164,32 @@ fn listings_hold_little_however_many_are_open() {
 }
 
 #[test]
+fn a_guest_knows_so_many_files_and_no_more() {
+    let Some(tree) = Tree::new() else { return };
+    let mut guest = Guest::start_with_nodes(&tree.path(""), 100);
+    guest.init();
+    let directory = walk(&mut guest, "web/rootfs").nodeid;
+    let mut known = Vec::new();
+    let refused = loop {
+        let name = known.len().to_string();
+        assert!(known.len() < 200);
+        fs::write(tree.path("web/rootfs").join(&name), "").unwrap();
+        match lookup(&mut guest, directory, name.as_bytes()) {
+            Ok(entry) => known.push(entry.nodeid),
+            Err(errno) => break errno,
+        }
+    };
+    assert_eq!(refused, rustix::io::Errno::NFILE.raw_os_error());
+    // The top and the directories on the way are among them.
+    assert_eq!(known.len(), 97);
+    // What it knows it may use, and what it forgets makes room.
+    assert!(lookup(&mut guest, directory, b"0").is_ok());
+    guest.forget(known[1]);
+    assert!(lookup(&mut guest, directory, b"97").is_ok());
+    assert!(guest.hang_up().success());
+}
+
+#[test]
 fn a_known_file_costs_half_a_kib() {
     const FILES: usize = 30_000;
     let Some(tree) = Tree::new() else { return };

@@ -433,25 +433,22 @@ fn bad_starts_are_told() {
         assert_eq!(output.status.code(), Some(1), "{words:?}");
         String::from_utf8(output.stderr).unwrap()
     };
-    assert!(run(&[]).contains("usage: husk-fs --socket-fd N --source DIR --uid N --gid N"));
+    let usage = "usage: husk-fs --socket-fd N --source DIR --uid N --gid N --nodes N";
+    assert!(run(&[]).contains(usage));
     assert!(run(&["--socket-fd", "x", "--source", "/"]).contains("usage"));
     assert!(run(&["--socket-fd", "77", "--source", "/"]).contains("usage"));
-    let with = |fd, uid| {
-        run(&[
-            "--socket-fd",
-            fd,
-            "--source",
-            "/",
-            "--uid",
-            uid,
-            "--gid",
-            "7",
-        ])
+    let with = |fd, uid, nodes| {
+        let user = ["--uid", uid, "--gid", "7"];
+        let others = ["--socket-fd", fd, "--source", "/", "--nodes", nodes];
+        run(&[&user[..], &others].concat())
     };
-    assert!(with("77", "7").contains("77 is no descriptor"));
-    assert!(with("1", "7").contains("1 is no descriptor"));
+    assert!(with("77", "7", "7").contains("77 is no descriptor"));
+    assert!(with("1", "7", "7").contains("1 is no descriptor"));
     // Never root's.
-    for uid in ["0", "4294967295", "-1", ""] {
-        assert!(with("77", uid).contains("--uid must be a number from 1"));
+    for number in ["0", "4294967295", "-1", ""] {
+        let said = with("77", number, "7");
+        assert!(said.contains("--uid must be a number from 1"), "{said}");
+        let said = with("77", "7", number);
+        assert!(said.contains("--nodes must be a number from 1"), "{said}");
     }
 }

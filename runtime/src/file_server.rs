@@ -23,9 +23,20 @@ pub struct FileServer {
     child: Child,
 }
 
+/// How many files a guest may know: its kernel keeps over 1 KiB for each, the server
+/// less than half of that, which a guest that lies makes it keep and has nothing itself.
+fn nodes(memory_mib: u32) -> u32 {
+    const BY_MIB: u32 = 1024;
+    // All ones is no number for the server.
+    memory_mib
+        .saturating_mul(BY_MIB)
+        .clamp(BY_MIB, u32::MAX - 1)
+}
+
 impl FileServer {
-    /// Starts the program under `uid` on the tree at `source`; the socket is for
-    /// the VMM. What it has to say goes to `complaints`.
+    /// Starts the program under `uid` on the tree at `source`, for a guest that has
+    /// at most so much memory; the socket is for the VMM. What it has to say goes to
+    /// `complaints`.
     ///
     /// # Errors
     /// The program is not there or cannot be executed.
@@ -33,6 +44,7 @@ impl FileServer {
         path: &PathBuf,
         uid: u32,
         source: &Path,
+        memory_mib: u32,
         complaints: OwnedFd,
     ) -> Result<(Self, OwnedFd), VmError> {
         let fail = |source: io::Error| VmError::Open {
@@ -46,6 +58,7 @@ impl FileServer {
             .args(["--socket-fd", "3", "--source"])
             .arg(source)
             .args(["--uid", &uid.to_string(), "--gid", &uid.to_string()])
+            .args(["--nodes", &nodes(memory_mib).to_string()])
             .env_clear()
             .current_dir("/")
             .stdin(Stdio::null())

@@ -112,8 +112,9 @@ impl MachineParts {
             Ok(network) => {
                 let complaints = vmm.console_input()?;
                 let (program, uid) = (&config.file_server, users.file_server);
-                let spawned = FileServer::spawn(program, uid, tree.path(), complaints).await;
-                (spawned.map_err(Error::from), network)
+                let most_mib = plan.size.memory_mib + plan.room.pluggable_mib;
+                let spawned = FileServer::spawn(program, uid, tree.path(), most_mib, complaints);
+                (spawned.await.map_err(Error::from), network)
             }
         };
         let (file_server, file_server_socket) = match file_server {

@@ -28,6 +28,8 @@ pub const QUEUE_SIZE: u16 = 128;
 pub const BASE: u64 = 0x1_0000_0000;
 /// Bytes of guest memory.
 pub const MEMORY_BYTES: u64 = 4 << 20;
+/// More files than any test has.
+const NODES: u32 = 1 << 20;
 /// Who the server is.
 pub const UID: u32 = 64_125;
 /// Its group.
@@ -95,7 +97,12 @@ impl Descriptor {
 impl Guest {
     /// Starts the server for a tree and negotiates everything.
     pub fn start(source: &Path) -> Self {
-        Self::start_as(source, |_| {})
+        Self::start_as(source, NODES, |_| {})
+    }
+
+    /// The same for one that may know so many files.
+    pub fn start_with_nodes(source: &Path, nodes: u32) -> Self {
+        Self::start_as(source, nodes, |_| {})
     }
 
     /// The same for a server that may have so many descriptors.
@@ -106,12 +113,12 @@ impl Guest {
         };
         let set = move || Ok(setrlimit(Resource::Nofile, limit)?);
         // SAFETY: setrlimit is a system call and no more.
-        Self::start_as(source, |command| unsafe {
+        Self::start_as(source, NODES, |command| unsafe {
             command.pre_exec(set);
         })
     }
 
-    fn start_as(source: &Path, prepare: impl FnOnce(&mut Command)) -> Self {
+    fn start_as(source: &Path, nodes: u32, prepare: impl FnOnce(&mut Command)) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_husk-fs"));
@@ -121,6 +128,7 @@ impl Guest {
             .arg("--source")
             .arg(source)
             .args(["--uid", &UID.to_string(), "--gid", &GID.to_string()])
+            .args(["--nodes", &nodes.to_string()])
             .stdin(Stdio::null());
         prepare(&mut command);
         let spawn = move || {
@@ -316,6 +324,21 @@ impl Guest {
             assert!(body.is_empty());
             Err(-out.error)
         }
+    }
+
+    /// Forgets one lookup of a file.
+    pub fn forget(&mut self, node: u64) {
+        let header = InHeader {
+            len: 48,
+            opcode: Opcode::Forget as u32,
+            nodeid: node,
+            ..InHeader::default()
+        };
+        self.put(SCRATCH, header);
+        self.put(SCRATCH + 40, 1_u64);
+        // It has no answer.
+        let used = self.submit(0, &[Descriptor::readable(SCRATCH, 48)]);
+        assert_eq!(used, Some(0));
     }
 
     /// Begins a session as a Linux guest does.

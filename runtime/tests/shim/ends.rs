@@ -169,6 +169,12 @@ fn file_server_dies() {
         let file = node.state_dir().join("test/f/state.json");
         let state: Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
         let pid = i32::try_from(state["file_server"]["pid"].as_i64().unwrap()).unwrap();
+        // It lets the guest know no more files than fit in its memory.
+        let machine = &state["machine"];
+        let mib = ["memory_mib", "pluggable_mib"].map(|name| machine[name].as_u64().unwrap());
+        let nodes = format!("\0--nodes\0{}\0", (mib[0] + mib[1]) << 10);
+        let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
+        assert!(command.contains(&nodes), "{command:?}, not {nodes:?}");
         let pid = rustix::process::Pid::from_raw(pid).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
         assert_eq!(shim.wait("f", "").await.unwrap().exit_status, 137);
