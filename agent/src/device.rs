@@ -1,16 +1,21 @@
 //! Devices of the guest: found in /sys, awaited through the kernel's events.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Duration;
 
+use futures::future::{BoxFuture, FutureExt, Shared};
 use futures::stream::{FuturesUnordered, StreamExt};
 use rustix::fs::makedev;
 use tokio::task::spawn_blocking;
 
 use crate::error::{Doing, OsError};
 use crate::kernel_file;
+use crate::lock::lock;
 use crate::watch::DeviceWatch;
 
 /// A block device.
@@ -62,40 +67,68 @@ pub async fn wait_for<T, F: Future<Output = Option<T>>>(
 }
 
 /// The virtio-blk device of this serial. Linux asks the disk for it, which answers
-/// in its turn: late where its limit is used up, and never when it hangs. So each
-/// is asked on a thread of its own, and none waits for another.
+/// in its turn: late where its limit is used up, and never when it hangs. So none
+/// waits for another.
 pub async fn find_block(serial: &str) -> Option<Block> {
-    let disks = entries("/sys/block").map(|path| {
-        let serial = serial.to_owned();
-        spawn_blocking(move || block_of(&path, &serial))
-    });
-    let mut answers: FuturesUnordered<_> = disks.collect();
+    find_block_in(Path::new("/sys/block"), serial).await
+}
+
+async fn find_block_in(directory: &Path, serial: &str) -> Option<Block> {
+    let mut answers: FuturesUnordered<_> = entries(directory).filter_map(ask).collect();
     while let Some(answer) = answers.next().await {
-        match answer {
-            Ok(None) => {}
-            Ok(found) => return found,
-            Err(error) => log::error!("asking a disk: {error}"),
+        let found = answer.filter(|(of_disk, _)| of_disk == serial);
+        if let Some((_, block)) = found {
+            return Some(block);
         }
     }
     None
 }
 
-/// What lies at this path in /sys, if it has this serial. Blocks.
-fn block_of(path: &Path, serial: &str) -> Option<Block> {
-    if text(&path.join("serial"))? != serial {
-        return None;
-    }
+/// What a disk will have said: its serial, and what it is.
+type Question = Shared<BoxFuture<'static, Option<(String, Block)>>>;
+
+/// Those without an answer yet, by the numbers of the disks' directories, none of
+/// which sysfs gives a second time.
+static ASKED: Mutex<BTreeMap<u64, Question>> = Mutex::new(BTreeMap::new());
+
+/// Asks the disk at this path in /sys, on a thread of its own, unless one asks it
+/// already: one that hangs has one thread, however often it is looked for a disk.
+fn ask(path: PathBuf) -> Option<Question> {
+    let number = fs::metadata(&path).ok()?.ino();
+    let mut asked = lock(&ASKED);
+    let question = asked.entry(number).or_insert_with(|| {
+        let answer = spawn_blocking(move || {
+            let answer = block_at(&path);
+            lock(&ASKED).remove(&number);
+            answer
+        });
+        let answer = async {
+            answer.await.unwrap_or_else(|error| {
+                log::error!("asking a disk: {error}");
+                None
+            })
+        };
+        answer.boxed().shared()
+    });
+    Some(question.clone())
+}
+
+/// What lies at this path in /sys, and its serial. Blocks.
+fn block_at(path: &Path) -> Option<(String, Block)> {
+    let serial = text(&path.join("serial"))?;
     let number = text(&path.join("dev"))?;
     let (major, minor) = number.split_once(':')?;
-    Some(Block {
+    let block = Block {
         name: path.file_name()?.to_str()?.to_owned(),
         number: makedev(major.parse().ok()?, minor.parse().ok()?),
-    })
+    };
+    Some((serial, block))
 }
 
 /// The virtio-fs device of this tag: its directory in /sys.
 pub fn find_virtio_fs(tag: &str) -> Option<PathBuf> {
-    entries("/sys/fs/virtiofs").find(|path| text(&path.join("tag")).as_deref() == Some(tag))
+    entries(Path::new("/sys/fs/virtiofs"))
+        .find(|path| text(&path.join("tag")).as_deref() == Some(tag))
 }
 
 /// Looks for new PCI devices, whose drivers have found them when it returns.
@@ -127,7 +160,7 @@ pub fn on_virtio_bus(name: &str) -> PathBuf {
 /// Returns how many there are. Memory needs no such help: the kernel takes what
 /// is plugged.
 pub fn set_vcpus(wanted: u32) -> Result<u32, OsError> {
-    let mut vcpus: Vec<(u32, PathBuf)> = entries("/sys/devices/system/cpu")
+    let mut vcpus: Vec<(u32, PathBuf)> = entries(Path::new("/sys/devices/system/cpu"))
         .filter_map(|path| {
             let name = path.file_name()?.to_str()?;
             Some((name.strip_prefix("cpu")?.parse().ok()?, path))
@@ -149,7 +182,7 @@ pub fn set_vcpus(wanted: u32) -> Result<u32, OsError> {
     Ok(online)
 }
 
-fn entries(directory: &str) -> impl Iterator<Item = PathBuf> + use<> {
+fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries.map(|entry| entry.path())
 }
@@ -162,4 +195,43 @@ fn text(path: &Path) -> Option<String> {
 fn write(path: impl AsRef<Path>, value: &str) -> Result<(), OsError> {
     let path = path.as_ref();
     kernel_file::write(path, value).doing("write", path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    use tokio::runtime::Builder;
+    use tokio::time::timeout;
+
+    #[test]
+    fn a_disk_that_hangs_has_one_thread() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["vda", "vdb"] {
+            let disk = dir.path().join(name);
+            fs::create_dir(&disk).unwrap();
+            fs::write(disk.join("dev"), "254:16\n").unwrap();
+        }
+        fs::write(dir.path().join("vdb/serial"), "good\n").unwrap();
+        // Who reads it waits until somebody writes.
+        let hung = dir.path().join("vda/serial");
+        mknodat(CWD, &hung, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(2)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            for _ in 0..4 {
+                let found = find_block_in(dir.path(), "good");
+                let found = timeout(Duration::from_secs(10), found).await;
+                let block = found.unwrap().unwrap();
+                assert_eq!(block.node(), Path::new("/dev/vdb"));
+            }
+            let late = find_block_in(dir.path(), "late");
+            let answer = async { fs::write(&hung, "late\n").unwrap() };
+            let (block, ()) = futures::join!(late, answer);
+            assert_eq!(block.unwrap().node(), Path::new("/dev/vda"));
+        });
+    }
 }
