@@ -101,11 +101,24 @@ impl Blocks {
         self.start..self.start + self.plugged.len() as u64 * BLOCK_BYTES
     }
 
+    /// What is plugged of `addresses`, which are those of blocks.
+    pub(super) fn plugged_within(&self, addresses: &Range<u64>) -> Vec<Range<u64>> {
+        let mut ranges = Vec::new();
+        let mut start = addresses.start;
+        for alike in self.plugged[self.indices(addresses)].chunk_by(PartialEq::eq) {
+            let end = start + alike.len() as u64 * BLOCK_BYTES;
+            if alike[0] {
+                ranges.push(start..end);
+            }
+            start = end;
+        }
+        ranges
+    }
+
     /// Notes that no block in `addresses`, which are those of blocks, is plugged
     /// any more.
     pub(super) fn unplugged(&mut self, addresses: &Range<u64>) {
-        let index = |address: u64| ((address - self.start) / BLOCK_BYTES) as usize;
-        let range = index(addresses.start)..index(addresses.end);
+        let range = self.indices(addresses);
         let plugged = &mut self.plugged[range];
         self.plugged_count -= plugged.iter().filter(|plugged| **plugged).count();
         plugged.fill(false);
@@ -123,6 +136,12 @@ impl Blocks {
             count if count == blocks.len() => State::Plugged,
             _ => State::Mixed,
         }
+    }
+
+    /// Those of the blocks at these addresses, which are some.
+    fn indices(&self, addresses: &Range<u64>) -> Range<usize> {
+        let index = |address: u64| ((address - self.start) / BLOCK_BYTES) as usize;
+        index(addresses.start)..index(addresses.end)
     }
 
     /// Indices of `count` blocks from `address` on: at least one, and all of
@@ -219,6 +238,18 @@ mod tests {
         assert_eq!(blocks.state(START + BLOCK_BYTES, 7), Ok(State::Unplugged));
         blocks.unplugged(&blocks.all());
         assert_eq!(field(&blocks, 40), 0);
+    }
+
+    #[test]
+    fn knows_what_is_plugged_within() {
+        let mut blocks = blocks();
+        blocks.plug(START + BLOCK_BYTES, 2).unwrap();
+        blocks.plug(START + 7 * BLOCK_BYTES, 1).unwrap();
+        let at = |from, to| START + from * BLOCK_BYTES..START + to * BLOCK_BYTES;
+        let within = |from, to| blocks.plugged_within(&at(from, to));
+        assert_eq!(blocks.plugged_within(&blocks.all()), [at(1, 3), at(7, 8)]);
+        assert_eq!(within(2, 7), [at(2, 3)]);
+        assert!(within(3, 7).is_empty() && within(8, 8).is_empty());
     }
 
     #[test]

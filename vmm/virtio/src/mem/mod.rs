@@ -35,7 +35,8 @@ pub struct Resize(pub u64);
 pub enum Change {
     /// The driver wants to use it, and does so if this is not refused.
     Plug(Range<u64>),
-    /// The driver has given it up, where it had it, and the host's memory is gone.
+    /// The driver gives it up, where it has it. The host's memory goes when this is
+    /// done; what cannot go is plugged again.
     Unplug(Range<u64>),
 }
 

@@ -110,10 +110,7 @@ impl MemWorker {
                 match range {
                     // Without the lock, which a vCPU takes to read the configuration:
                     // only this worker changes what is plugged.
-                    Ok(range) => match self
-                        .give_back(&range)
-                        .and_then(|()| self.tell(Change::Unplug(range.clone())))
-                    {
+                    Ok(range) => match self.take_back(&range) {
                         Ok(()) => {
                             self.blocks.lock().unplugged(&range);
                             Ok(())
@@ -141,6 +138,19 @@ impl MemWorker {
         self.tell(Change::Plug(range.clone())).map_err(|_| {
             self.blocks.lock().unplugged(&range);
             Refusal::TooMuch
+        })
+    }
+
+    fn take_back(&self, range: &Range<u64>) -> io::Result<()> {
+        // First: who gives devices memory to reach meanwhile would put new memory where
+        // the old has just gone.
+        self.tell(Change::Unplug(range.clone()))?;
+        self.give_back(range).inspect_err(|_| {
+            let kept = self.blocks.lock().plugged_within(range);
+            for range in kept {
+                // Refused: devices reach no more what the driver wanted to give up.
+                let _ = self.tell(Change::Plug(range));
+            }
         })
     }
 
@@ -180,7 +190,7 @@ mod tests {
     use std::fs::File;
     use std::sync::Arc;
 
-    use rustix::fs::{MemfdFlags, memfd_create};
+    use rustix::fs::{MemfdFlags, SealFlags, memfd_create};
     use vm_memory::{
         Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap,
         GuestRegionMmap,
@@ -207,7 +217,8 @@ mod tests {
 
         fn of(change: impl FnOnce(Mem) -> Mem) -> Self {
             let bytes = MEMORY_BYTES + BLOCKS * BLOCK_BYTES;
-            let file = File::from(memfd_create("test", MemfdFlags::CLOEXEC).unwrap());
+            let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+            let file = File::from(memfd_create("test", flags).unwrap());
             file.set_len(bytes).unwrap();
             let file = Arc::new(file);
             let region = |start, bytes: u64, offset| {
@@ -298,6 +309,48 @@ mod tests {
                 Change::Unplug(second..second + BLOCK_BYTES),
             ]
         );
+    }
+
+    /// Whoever pinned it again after it was given back would have new memory there.
+    #[test]
+    fn a_watcher_is_told_before_memory_goes_and_when_it_stays() {
+        let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let file = Arc::new(std::sync::OnceLock::<Arc<File>>::new());
+        let (told, watched) = (Arc::clone(&seen), Arc::clone(&file));
+        let watcher: Watcher = Arc::new(move |change| {
+            let held = rustix::fs::fstat(&**watched.get().unwrap()).unwrap();
+            told.lock().unwrap().push((change, held.st_blocks * 512));
+            Ok(())
+        });
+        let mut machine = Machine::of(|mem| mem.watched_by(watcher));
+        file.set(Arc::clone(&machine.file)).unwrap();
+        machine.resize(4);
+        let block = |index| START + index * BLOCK_BYTES;
+        assert_eq!(machine.ask(PLUG, block(0), 1), (ACK, 0));
+        assert_eq!(machine.ask(PLUG, block(2), 2), (ACK, 0));
+        let memory = machine.driver.memory.memory();
+        let filled = vec![7; BLOCK_BYTES as usize];
+        memory.write_slice(&filled, GuestAddress(START)).unwrap();
+        let held = machine.held() as i64;
+        seen.lock().unwrap().clear();
+        assert_eq!(machine.ask(UNPLUG, START, 1), (ACK, 0));
+        assert_eq!(machine.held() as i64, held - BLOCK_BYTES as i64);
+        let was_there = (Change::Unplug(block(0)..block(1)), held);
+        assert_eq!(seen.lock().unwrap()[..], [was_there]);
+
+        // No hole can be made in it any more.
+        rustix::fs::fcntl_add_seals(&*machine.file, SealFlags::FUTURE_WRITE).unwrap();
+        seen.lock().unwrap().clear();
+        assert_eq!(machine.ask(UNPLUG_ALL, 0, 0), (BUSY, 0));
+        assert_eq!(machine.plugged(), 2);
+        let changes: Vec<_> = seen
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|one| one.0.clone())
+            .collect();
+        let all = Change::Unplug(block(0)..block(BLOCKS));
+        assert_eq!(changes, [all, Change::Plug(block(2)..block(4))]);
     }
 
     #[test]
