@@ -203,6 +203,9 @@ pub fn rounds(bench: &Bench) -> Result<()> {
         killed += u32::from(hit);
         let cri = answering(&bench).with_context(|| what.clone())?;
         remove_others(&bench, &cri, &bystander.pod.id).with_context(|| what.clone())?;
+        if party == Party::Containerd {
+            remove_half_removed(&bench.node.state).with_context(|| what.clone())?;
+        }
         bystander
             .ensure_unharmed(&cri)
             .with_context(|| what.clone())?;
@@ -396,6 +399,18 @@ fn await_truth(bench: &Bench, party: Party, life: &Life) -> Result<()> {
     }
     if party == Party::Containerd {
         cri.exec_sync(&life.container, &["true"], 60)?.ok()?;
+    }
+    Ok(())
+}
+
+/// Removes the bundles that containerd was about to remove when it died: it gives them
+/// a name with a dot first, and takes no such name for a bundle when it comes back.
+fn remove_half_removed(state: &Path) -> Result<()> {
+    let bundles = state.join("io.containerd.runtime.v2.task/k8s.io");
+    for bundle in fs::read_dir(&bundles)?.flatten() {
+        if bundle.file_name().as_encoded_bytes().starts_with(b".") {
+            fs::remove_dir_all(bundle.path())?;
+        }
     }
     Ok(())
 }
