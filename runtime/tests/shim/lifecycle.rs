@@ -438,7 +438,7 @@ fn no_events() {
     });
 }
 
-fn hook(script: &str) -> serde_json::Value {
+pub fn hook(script: &str) -> serde_json::Value {
     json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}])
 }
 

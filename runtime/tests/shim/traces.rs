@@ -14,6 +14,7 @@ use ttrpc::context::Context;
 use crate::Case;
 use crate::case::{Node, Shim, block_on};
 use crate::containerd::soon;
+use crate::lifecycle::hook;
 use crate::sandbox::{member, remove, up};
 
 pub const CASES: &[Case] = &[
@@ -145,27 +146,23 @@ fn requests() {
 fn failed_start() {
     block_on(async {
         let node = Node::new().await;
+        // What is written goes with the pod, right after; another name stays.
+        let (path, kept) = (file(&node, "f"), node.path("kept"));
+        let (from, to) = (path.display(), kept.display());
+        let script = format!("touch {from} && ln {from} {to}; echo not today >&2; exit 1");
         let bundle = node.bundle("f", &["sleep"]).with(|spec| {
-            spec["mounts"] = json!([{ "destination": "/a", "type": "bind", "source": "/nowhere",
-                                      "options": ["bind"] }]);
+            spec["hooks"] = json!({"createRuntime": hook(&script)});
         });
         let shim = node.start(&bundle).await;
-        let path = file(&node, "f");
-        let opened = tokio::task::spawn_blocking(move || {
-            loop {
-                if let Ok(file) = File::open(&path) {
-                    return file;
-                }
-            }
-        });
         let created = shim.task.create(traced(&[PARENT]), &bundle.request()).await;
         created.unwrap_err();
-        let lines = lines(&opened.await.unwrap());
+        assert!(!path.exists());
+        let lines = lines(&File::open(kept).unwrap());
         let [request] = requests_of(&lines)[..] else {
             panic!("{lines:?}");
         };
         let error = request.error.as_deref().unwrap();
-        assert!(error.contains("/nowhere"), "{error}");
+        assert!(error.contains("not today"), "{error}");
         shim.shut_down("f").await;
         shim.assert_gone().await;
         node.assert_clean();
