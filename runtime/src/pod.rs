@@ -464,8 +464,13 @@ impl Pod {
     /// Notes a moment of the start, the first time.
     fn note(&mut self, moment: impl FnOnce(&mut State) -> &mut u64) {
         let noted = moment(&mut self.state);
-        if *noted == 0 {
-            *noted = clock::monotonic_ns();
+        if *noted != 0 {
+            return;
+        }
+        *noted = clock::monotonic_ns();
+        // A machine that is being made writes down what it consists of, which this
+        // state does not know yet; without one there is nothing to write it for.
+        if !matches!(self.machine, MachineState::None | MachineState::Booting) {
             self.write_state();
         }
     }

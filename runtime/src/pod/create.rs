@@ -370,7 +370,10 @@ impl Pod {
     }
 
     fn machine_ready(&mut self, machine: Machine, state: State) {
+        // Its guest may have been early.
+        let first_output_ns = self.state.timeline.first_output_ns;
         self.state = state;
+        self.state.timeline.first_output_ns = first_output_ns;
         self.write_state();
         if let Some(template) = machine.lacking() {
             let procs = self.cgroup.as_ref().map(PodCgroup::procs_of_origin);

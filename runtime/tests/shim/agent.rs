@@ -207,7 +207,7 @@ pub fn act(
             }
         }
         ["exit", code] => return Some(code.parse().unwrap()),
-        ["sleep" | "deaf" | "slow-to-go"]
+        ["sleep" | "deaf" | "slow-to-go" | "hasty"]
         | ["devices" | "stands-on", ..]
         | ["leaves" | "joins", ..] => {
             // Until a signal ends it; its streams stay open.
@@ -352,6 +352,11 @@ impl Agent for Guest {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         let streams = request.streams.unwrap_or_default();
+        if arguments(&spec["process"])[0] == "hasty" {
+            let stdout = self.ports.lock().unwrap().remove(&streams.stdout_port);
+            stdout.unwrap().write_all(b"x").unwrap();
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
         self.add(
             &request.container_id,
             "",

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use containerd_shim_protos::api::{StateRequest, StatsRequest, WaitRequest};
 use husk_protocol::agent::{Event, StatsResponse, WaitResponse};
 use husk_protocol::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
 use protobuf::Message;
-use serde_json::json;
+use serde_json::{Value, json};
 use ttrpc::Code;
 use ttrpc::context::with_duration;
 
@@ -28,6 +29,7 @@ pub const CASES: &[Case] = &[
     ("a_lying_agent_floods", floods),
     ("a_lying_agent_tells_impossible_numbers", numbers),
     ("a_lying_agent_ends_what_never_ran", early),
+    ("a_lying_agent_writes_for_what_is_not_there_yet", hasty),
     ("a_lying_agent_talks_much_in_little_pieces", tiny),
     ("a_lying_agent_dials_no_port", undialled),
     ("a_lying_guest_floods_its_console", console),
@@ -360,6 +362,47 @@ fn early() {
         assert_eq!(shim.wait("early", "").await.unwrap().exit_status, 7);
         assert!(shim.run("early", "").await.is_err());
         finish(&node, &shim, "early").await;
+    });
+}
+
+/// What is on the node for the pod stays written down.
+fn hasty() {
+    block_on(async {
+        let node = Node::new().await;
+        let bundle = node.bundle("hasty", &["hasty"]);
+        let shim = node.start(&bundle).await;
+        let mut request = bundle.request();
+        request.stdout = bundle.fifo("out");
+        let mut output = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&request.stdout)
+            .unwrap();
+        let state = || {
+            let file = node.state_dir().join("test/hasty/state.json");
+            serde_json::from_slice::<Value>(&std::fs::read(file).unwrap()).unwrap()
+        };
+        let early = async {
+            let began = Instant::now();
+            while output.read(&mut [0]).is_err() {
+                assert!(began.elapsed() < Duration::from_secs(15));
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            state()
+        };
+        let (created, early) = tokio::join!(shim.create(&request), early);
+        assert_eq!(early["timeline"]["container_created_ns"], 0);
+        let is_known = |name: &str| early[name]["pid"].as_u64() > Some(1);
+        assert!(is_known("vmm") && is_known("file_server"), "{early}");
+        assert_eq!(early["vmm"]["pid"], created.unwrap().pid);
+        let moment = |name: &str| state()["timeline"][name].as_u64().unwrap();
+        let first_output = moment("first_output_ns");
+        assert!(first_output > moment("request_ns"));
+        assert!(first_output < moment("container_created_ns"));
+        kill(&shim, "hasty", "", 9).await.unwrap();
+        finish(&node, &shim, "hasty").await;
     });
 }
 
