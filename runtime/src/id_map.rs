@@ -112,7 +112,7 @@ impl IdMaps {
     /// # Errors
     /// The kernel refuses.
     pub fn namespace(&self) -> io::Result<UserNamespace> {
-        let holder = Holder::new()?;
+        let holder = Holder::new(std::process::id())?;
         for (name, ranges) in [("uid_map", &self.users), ("gid_map", &self.groups)] {
             let line =
                 |range: &IdRange| format!("{} {} {}\n", range.inside, range.outside, range.size);
@@ -162,8 +162,10 @@ fn invalid(reason: &str) -> io::Error {
 }
 
 impl Holder {
-    /// A thread of ours could not enter one: it shares what belongs to a user.
-    fn new() -> io::Result<Self> {
+    /// A thread of ours could not enter one: it shares what belongs to a user. The
+    /// process ends with `parent`, which is this one.
+    fn new(parent: u32) -> io::Result<Self> {
+        let parent = libc::c_long::from(parent);
         // Without a signal at its end: it is nobody's to wait for but ours. With
         // our table of descriptors, so that it keeps none of them open.
         let flags = libc::CLONE_NEWUSER | libc::CLONE_FILES;
@@ -175,13 +177,18 @@ impl Holder {
                 -1 => Err(io::Error::last_os_error()),
                 0 => {
                     libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                    loop {
+                    // One that was killed before sends no signal, and what it had open
+                    // would stay so.
+                    while libc::syscall(libc::SYS_getppid) == parent {
                         // Signals for us are not for it.
                         let seconds = libc::timespec {
                             tv_sec: 60,
                             tv_nsec: 0,
                         };
                         libc::syscall(libc::SYS_nanosleep, &raw const seconds, none);
+                    }
+                    loop {
+                        libc::syscall(libc::SYS_exit_group, none);
                     }
                 }
                 pid => libc::pid_t::try_from(pid)
@@ -206,6 +213,7 @@ impl Drop for Holder {
 mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
+    use std::time::{Duration, Instant};
 
     #[test]
     fn reads_what_snapshotters_say() {
@@ -226,6 +234,24 @@ mod tests {
             let mut options = vec![wrong.to_owned()];
             assert!(IdMaps::take_from(&mut options).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn nobody_stays_whose_parent_was_killed_at_once() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: not root");
+            return;
+        }
+        // As if this process had taken it over.
+        let holder = Holder::new(std::process::id() + 1).unwrap();
+        let stat = format!("/proc/{}/stat", holder.0);
+        let began = Instant::now();
+        while !std::fs::read_to_string(&stat).unwrap().contains(") Z ") {
+            assert!(began.elapsed() < Duration::from_secs(10), "it sleeps");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        drop(holder);
+        assert!(!std::path::Path::new(&stat).exists());
     }
 
     #[test]
