@@ -26,7 +26,7 @@ const EMPTY_WITHIN: Duration = Duration::from_secs(1);
 /// Controllers whose counters we report.
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
 
-/// The cgroup of a pod. It stays until [`PodCgroup::leave`].
+/// The cgroup of a pod. It stays until [`PodCgroup::leave`] has been able to.
 #[derive(Debug)]
 pub struct PodCgroup {
     /// Below the mount point.
@@ -112,16 +112,32 @@ impl PodCgroup {
     }
 
     /// Moves this process back and removes the cgroup, if it was made for this
-    /// pod.
-    pub fn leave(self) {
-        let procs = self.procs_of_origin();
-        if let Err(error) = fs::write(&procs, std::process::id().to_string()) {
-            tracing::warn!(path = %procs.display(), %error, "the shim stays in the pod's cgroup");
-            return;
+    /// pod; whether nothing of that is left to be done.
+    pub fn leave(&self) -> bool {
+        match self.move_back() {
+            Ok(()) => !self.is_ours || remove(&self.path),
+            Err(error) => {
+                let path = self.procs_of_origin();
+                tracing::warn!(path = %path.display(), %error, "the shim stays in the pod's cgroup");
+                false
+            }
         }
-        if self.is_ours {
-            remove(&self.path);
-        }
+    }
+
+    /// Moves this process to where it came from, or as near to that as it is let.
+    /// What it came from may be gone, or have controllers for cgroups below it by
+    /// now, and then it takes no processes (cgroup-v2.rst, "No Internal Process
+    /// Constraint"). The node's root takes all.
+    fn move_back(&self) -> io::Result<()> {
+        let this = std::process::id().to_string();
+        let enter = |place: &Path| fs::write(under_mount(place).join("cgroup.procs"), &this);
+        enter(&self.origin).or_else(|error| {
+            let mut around = self.origin.ancestors().skip(1);
+            match around.any(|place| enter(place).is_ok()) {
+                true => Ok(()),
+                false => Err(error),
+            }
+        })
     }
 
     /// Limits what the processes of the pod, which do all of its I/O, do to the
@@ -228,16 +244,18 @@ fn has_killed(events: &str) -> bool {
     count.is_some_and(|count| count != "0")
 }
 
-/// Ends what is left in a pod's cgroup, which was made for it, and removes it.
-pub fn remove(path: &Path) {
+/// Ends what is left in a pod's cgroup, which was made for it, and removes it;
+/// whether it is gone.
+pub fn remove(path: &Path) -> bool {
     let dir = under_mount(path);
     let _ = fs::write(dir.join("cgroup.kill"), "1");
     let removed = await_empty(&dir).and_then(|()| fs::remove_dir(&dir));
     match removed {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             tracing::warn!(path = %dir.display(), %error, "pod's cgroup stays");
+            false
         }
-        _ => {}
+        _ => true,
     }
 }
 

@@ -348,12 +348,13 @@ impl Pod {
         self.under_way.send_modify(|count| *count -= 1);
     }
 
-    /// Gives back what the pod has on the node apart from the machine.
+    /// Gives back what the pod has on the node apart from the machine. Where that
+    /// can't be, what it is stays written down, for `delete`.
     fn release(&mut self) {
-        if let Some(cgroup) = self.cgroup.take() {
-            cgroup.leave();
+        self.cgroup.take_if(|cgroup| cgroup.leave());
+        if self.cgroup.is_none() {
+            self.state_dir.remove();
         }
-        self.state_dir.remove();
         self.state = State::default();
     }
 

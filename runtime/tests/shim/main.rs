@@ -7,6 +7,7 @@
 
 mod agent;
 mod case;
+mod cgroups;
 mod containerd;
 mod crio;
 mod devices;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         faults::CASES,
         scarce::CASES,
         lifecycle::CASES,
+        cgroups::CASES,
         ends::CASES,
         sandbox::CASES,
         crio::CASES,

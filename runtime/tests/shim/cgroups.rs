@@ -1,0 +1,126 @@
+//! Pods whose cgroup is not left as easily as it was entered.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
+};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use serde_json::json;
+
+use crate::Case;
+use crate::case::{Bundle, Node, block_on};
+use crate::lifecycle::{finish, kill};
+
+pub const CASES: &[Case] = &[
+    ("cgroup_is_left_though_its_origin_is_gone", origin_is_gone),
+    ("cgroup_that_is_not_left_is_removed_later", not_left),
+];
+
+/// Where shims look for cgroup v2.
+const MOUNT: &str = "/sys/fs/cgroup";
+
+/// A cgroup of the test's own.
+struct Group {
+    name: String,
+}
+
+impl Group {
+    fn new(name: &str) -> Self {
+        let name = format!("husk-shim-{name}-{}", std::process::id());
+        let group = Self { name };
+        fs::create_dir(group.dir()).unwrap();
+        group
+    }
+
+    fn dir(&self) -> PathBuf {
+        Path::new(MOUNT).join(&self.name)
+    }
+
+    /// A bundle with a cgroup below this one, and where that is to be.
+    fn bundle(&self, node: &Node, id: &str) -> (Bundle, PathBuf) {
+        let path = format!("/{}/{id}", self.name);
+        let bundle = node.bundle(id, &["sleep"]);
+        let bundle = bundle.with(|spec| spec["linux"]["cgroupsPath"] = json!(path));
+        (bundle, self.dir().join(id))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(self.dir());
+    }
+}
+
+/// Does `case` where cgroup v2 is mounted as on nodes, whatever this machine has
+/// there.
+fn with_cgroups(case: fn()) {
+    let apart = move || {
+        // SAFETY: no other thread relies on this one's working directory.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
+        // Shims see what is mounted here later, and nobody else does.
+        for propagation in [
+            MountPropagationFlags::PRIVATE,
+            MountPropagationFlags::SHARED,
+        ] {
+            mount_change("/", propagation | MountPropagationFlags::REC).unwrap();
+        }
+        match mount("none", MOUNT, "cgroup2", MountFlags::empty(), None) {
+            Ok(()) => case(),
+            Err(error) => println!("skipped: no cgroup v2: {error}"),
+        }
+    };
+    let case = std::thread::spawn(apart).join();
+    case.unwrap_or_else(|failure| std::panic::resume_unwind(failure));
+}
+
+/// As when systemd or containerd has begun anew meanwhile.
+fn origin_is_gone() {
+    with_cgroups(|| {
+        block_on(async {
+            let node = Node::new().await;
+            let (origin, pods) = (Group::new("origin"), Group::new("pods"));
+            let (bundle, own) = pods.bundle(&node, "o");
+            let shim = node.start(&bundle).await;
+            let procs = origin.dir().join("cgroup.procs");
+            fs::write(procs, shim.pid.to_string()).unwrap();
+            shim.create(&bundle.request()).await.unwrap();
+            shim.run("o", "").await.unwrap();
+            assert!(own.exists());
+            fs::remove_dir(origin.dir()).unwrap();
+            kill(&shim, "o", "", 9).await.unwrap();
+            shim.wait("o", "").await.unwrap();
+            finish(&node, &shim, "o").await;
+            assert!(!own.exists());
+        });
+    });
+}
+
+/// Nowhere may the shim go, which is written down for who comes after it.
+fn not_left() {
+    with_cgroups(|| {
+        block_on(async {
+            let node = Node::new().await;
+            let pods = Group::new("kept");
+            let (bundle, own) = pods.bundle(&node, "n");
+            let shim = node.start(&bundle).await;
+            shim.create(&bundle.request()).await.unwrap();
+            shim.run("n", "").await.unwrap();
+            kill(&shim, "n", "", 9).await.unwrap();
+            shim.wait("n", "").await.unwrap();
+            mount("none", MOUNT, "tmpfs", MountFlags::RDONLY, None).unwrap();
+            shim.delete("n", "").await.unwrap();
+            shim.shut_down("n").await;
+            shim.assert_gone().await;
+            unmount(MOUNT, UnmountFlags::empty()).unwrap();
+            assert!(own.exists());
+            assert!(node.state_dir().join("test/n/state.json").exists());
+            let dir = bundle.dir.display().to_string();
+            let deleted = node.shim(&["-id", "n", "-bundle", &dir, "delete"], &bundle.dir, b"");
+            assert!(deleted.status.success());
+            assert!(!own.exists());
+            node.assert_clean();
+        });
+    });
+}
