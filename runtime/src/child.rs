@@ -7,6 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
@@ -14,11 +15,17 @@ use rustix::process::{
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use crate::process::Process;
 
 /// Descriptor number of the socket that each program is given.
 const SOCKET: i32 = husk_vmm_spec::CONTROL_FD;
+
+/// What a program takes to end that was killed, at most. It takes longer only in the
+/// kernel: where a disk or a device of the node does not answer, and then nobody
+/// knows how long.
+pub const AFTER_KILL: Duration = Duration::from_secs(10);
 
 /// A running program. It is told to end by hanging up its socket; dropping this
 /// ends it the hard way.
@@ -67,6 +74,22 @@ impl Child {
     pub fn kill(&self) {
         // It may have ended already.
         let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
+    }
+
+    /// Waits for a program that was told to end, but not for long: it is killed
+    /// after `patience`, and given up as much later as `after_kill`. False: it has
+    /// not ended yet.
+    pub async fn end(&self, patience: Duration, after_kill: Duration) -> bool {
+        if timeout(patience, self.wait()).await.is_ok() {
+            return true;
+        }
+        self.kill();
+        let ended = timeout(after_kill, self.wait()).await.is_ok();
+        if !ended {
+            let pid = self.process.pid;
+            tracing::error!(pid, "a process does not end, though it was killed");
+        }
+        ended
     }
 
     /// Waits for its end and reaps it. May be called again.

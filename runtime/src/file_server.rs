@@ -8,9 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use tokio::time::timeout;
-
-use crate::child::Child;
+use crate::child::{AFTER_KILL, Child};
+use crate::config::Patience;
 use crate::process::Process;
 use crate::vm_process::VmError;
 
@@ -78,11 +77,8 @@ impl FileServer {
         self.child.wait().await;
     }
 
-    /// Sees to it that it has ended, once the machine has.
-    pub async fn end(self) {
-        if timeout(PATIENCE, self.child.wait()).await.is_err() {
-            self.child.kill();
-            self.child.wait().await;
-        }
+    /// Sees to it that it ends, once the machine has.
+    pub async fn end(&self, patience: Patience) {
+        self.child.end(PATIENCE, patience.of(AFTER_KILL)).await;
     }
 }

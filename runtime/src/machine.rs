@@ -120,7 +120,7 @@ impl MachineParts {
         let (file_server, file_server_socket) = match file_server {
             Ok(spawned) => spawned,
             Err(error) => {
-                vmm.end().await;
+                vmm.end(config.patience()).await;
                 return Err(error);
             }
         };
@@ -145,9 +145,10 @@ impl MachineParts {
 
     /// Ends what was started.
     pub async fn end(self) {
-        self.vmm.end().await;
+        let patience = self.request.config.patience();
+        self.vmm.end(patience).await;
         drop(self.file_server_socket);
-        self.file_server.end().await;
+        self.file_server.end(patience).await;
     }
 
     /// Boots the machine with `disks` and has the agent set the sandbox up.
@@ -215,7 +216,7 @@ impl MachineParts {
             Err(error) => {
                 let error = error.into();
                 blame(used, &error);
-                self.file_server.end().await;
+                self.file_server.end(request.config.patience()).await;
                 return Err(error);
             }
         };
@@ -312,9 +313,7 @@ impl Machine {
     /// Ends the machine at once, and all that belongs to it.
     pub async fn end(self) {
         self.vm.kill().await;
-        if let Ok(server) = Arc::try_unwrap(self.file_server) {
-            server.end().await;
-        }
+        self.file_server.end(self.agent.patience()).await;
     }
 
     async fn set_up(

@@ -31,6 +31,7 @@ use crate::forward;
 use crate::growth::Fitter;
 use crate::id::Id;
 use crate::machine::Machine;
+use crate::process::Process as HostProcess;
 use crate::stand_in::StandIn;
 use crate::state_dir::{State, StateDir};
 use crate::stdio::Owner;
@@ -348,12 +349,18 @@ impl Pod {
         self.under_way.send_modify(|count| *count -= 1);
     }
 
-    /// Gives back what the pod has on the node apart from the machine. Where that
-    /// can't be, what it is stays written down, for `delete`.
+    /// Gives back what the pod has on the node apart from the machine. Where not all
+    /// of the pod can be gone by then, what it is stays written down, for `delete`.
     fn release(&mut self) {
         self.cgroup.take_if(|cgroup| cgroup.leave());
-        if self.cgroup.is_none() {
+        let has_left = self.cgroup.is_none();
+        // This one's state knows nothing of a machine that did not come to be.
+        let written = self.state_dir.read().unwrap_or_default();
+        let mut processes = [written.vmm, written.file_server].into_iter().flatten();
+        if has_left && !processes.any(HostProcess::is_alive) {
             self.state_dir.remove();
+        } else {
+            tracing::error!(path = %self.state_dir.path().display(), "not all of the pod is gone");
         }
         self.state = State::default();
     }

@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use crate::agent_client::clean;
 use crate::cgroup;
-use crate::child::Child;
+use crate::child::{AFTER_KILL, Child};
 use crate::config::Patience;
 use crate::network::Nic;
 use crate::process::Process;
@@ -51,6 +51,10 @@ const LOCKED_BESIDE: u64 = 1 << 20;
 
 /// How long a VMM that was asked to end may take before it is killed.
 const KILL_PATIENCE: Duration = Duration::from_millis(500);
+
+/// What a VMM may take longer to end for each GiB of its guest's memory, which the
+/// kernel takes back page by page.
+const GIVING_BACK: Duration = Duration::from_secs(1);
 
 /// A VMM that has not been told yet what to run.
 #[derive(Debug)]
@@ -146,9 +150,10 @@ impl Vmm {
     }
 
     /// Ends the program before it was told anything.
-    pub async fn end(self) {
+    pub async fn end(self, patience: Patience) {
         drop(self.control);
-        finish(&self.child).await;
+        let after_kill = patience.of(AFTER_KILL);
+        self.child.end(KILL_PATIENCE, after_kill).await;
     }
 
     /// Starts the machine, which may take as long as `limit`; later requests are
@@ -184,6 +189,7 @@ impl Vmm {
         let kill = Arc::new(Notify::new());
         let owner = Owner {
             request_limit,
+            after_kill: patience.of(AFTER_KILL + GIVING_BACK * (memory_mib >> 10)),
             kill: Arc::clone(&kill),
             child: self.child,
             control: self.control,
@@ -397,7 +403,7 @@ impl Vm {
             .await
     }
 
-    /// Ends the machine and waits until its process is gone.
+    /// Ends the machine and waits until its process is gone, or does not go.
     pub async fn kill(&self) -> VmEnd {
         self.dismiss();
         self.kill.notify_one();
@@ -475,6 +481,7 @@ struct Owner {
     calls: mpsc::Receiver<Call>,
     kill: Arc<Notify>,
     request_limit: Duration,
+    after_kill: Duration,
     started: Option<oneshot::Sender<Timeline>>,
     unanswered: VecDeque<oneshot::Sender<Result<Reply, Failure>>>,
 }
@@ -484,11 +491,14 @@ impl Owner {
         let reason = self.serve().await;
         // Whatever happened, the process ends now.
         drop(self.control);
-        finish(&self.child).await;
+        let has_ended = self.child.end(KILL_PATIENCE, self.after_kill).await;
         self.console.drain();
-        let starved = || cgroup::has_run_out_of_memory().then(end::starved);
+        let unsaid = || match has_ended {
+            true => cgroup::has_run_out_of_memory().then(end::starved),
+            false => Some(end::stuck()),
+        };
         end.send_replace(Some(VmEnd {
-            reason: reason.or_else(starved),
+            reason: reason.or_else(unsaid),
             console: self.console.tail(),
         }));
     }
@@ -567,14 +577,6 @@ impl Owner {
 fn cleaned(failure: Failure) -> Failure {
     Failure {
         message: clean(&failure.message),
-    }
-}
-
-/// Waits for a program that was told to end, but not for long.
-async fn finish(child: &Child) {
-    if timeout(KILL_PATIENCE, child.wait()).await.is_err() {
-        child.kill();
-        child.wait().await;
     }
 }
 

@@ -24,22 +24,25 @@ impl Process {
         Self::look_up(pid).map(|(process, _)| process)
     }
 
-    /// It and its state.
-    fn look_up(pid: u32) -> Option<(Self, char)> {
+    /// It and whether it has ended.
+    fn look_up(pid: u32) -> Option<(Self, bool)> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The name may hold anything; what follows its parenthesis does not.
         let (_, fields) = stat.rsplit_once(')')?;
-        // proc_pid_stat(5): fields 3 and 22; the third follows the name.
+        // proc_pid_stat(5): fields 3, 20 and 22; the third follows the name.
         let mut fields = fields.split_ascii_whitespace();
-        let state = fields.next()?.chars().next()?;
-        let start_ticks = fields.nth(22 - 4)?.parse().ok()?;
-        Some((Self { pid, start_ticks }, state))
+        let state = fields.next()?;
+        let threads: u32 = fields.nth(20 - 4)?.parse().ok()?;
+        let start_ticks = fields.nth(22 - 21)?.parse().ok()?;
+        // The first thread may have ended before others.
+        let has_ended = matches!(state, "Z" | "X") && threads <= 1;
+        Some((Self { pid, start_ticks }, has_ended))
     }
 
     /// It has not ended.
     pub fn is_alive(self) -> bool {
         let found = Self::look_up(self.pid);
-        found.is_some_and(|(process, state)| process == self && !matches!(state, 'Z' | 'X'))
+        found.is_some_and(|(process, has_ended)| process == self && !has_ended)
     }
 
     /// Ends it, if it still is the same, and waits for that.

@@ -27,6 +27,15 @@ pub(super) fn starved() -> ExitReason {
     })
 }
 
+/// For one that is still there when it was killed.
+pub(super) fn stuck() -> ExitReason {
+    ExitReason::Failed(Failure {
+        message: "the VMM was killed and has not ended yet: it waits in the kernel, for a disk \
+                  or a device of the node"
+            .to_owned(),
+    })
+}
+
 /// A VMM that does not do what it should.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {

@@ -26,6 +26,7 @@ mod sandbox;
 mod scarce;
 mod second_line;
 mod shell;
+mod stuck;
 mod template;
 mod traces;
 mod users;
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         hostile::CASES,
         second_line::CASES,
         shell::CASES,
+        stuck::CASES,
         traces::CASES,
     ]
     .concat();

@@ -19,7 +19,7 @@ use husk_vmm_spec::{
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
-use crate::{agent, faults, liar};
+use crate::{agent, faults, liar, stuck};
 
 /// Streams of host ports that were opened and not yet dialled.
 pub type Ports = Arc<Mutex<HashMap<u32, UnixStream>>>;
@@ -134,6 +134,11 @@ pub fn run() {
     let mut words = line.split(' ');
     let how = words.find_map(|word| word.strip_prefix(liar::PARAMETER));
     let how = how.map(str::to_owned);
+    let mut words = line.split(' ');
+    if let Some(file) = words.find_map(|word| word.strip_prefix(stuck::PARAMETER)) {
+        let file = file.to_owned();
+        spawn(move || drop(std::fs::metadata(file)));
+    }
     if let Some(file) = how.as_deref().and_then(|how| how.strip_prefix("console@")) {
         let file = file.to_owned();
         spawn(move || liar::flood_console(&file));

@@ -1,0 +1,170 @@
+//! Processes that no signal ends: they wait in the kernel for a disk that does not
+//! answer.
+
+use std::fs;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::api::{DeleteRequest, KillRequest, WaitRequest};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
+};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use serde_json::Value;
+use ttrpc::context::with_duration;
+
+use crate::Case;
+use crate::case::{Node, block_on, is_alive};
+use crate::containerd::soon;
+use crate::sandbox::{add, member, up};
+
+pub const CASES: &[Case] = &[("stuck_processes_do_not_hold_up_their_pod", pod)];
+
+/// Kernel parameter that has a thread of the VMM ask for a file, and which.
+pub const PARAMETER: &str = "fake.stuck=";
+
+/// What a shim waits for two of them, and a guest's memory more.
+const AT_MOST: Duration = Duration::from_secs(60);
+
+/// `fuse_in_header` of linux/fuse.h, and what is answered to `FUSE_INIT`.
+const HEADER_BYTES: usize = 40;
+const INIT: u32 = 26;
+const INIT_BYTES: usize = 64;
+
+/// A file system that answers nobody, until it is dropped.
+struct Hang {
+    path: PathBuf,
+    asked: Arc<AtomicUsize>,
+}
+
+impl Hang {
+    fn mount(path: PathBuf) -> Self {
+        fs::create_dir(&path).unwrap();
+        let mut options = File::options();
+        let mut fuse = options.read(true).write(true).open("/dev/fuse").unwrap();
+        let data = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0",
+            fuse.as_raw_fd()
+        );
+        let data = std::ffi::CString::new(data).unwrap();
+        mount("hang", &path, "fuse", MountFlags::empty(), &*data).unwrap();
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        std::thread::spawn(move || {
+            let mut buffer = vec![0; 1 << 18];
+            while let Ok(HEADER_BYTES..) = fuse.read(&mut buffer) {
+                let opcode = u32::from_ne_bytes(buffer[4..8].try_into().unwrap());
+                if opcode != INIT {
+                    count.fetch_add(1, Ordering::Relaxed);
+                    continue;
+                }
+                let version = [7_u32, 31].map(u32::to_ne_bytes).concat();
+                let length = (16 + INIT_BYTES) as u32;
+                let mut answer = length.to_ne_bytes().to_vec();
+                answer.extend(0_u32.to_ne_bytes());
+                answer.extend(&buffer[8..16]);
+                answer.extend(version);
+                answer.resize(length as usize, 0);
+                fuse.write_all(&answer).unwrap();
+            }
+        });
+        Self { path, asked }
+    }
+
+    async fn has_been_asked(&self, times: usize) {
+        let began = Instant::now();
+        while self.asked.load(Ordering::Relaxed) < times {
+            assert!(began.elapsed() < Duration::from_secs(10));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Hang {
+    fn drop(&mut self) {
+        // All who wait are told that it has gone.
+        let _ = unmount(&self.path, UnmountFlags::FORCE);
+        let _ = unmount(&self.path, UnmountFlags::DETACH);
+    }
+}
+
+/// Where nobody else comes across what is mounted.
+fn pod() {
+    let apart = || {
+        // SAFETY: no other thread relies on this one's working directory.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private).unwrap();
+        block_on(stuck());
+    };
+    let case = std::thread::spawn(apart).join();
+    case.unwrap_or_else(|failure| std::panic::resume_unwind(failure));
+}
+
+async fn stuck() {
+    let node = Node::new().await;
+    let hang = Hang::mount(node.path("hang"));
+    let server = node.path("server");
+    let file = hang.path.display();
+    fs::write(&server, format!("#!/bin/sh\nexec stat {file}\n")).unwrap();
+    fs::set_permissions(&server, fs::Permissions::from_mode(0o755)).unwrap();
+    node.configure(&format!(
+        "file_server = '{}'\nkernel_parameters = '{PARAMETER}{file}'\n",
+        server.display()
+    ));
+    let shim = up(&node, "p").await;
+    let bundle = member(&node, "c", "p", &["sleep"]);
+    add(&node, &shim, &bundle).await;
+    hang.has_been_asked(2).await;
+
+    let began = Instant::now();
+    let request = KillRequest {
+        id: "p".into(),
+        signal: 9,
+        ..KillRequest::default()
+    };
+    shim.task.kill(soon(), &request).await.unwrap();
+    for id in ["c", "p"] {
+        let request = WaitRequest {
+            id: id.into(),
+            ..WaitRequest::default()
+        };
+        let end = shim.task.wait(with_duration(AT_MOST), &request).await;
+        assert_eq!(end.unwrap().exit_status, 137);
+    }
+    for id in ["c", "p"] {
+        let request = DeleteRequest {
+            id: id.into(),
+            ..DeleteRequest::default()
+        };
+        let deleted = shim.task.delete(with_duration(AT_MOST), &request).await;
+        assert_eq!(deleted.unwrap().exit_status, 137);
+    }
+    shim.shut_down("p").await;
+    shim.assert_gone().await;
+    assert!(began.elapsed() < AT_MOST, "{:?}", began.elapsed());
+
+    // Both are there still, and whoever comes later knows of them.
+    let state = fs::read(node.state_dir().join("test/p/state.json")).unwrap();
+    let state: Value = serde_json::from_slice(&state).unwrap();
+    let pid = |name: &str| i32::try_from(state[name]["pid"].as_i64().unwrap()).unwrap();
+    let pids = [pid("vmm"), pid("file_server")];
+    let threads = |pid: i32| fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    assert!(pids.iter().all(|pid| threads(*pid) > 0), "{state}");
+    drop(hang);
+    let dir = node.path("bundles/p").display().to_string();
+    let deleted = node.shim(
+        &["-id", "p", "-bundle", &dir, "delete"],
+        &node.path(""),
+        b"",
+    );
+    assert!(deleted.status.success());
+    assert!(!pids.into_iter().any(is_alive));
+    node.assert_clean();
+}
