@@ -1,6 +1,8 @@
 //! Limits and devices that few development machines have: these run in a guest
 //! (see guest.rs) and are skipped elsewhere.
 
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
 use husk_protocol::agent::{
     BlockStorage, CreateSandboxRequest, DeviceNumber, Empty, SetVcpusRequest, Storage,
     UpdateResourcesRequest, event, storage,
@@ -155,6 +157,36 @@ agent_test! {
         spec["linux"]["resources"] = json!({"pids": {"limit": 5}});
         let (_, stdout, stderr) = agent.output(&spec).await;
         assert!(stdout.is_empty() && stderr.contains("can't fork"), "{stdout}{stderr}");
+    }
+}
+
+agent_test! {
+    async fn a_block_device_of_mapped_users_is_their_disk(agent: Agent) {
+        if std::env::var_os("HUSK_TEST_DISK").is_none() {
+            skip("a disk", "none of the serial husk-disk");
+            return;
+        }
+        let mut spec = agent.spec(&["/bin/stat", "-c", "%F %t:%T", "/dev/xvda"]);
+        spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+        let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        spec["linux"]["uidMappings"] = map.clone();
+        spec["linux"]["gidMappings"] = map;
+        for directory in ["dev", "proc", "sys"] {
+            std::fs::create_dir(agent.rootfs().join(directory)).unwrap();
+        }
+        std::fs::set_permissions(agent.directory.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        // The guest has no such path, and this number is none of its disks'.
+        spec["linux"]["devices"] = json!([{"path": "/dev/xvda", "type": "b", "major": 7, "minor": 3}]);
+        let mut number = DeviceNumber { major: 7, minor: 3, ..Default::default() };
+        number.set_block_serial("husk-disk".to_owned());
+        let streams = agent.create_as("a", &spec, |request| request.devices = vec![number]).await.unwrap();
+        agent.start_container("a").await.unwrap();
+        let disk = std::fs::metadata("/dev/vda").unwrap().rdev();
+        let (major, minor) = (rustix::fs::major(disk), rustix::fs::minor(disk));
+        let seen = read_all(streams.stdout).await;
+        assert_eq!(seen, format!("block special file {major:x}:{minor:x}\n"));
+        agent.wait("a", "").await;
+        agent.delete("a").await;
     }
 }
 
