@@ -1,9 +1,13 @@
 //! A program of ours that the shim runs beside itself: the VMM, the file server.
 
-use std::io;
+use std::ffi::{CString, OsStr};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -17,6 +21,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use crate::config;
 use crate::process::Process;
 
 /// Descriptor number of the socket that each program is given.
@@ -26,6 +31,22 @@ const SOCKET: i32 = husk_vmm_spec::CONTROL_FD;
 /// kernel: where a disk or a device of the node does not answer, and then nobody
 /// knows how long.
 pub const AFTER_KILL: Duration = Duration::from_secs(10);
+
+/// Most words of a command line, path and user included.
+const WORDS: usize = 16;
+
+/// What is started.
+#[derive(Debug)]
+pub struct Program<'a> {
+    /// Its file.
+    pub path: &'a Path,
+    /// What it is told besides who it is.
+    pub arguments: &'a [&'a OsStr],
+    /// The first of the ids of which it has one.
+    pub first_uid: u32,
+    /// Where what it has to say goes.
+    pub complaints: OwnedFd,
+}
 
 /// A running program. It is told to end by hanging up its socket; dropping this
 /// ends it the hard way.
@@ -37,17 +58,28 @@ pub struct Child {
 }
 
 impl Child {
-    /// Starts `command` with `socket` as descriptor 3, in a PID namespace of its
-    /// own: it can name no other process, to signal it for instance.
+    /// Starts `program` with `socket` as descriptor 3, in a PID namespace of its
+    /// own: it can name no other process, to signal it for instance, and nobody else
+    /// is the user that it is told to be.
     ///
     /// # Errors
     /// The program is not there or cannot be executed.
-    pub async fn spawn(command: Command, socket: OwnedFd) -> io::Result<Self> {
+    pub async fn spawn(program: Program<'_>, socket: OwnedFd) -> io::Result<Self> {
+        let mut command = Command::new(program.path);
+        command
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(program.complaints);
+        let words = [&[program.path.as_os_str()], program.arguments].concat();
+        let words = words.iter().map(|word| CString::new(word.as_bytes()));
+        let words = words.collect::<Result<Vec<_>, _>>()?;
+        let first_uid = program.first_uid;
         let (sender, receiver) = oneshot::channel();
         // A thread of its own: unsharing the PID namespace marks it for good.
         thread::Builder::new()
             .name("spawn".into())
-            .spawn(move || sender.send(spawn(command, &socket)))?;
+            .spawn(move || sender.send(spawn(command, words, first_uid, &socket)))?;
         let (process, pidfd) = receiver.await.map_err(io::Error::other)??;
         // SAFETY: an OwnedFd is the same open descriptor until it is dropped.
         let registered = unsafe { AsyncFd::register(pidfd) };
@@ -121,18 +153,22 @@ async fn reap(pidfd: &AsyncFd<OwnedFd>) {
     );
 }
 
-fn spawn(mut command: Command, socket: &OwnedFd) -> io::Result<(Process, OwnedFd)> {
+fn spawn(
+    mut command: Command,
+    words: Vec<CString>,
+    first_uid: u32,
+    socket: &OwnedFd,
+) -> io::Result<(Process, OwnedFd)> {
     // SAFETY: no shared descriptor table is given up.
     unsafe { unshare_unsafe(UnshareFlags::NEWPID)? };
     let socket = socket.as_raw_fd();
-    // SAFETY: between fork and exec only dup2(2) is called, which is
-    // async-signal-safe. 3 is held by the shim, so the descriptors that Command
-    // opens for itself are others, and `socket`, being another, loses its
-    // close-on-exec flag by the copy.
+    // SAFETY: between fork and exec only system calls are made, nothing is allocated.
+    // 3 is held by the shim, so the descriptors that Command opens for itself are
+    // others, and `socket`, being another, loses its close-on-exec flag by the copy.
     unsafe {
         command.pre_exec(move || match libc::dup2(socket, SOCKET) {
             -1 => Err(io::Error::last_os_error()),
-            _ => Ok(()),
+            _ => Err(execute(&words, own_uid(first_uid)?)),
         });
     }
     let mut child = command.spawn()?;
@@ -150,4 +186,35 @@ fn spawn(mut command: Command, socket: &OwnedFd) -> io::Result<(Process, OwnedFd
             Err(pidfd.map_or_else(io::Error::from, |_| missing))
         }
     }
+}
+
+/// The user that this process alone is, as long as anything of it is there. Its
+/// namespace has no name before the process is in it.
+fn own_uid(first_uid: u32) -> io::Result<u32> {
+    let namespace = rustix::fs::stat(c"/proc/self/ns/pid")?.st_ino;
+    config::uid(first_uid, namespace).ok_or_else(|| io::Error::from_raw_os_error(libc::EUSERS))
+}
+
+/// Becomes the program whose path and arguments these are, which has no environment
+/// and is told to be `uid`. Returns only if that cannot be; allocates nothing.
+fn execute(words: &[CString], uid: u32) -> io::Error {
+    // Ten digits at most, and what ends them.
+    let mut text = [0; 11];
+    if let Err(error) = write!(&mut text[..], "{uid}") {
+        return error;
+    }
+    let text = text.as_ptr().cast();
+    let user = [c"--uid".as_ptr(), text, c"--gid".as_ptr(), text];
+    let mut arguments = [ptr::null(); WORDS + 1];
+    if words.is_empty() || words.len() + user.len() > WORDS {
+        return io::Error::from_raw_os_error(libc::E2BIG);
+    }
+    let all = words.iter().map(|word| word.as_ptr()).chain(user);
+    for (argument, word) in arguments.iter_mut().zip(all) {
+        *argument = word;
+    }
+    let environment = [ptr::null()];
+    // SAFETY: strings that end and lists that end, which are there until the program is.
+    unsafe { libc::execve(arguments[0], arguments.as_ptr(), environment.as_ptr()) };
+    io::Error::last_os_error()
 }

@@ -1,14 +1,14 @@
 //! The file server: one process a pod, which shows the shared tree to the guest
 //! and sees nothing else.
 
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::child::{AFTER_KILL, Child};
+use crate::child::{AFTER_KILL, Child, Program};
 use crate::config::Patience;
 use crate::process::Process;
 use crate::vm_process::VmError;
@@ -33,15 +33,15 @@ fn nodes(memory_mib: u32) -> u32 {
 }
 
 impl FileServer {
-    /// Starts the program under `uid` on the tree at `source`, for a guest that has
-    /// at most so much memory; the socket is for the VMM. What it has to say goes to
+    /// Starts the program on the tree at `source`, for a guest that has at most so
+    /// much memory; the socket is for the VMM. What it has to say goes to
     /// `complaints`.
     ///
     /// # Errors
     /// The program is not there or cannot be executed.
     pub async fn spawn(
         path: &PathBuf,
-        uid: u32,
+        first_uid: u32,
         source: &Path,
         memory_mib: u32,
         complaints: OwnedFd,
@@ -52,18 +52,21 @@ impl FileServer {
             source,
         };
         let (near, far) = UnixStream::pair().map_err(fail)?;
-        let mut command = Command::new(path);
-        command
-            .args(["--socket-fd", "3", "--source"])
-            .arg(source)
-            .args(["--uid", &uid.to_string(), "--gid", &uid.to_string()])
-            .args(["--nodes", &nodes(memory_mib).to_string()])
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(complaints);
-        let child = Child::spawn(command, near.into()).await.map_err(fail)?;
+        let nodes = nodes(memory_mib).to_string();
+        let program = Program {
+            path,
+            arguments: &[
+                OsStr::new("--socket-fd"),
+                OsStr::new("3"),
+                OsStr::new("--source"),
+                source.as_os_str(),
+                OsStr::new("--nodes"),
+                OsStr::new(&nodes),
+            ],
+            first_uid,
+            complaints,
+        };
+        let child = Child::spawn(program, near.into()).await.map_err(fail)?;
         Ok((Self { child }, far.into()))
     }
 

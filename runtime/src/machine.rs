@@ -101,9 +101,8 @@ impl MachineParts {
         let tree = SharedTree::create(&request.state_dir.shared())?;
 
         second_line::warn_of_kernel();
-        let users = config.users(std::process::id());
         let (vmm, network) = tokio::join!(
-            Vmm::spawn(&config.vmm, users.vmm),
+            Vmm::spawn(&config.vmm, config.first_uid),
             attach(request.pod.netns.clone())
         );
         let vmm = vmm?;
@@ -111,9 +110,10 @@ impl MachineParts {
             Err(error) => (Err(error), None),
             Ok(network) => {
                 let complaints = vmm.console_input()?;
-                let (program, uid) = (&config.file_server, users.file_server);
+                let (program, first_uid) = (&config.file_server, config.first_uid);
                 let most_mib = plan.size.memory_mib + plan.room.pluggable_mib;
-                let spawned = FileServer::spawn(program, uid, tree.path(), most_mib, complaints);
+                let spawned =
+                    FileServer::spawn(program, first_uid, tree.path(), most_mib, complaints);
                 (spawned.await.map_err(Error::from), network)
             }
         };

@@ -7,7 +7,6 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -25,7 +24,7 @@ use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use crate::agent_client::clean;
 use crate::cgroup;
-use crate::child::{AFTER_KILL, Child};
+use crate::child::{AFTER_KILL, Child, Program};
 use crate::config::Patience;
 use crate::network::Nic;
 use crate::process::Process;
@@ -92,12 +91,12 @@ struct Call {
 }
 
 impl Vmm {
-    /// Starts the program under `uid`; it confines itself and then waits for the
-    /// machine's specification.
+    /// Starts the program; it confines itself and then waits for the machine's
+    /// specification.
     ///
     /// # Errors
     /// The program is not there or cannot be executed.
-    pub async fn spawn(path: &PathBuf, uid: u32) -> Result<Self, VmError> {
+    pub async fn spawn(path: &PathBuf, first_uid: u32) -> Result<Self, VmError> {
         let io_error = |what| move |source| VmError::Io { what, source };
         let (control, far_control) =
             ControlSocket::pair().map_err(io_error("VMM's control socket"))?;
@@ -108,15 +107,13 @@ impl Vmm {
         let complaints = console_input
             .try_clone()
             .map_err(io_error("console's pipe"))?;
-        let mut command = Command::new(path);
-        command
-            .args(["--uid", &uid.to_string(), "--gid", &uid.to_string()])
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(complaints);
-        let child = Child::spawn(command, far_control)
+        let program = Program {
+            path,
+            arguments: &[],
+            first_uid,
+            complaints,
+        };
+        let child = Child::spawn(program, far_control)
             .await
             .map_err(|source| VmError::Spawn {
                 path: path.clone(),

@@ -1,6 +1,6 @@
 //! Limits of the node that many pods reach.
 
-use husk_node::config::{Config, USERS};
+use husk_node::config::{Config, UIDS};
 
 use super::{Finding, Node};
 
@@ -42,9 +42,8 @@ fn inotify_limit(node: &Node, name: &'static str, least: u64) -> Option<Finding>
 /// Whether somebody else has user ids of those that VMMs and file servers run under.
 fn uids(node: &Node, config: &Config) -> Finding {
     const ABOUT: &str = "user ids";
-    let most = node.number("/proc/sys/kernel/pid_max").unwrap_or(1 << 22);
-    let (first, most) = (u64::from(config.first_uid), most * u64::from(USERS));
-    let ours = first..first + most;
+    let first = u64::from(config.first_uid);
+    let ours = first..first + u64::from(UIDS);
     let range = format!("{} to {}", ours.start, ours.end);
     for file in ["/etc/passwd", "/etc/group", "/etc/subuid", "/etc/subgid"] {
         let text = node.read(file).unwrap_or_default();
@@ -62,7 +61,7 @@ fn uids(node: &Node, config: &Config) -> Finding {
             if start < ours.end && ours.start < start.saturating_add(count) {
                 let who = fields.first().copied().unwrap_or_default();
                 let advice = format!(
-                    "choose another first_uid, whose {most} ids nobody has, or move {who}'s"
+                    "choose another first_uid, whose {UIDS} ids nobody has, or move {who}'s"
                 );
                 let found = format!("{file} gives {who} some of {range}, which pods use");
                 return Finding::warning(ABOUT, found, advice);

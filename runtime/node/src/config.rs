@@ -48,7 +48,7 @@ pub struct Config {
     /// Oldest template that is used; 0: none is.
     pub template_max_age_seconds: u32,
     /// Each VMM and each file server runs under a user and group of its own, see
-    /// [`Config::users`].
+    /// [`uid`].
     pub first_uid: u32,
     /// Longest time from a VM's start to the agent's first answer.
     pub boot_timeout_seconds: u32,
@@ -77,17 +77,12 @@ pub struct Config {
     pub network_burst_frames: Option<u32>,
 }
 
-/// How many users a pod has.
-pub const USERS: u32 = 2;
+/// How many user ids VMMs and file servers have.
+pub const UIDS: u32 = 1 << 23;
 
-/// The users of a pod, no other living pod's. Each has a group of its number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Users {
-    /// The VMM's.
-    pub vmm: u32,
-    /// The file server's.
-    pub file_server: u32,
-}
+/// The lowest number of a namespace; the kernel gives the lowest that is free
+/// (`PROC_DYNAMIC_FIRST` in fs/proc/generic.c).
+const FIRST_NAMESPACE: u64 = 0xf000_0000;
 
 impl Default for Config {
     fn default() -> Self {
@@ -286,16 +281,6 @@ impl Config {
         Ok(Sources::of_node().load()?.config)
     }
 
-    /// Who the processes of the pod are whose shim has this process id: no two
-    /// shims have the same at once.
-    pub fn users(&self, shim: u32) -> Users {
-        let vmm = self.first_uid.wrapping_add(shim.wrapping_mul(USERS));
-        Users {
-            vmm,
-            file_server: vmm.wrapping_add(1),
-        }
-    }
-
     /// What is added to the initramfs where debug shells are allowed.
     pub fn debug_initramfs(&self) -> PathBuf {
         self.initramfs.with_file_name("debug.cpio")
@@ -314,6 +299,15 @@ impl Config {
         let value = table.get(key).cloned();
         value.unwrap_or_else(|| Value::String(NO_VALUE.to_owned()))
     }
+}
+
+/// The user and the group of a process that has a PID namespace to itself, of this
+/// number. All namespaces of a node have different ones, whoever made them and
+/// wherever; this one's is given to no other before the process is reaped. None: so
+/// many namespaces there are on the node.
+pub fn uid(first_uid: u32, pid_namespace: u64) -> Option<u32> {
+    let offset = u32::try_from(pid_namespace.checked_sub(FIRST_NAMESPACE)?).ok()?;
+    (offset < UIDS).then(|| first_uid.saturating_add(offset))
 }
 
 fn read(path: &Path) -> io::Result<String> {

@@ -96,7 +96,8 @@ impl Node {
         command.stdin(Stdio::piped()).spawn().unwrap()
     }
 
-    fn shim_command(&self, arguments: &[&str], dir: &Path) -> Command {
+    /// The program, not yet started.
+    pub fn shim_command(&self, arguments: &[&str], dir: &Path) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_containerd-shim-husk-v2"));
         command
             .args(["-namespace", "test"])
@@ -292,6 +293,21 @@ pub fn is_alive(pid: i32) -> bool {
             .rsplit_once(") ")
             .is_some_and(|(_, rest)| rest.starts_with('Z'))
     })
+}
+
+/// All processes whose command lines meet a condition, with their parents.
+pub fn processes(meant: impl Fn(&[String]) -> bool) -> Vec<(i32, i32)> {
+    let entries = fs::read_dir("/proc").unwrap();
+    let pids = entries.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+    let found = pids.filter_map(|pid: i32| {
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
+        let words: Vec<_> = line.split_terminator('\0').map(str::to_owned).collect();
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let (_, rest) = stat.rsplit_once(") ")?;
+        let parent = rest.split(' ').nth(1)?.parse().ok()?;
+        meant(&words).then_some((pid, parent))
+    });
+    found.collect()
 }
 
 /// Runs a case's future.

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::USERS;
+use super::UIDS;
 
 /// One key.
 #[derive(Clone, Copy, Debug)]
@@ -38,10 +38,6 @@ pub enum Kind {
         longest: usize,
     },
 }
-
-/// The largest process id there can be (`PID_MAX_LIMIT` of linux/threads.h);
-/// each may have users. The last user id but one means nobody.
-const LARGEST_PID: u32 = 1 << 22;
 
 /// All of them, in the order in which they are shown.
 pub const KEYS: [Key; 20] = [
@@ -91,12 +87,14 @@ pub const KEYS: [Key; 20] = [
         name: "first_uid",
         kind: Kind::Number {
             least: 65_536,
-            most: u32::MAX - 2 - LARGEST_PID * USERS,
+            // The last user id but one means nobody.
+            most: u32::MAX - 2 - UIDS,
             unit: "user id",
         },
-        meaning: "Each VMM runs under a user and a group of its own: this number plus twice the process \
-                  id of its shim; the pod's file server under the next. Nothing else on the node \
-                  should use the 8388608 ids from here on.",
+        meaning: "Each VMM and each file server runs under a user and a group of its own: this number \
+                  plus that of its PID namespace, counted from the kernel's first. Nothing else on \
+                  the node should use the 8388608 ids from here on. Nodes that are containers of \
+                  one machine have this same number, or each ids of its own.",
     },
     Key {
         name: "boot_timeout_seconds",

@@ -1,5 +1,4 @@
 use super::*;
-use std::collections::BTreeSet;
 
 fn sources(dir: &Path) -> Sources {
     Sources {
@@ -90,26 +89,29 @@ fn is_as_patient_as_with_the_boot() {
 
 #[test]
 fn no_two_processes_are_the_same_user() {
-    let config = Config::default();
-    let pids = [1, 2, 3, 32_767, 32_768, 4_194_302, 4_194_303];
-    let users = pids.map(|pid| config.users(pid));
-    let ids: BTreeSet<u32> = (users.iter())
-        .flat_map(|users| [users.vmm, users.file_server])
-        .collect();
-    assert_eq!(ids.len(), 2 * pids.len());
+    let first = Config::default().first_uid;
     // As docs/configuration.md has it.
-    let range = config.first_uid..config.first_uid + 8_388_608;
-    assert!(ids.iter().all(|id| range.contains(id)), "{ids:?}");
+    let last = first + 8_388_607;
+    for (namespace, expected) in [
+        (0, None),
+        // The node's own, in which nobody is alone.
+        (0xefff_fffc, None),
+        (0xf000_0000, Some(first)),
+        (0xf000_0001, Some(first + 1)),
+        (0xf07f_ffff, Some(last)),
+        (0xf080_0000, None),
+        (u64::from(u32::MAX), None),
+        (0x1_f000_0000, None),
+        (u64::MAX, None),
+    ] {
+        assert_eq!(uid(first, namespace), expected, "{namespace:#x}");
+    }
     // However high the first is.
     let error = file::parse(Path::new("f"), "first_uid = 4286578686");
     assert!(error.is_err());
     let most = "first_uid = 4286578685";
     assert!(file::parse(Path::new("f"), most).is_ok());
-    let config = Config {
-        first_uid: 4_286_578_685,
-        ..config
-    };
-    assert!(config.users(4_194_303).file_server < u32::MAX - 1);
+    assert!(uid(4_286_578_685, 0xf07f_ffff).is_some_and(|uid| uid < u32::MAX - 1));
 }
 
 #[test]
