@@ -1,29 +1,23 @@
 //! The VMM process: start, requests, end.
-//!
-//! One task owns the control socket, the console and the process. It ends with
-//! the process, and then tells everybody why.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use husk_node::rates::Rates;
 use husk_vmm_spec::{
-    DeviceId, DeviceSpec, ExitReason, Failure, HostPort, Message, Reply, Request, SavedSpec,
-    Timeline, ValidVmSpec, VfioFunctionSpec, VfioSpec,
+    DeviceId, DeviceSpec, HostPort, Request, SavedSpec, Timeline, ValidVmSpec, VfioFunctionSpec,
+    VfioSpec,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio::time::timeout;
 
-use crate::agent_client::clean;
-use crate::cgroup;
 use crate::child::{AFTER_KILL, Child, Program};
 use crate::config::Patience;
 use crate::network::Nic;
@@ -33,10 +27,14 @@ use crate::vm_plan::{Descriptors, Disk, nic_id};
 mod console;
 mod control;
 mod end;
+mod owner;
+mod pinned;
 
 use console::Console;
 use control::ControlSocket;
 pub use end::{VmEnd, VmError};
+use owner::{Call, KILL_PATIENCE, Owner};
+use pinned::Pinned;
 
 /// Longest time for the VMM to answer a request.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
@@ -44,12 +42,6 @@ const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// What it may take longer for each GiB of memory that is pinned: a page of 4 KiB may
 /// have to be found and zeroed for each that the guest has not touched.
 const PIN_PATIENCE: Duration = Duration::from_secs(2);
-
-/// Locked memory beside guest memory: io_uring's rings, as the VMM's jail says.
-const LOCKED_BESIDE: u64 = 1 << 20;
-
-/// How long a VMM that was asked to end may take before it is killed.
-const KILL_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What a VMM may take longer to end for each GiB of its guest's memory, which the
 /// kernel takes back page by page.
@@ -74,20 +66,12 @@ pub struct Vm {
     rates: Rates,
     /// All that the guest can come to have.
     memory_mib: u32,
-    /// Groups of PCI devices that were plugged, all in all.
-    groups: Arc<AtomicU64>,
     calls: mpsc::Sender<Call>,
     /// Apart from the calls, which may have to wait.
     kill: Arc<Notify>,
     end: watch::Receiver<Option<VmEnd>>,
     /// Somebody here wants it to end.
     dismissed: Arc<AtomicBool>,
-}
-
-struct Call {
-    request: Request,
-    descriptors: Vec<OwnedFd>,
-    reply: oneshot::Sender<Result<Reply, Failure>>,
 }
 
 impl Vmm {
@@ -188,6 +172,7 @@ impl Vmm {
             request_limit,
             after_kill: patience.of(AFTER_KILL + GIVING_BACK * (memory_mib >> 10)),
             kill: Arc::clone(&kill),
+            pinned: Pinned::new(process, memory_mib),
             child: self.child,
             control: self.control,
             console: Console::new(self.console),
@@ -202,7 +187,6 @@ impl Vmm {
             request_limit,
             rates,
             memory_mib,
-            groups: Arc::default(),
             calls,
             kill,
             end,
@@ -304,7 +288,6 @@ impl Vm {
         group: OwnedFd,
         functions: Vec<(OwnedFd, u8)>,
     ) -> Result<(), VmError> {
-        self.allow_pinning()?;
         let mut descriptors = Descriptors::default();
         let spec = VfioSpec {
             id: id.clone(),
@@ -345,24 +328,6 @@ impl Vm {
     fn pinning_limit(&self) -> Duration {
         let more = PIN_PATIENCE * (self.memory_mib >> 10);
         self.request_limit.saturating_add(more)
-    }
-
-    /// What a PCI device reaches is pinned, all of the guest's memory for each group,
-    /// and the kernel counts it as the VMM's locked memory.
-    fn allow_pinning(&self) -> Result<(), VmError> {
-        let groups = self.groups.fetch_add(1, Ordering::Relaxed) + 1;
-        let most = (u64::from(self.memory_mib) << 20).saturating_mul(groups);
-        let most = Some(most.saturating_add(LOCKED_BESIDE));
-        let limit = Rlimit {
-            current: most,
-            maximum: most,
-        };
-        let pid = i32::try_from(self.process.pid).ok().and_then(Pid::from_raw);
-        let raised = prlimit(pid, Resource::Memlock, limit);
-        raised.map(drop).map_err(|source| VmError::Io {
-            what: "raising the VMM's limit of locked memory",
-            source: source.into(),
-        })
     }
 
     /// Unplugs a device that the agent has let go of.
@@ -467,119 +432,5 @@ impl Vm {
                 seconds: limit.as_secs(),
             }),
         }
-    }
-}
-
-/// Owns a running VMM.
-struct Owner {
-    child: Child,
-    control: ControlSocket,
-    console: Console,
-    calls: mpsc::Receiver<Call>,
-    kill: Arc<Notify>,
-    request_limit: Duration,
-    after_kill: Duration,
-    started: Option<oneshot::Sender<Timeline>>,
-    unanswered: VecDeque<oneshot::Sender<Result<Reply, Failure>>>,
-}
-
-impl Owner {
-    async fn run(mut self, end: watch::Sender<Option<VmEnd>>) {
-        let reason = self.serve().await;
-        // Whatever happened, the process ends now.
-        drop(self.control);
-        let has_ended = self.child.end(KILL_PATIENCE, self.after_kill).await;
-        self.console.drain();
-        let unsaid = || match has_ended {
-            true => cgroup::has_run_out_of_memory().then(end::starved),
-            false => Some(end::stuck()),
-        };
-        end.send_replace(Some(VmEnd {
-            reason: reason.or_else(unsaid),
-            console: self.console.tail(),
-        }));
-    }
-
-    /// Returns when the machine has ended or is to end.
-    async fn serve(&mut self) -> Option<ExitReason> {
-        let mut deadline: Option<Instant> = None;
-        loop {
-            tokio::select! {
-                message = self.control.receive() => match message {
-                    Ok(Some(Message::Started(timeline))) => {
-                        if let Some(started) = self.started.take() {
-                            // Nobody waits any more after the deadline.
-                            let _ = started.send(timeline);
-                        }
-                    }
-                    Ok(Some(Message::Reply(answer))) => match self.unanswered.pop_front() {
-                        Some(reply) => drop(reply.send(answer.map_err(cleaned))),
-                        None => {
-                            tracing::error!("the VMM answers what was not asked; it is ended");
-                            return None;
-                        }
-                    },
-                    Ok(Some(Message::Exited(ExitReason::Failed(failure)))) => {
-                        return Some(ExitReason::Failed(cleaned(failure)));
-                    }
-                    Ok(Some(Message::Exited(reason))) => return Some(reason),
-                    Ok(None) => return None,
-                    Err(error) => {
-                        tracing::warn!(%error, "VMM's control socket");
-                        return None;
-                    }
-                },
-                () = self.console.read() => {}
-                call = self.calls.recv(), if deadline.is_none() => match call {
-                    Some(Call { request, descriptors, reply }) => {
-                        let sent = self.control.send(&request, &descriptors);
-                        // Biased: only a VMM that takes nothing is ended so rudely.
-                        let sent = tokio::select! {
-                            biased;
-                            sent = timeout(self.request_limit, sent) => sent,
-                            () = self.kill.notified() => return None,
-                        };
-                        match sent {
-                            Ok(Ok(())) => self.unanswered.push_back(reply),
-                            Ok(Err(error)) => {
-                                tracing::debug!(%error, "VMM's control socket");
-                                // It has ended, mostly, and what it said is still to be
-                                // read. Nobody else would end one that is only deaf.
-                                deadline = Some(Instant::now() + KILL_PATIENCE);
-                            }
-                            Err(_) => {
-                                tracing::error!("the VMM takes no requests; it is ended");
-                                return None;
-                            }
-                        }
-                    }
-                    // Nobody holds the machine any more.
-                    None => self.kill.notify_one(),
-                },
-                () = self.kill.notified(), if deadline.is_none() => {
-                    let limit = Instant::now() + KILL_PATIENCE;
-                    deadline = Some(limit);
-                    // Likewise.
-                    if timeout_at(limit, self.control.send(&Request::Kill, &[])).await.is_err() {
-                        return None;
-                    }
-                }
-                () = until(deadline) => return None,
-            }
-        }
-    }
-}
-
-/// A VMM that has fallen says what its guest wants.
-fn cleaned(failure: Failure) -> Failure {
-    Failure {
-        message: clean(&failure.message),
-    }
-}
-
-async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => sleep_until(deadline).await,
-        None => std::future::pending().await,
     }
 }
