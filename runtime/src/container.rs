@@ -55,7 +55,7 @@ pub enum Kind {
     /// The pod's own: it stands for the machine and is never run.
     Sandbox,
     /// One with processes. It has files from its creation to its deletion.
-    Guest(Option<ContainerFiles>),
+    Guest(Option<Box<ContainerFiles>>),
 }
 
 /// A process that was added to a container.

@@ -29,6 +29,7 @@ pub struct ContainerFiles {
     mirrors: Vec<MirrorUse>,
     groups: Vec<GroupUse>,
     pod_disks: Arc<PodDisks>,
+    pod_groups: Arc<PodGroups>,
 }
 
 /// Files that could not all be had.
@@ -99,6 +100,7 @@ impl FilesRequest {
             mirrors: Vec::new(),
             groups: Vec::new(),
             pod_disks: Arc::clone(&self.disks),
+            pod_groups: Arc::clone(&self.groups),
         };
         let guest = self.fill(&mut files);
         Ok((files, guest))
@@ -207,14 +209,14 @@ impl ContainerFiles {
             mirrors,
             groups,
             pod_disks,
+            pod_groups,
         } = self;
-        let pod_groups = groups.first().map(GroupUse::pod);
         drop((disks, mirrors, groups));
         if let Some((vm, agent)) = machine {
             pod_disks.unplug_unused(vm, agent).await;
-            if let Some(pod_groups) = pod_groups {
-                pod_groups.unplug_unused(vm, agent).await;
-            }
+            // Whether or not it had some: it may have been the last to let go of one that
+            // it never came to have.
+            pod_groups.unplug_unused(vm, agent).await;
             tree.tree().mirrors().remove_unused(agent).await;
         }
         // umount(2) may wait for a disk.
@@ -225,6 +227,34 @@ impl ContainerFiles {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Config;
+    use husk_vmm_spec::Request;
+
+    #[tokio::test]
+    async fn what_is_left_of_another_container_is_unplugged() {
+        let dir = tempfile::tempdir().unwrap();
+        let (vm, mut asked) = Vm::pretended(|_| Ok(()));
+        let (near, _) = std::os::unix::net::UnixStream::pair().unwrap();
+        let agent = Agent::new(near, Config::default().patience()).unwrap();
+        let pod_groups = Arc::new(PodGroups::new(true));
+        let files = ContainerFiles {
+            tree: ContainerTree::create(
+                &SharedTree::pretended(dir.path()),
+                &Id::new("container", "c").unwrap(),
+            )
+            .unwrap(),
+            disks: Vec::new(),
+            mirrors: Vec::new(),
+            groups: Vec::new(),
+            pod_disks: Arc::default(),
+            pod_groups: Arc::clone(&pod_groups),
+        };
+        // The other one is gone; this one was about to share it.
+        pod_groups.pretend_left(7);
+        files.detach(Some((&vm, &agent))).await;
+        let gone = Request::RemoveDevice("vfio-7.1".into());
+        assert_eq!(asked.try_recv().unwrap(), gone);
+    }
 
     #[test]
     fn a_container_has_no_more_devices_than_the_agent_takes() {

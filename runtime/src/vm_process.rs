@@ -434,3 +434,39 @@ impl Vm {
         }
     }
 }
+
+#[cfg(test)]
+impl Vm {
+    /// One that is asked, answers as `answer` says, and is nothing else.
+    pub fn pretended(
+        answer: impl Fn(&Request) -> Result<(), String> + Send + 'static,
+    ) -> (Self, mpsc::UnboundedReceiver<Request>) {
+        let (calls, mut taken) = mpsc::channel::<Call>(16);
+        let (asked, requests) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some(call) = taken.recv().await {
+                let answer = answer(&call.request);
+                let answer = answer.map(|()| husk_vmm_spec::Reply::Done);
+                let _ = asked.send(call.request);
+                let _ = call
+                    .reply
+                    .send(answer.map_err(|message| husk_vmm_spec::Failure { message }));
+            }
+        });
+        let (_, end) = watch::channel(None);
+        let vm = Self {
+            process: Process {
+                pid: 0,
+                start_ticks: 0,
+            },
+            request_limit: REQUEST_DEADLINE,
+            rates: Rates::default(),
+            memory_mib: 64,
+            calls,
+            kill: Arc::default(),
+            end,
+            dismissed: Arc::default(),
+        };
+        (vm, requests)
+    }
+}

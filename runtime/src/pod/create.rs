@@ -422,7 +422,7 @@ impl Pod {
         };
         let pid = container.stand_in.as_ref().map_or(vmm_pid, StandIn::tid);
         if let Kind::Guest(slot) = &mut container.kind {
-            *slot = files;
+            *slot = files.map(Box::new);
         }
         container.init.created(stdio);
         let paths = &container.init.paths;

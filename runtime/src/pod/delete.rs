@@ -88,7 +88,7 @@ impl Pod {
         let processes = processes.chain([&mut container.init]);
         let streams: Vec<_> = processes.filter_map(|p| p.stdio.take()).collect();
         let files = match &mut container.kind {
-            Kind::Guest(files) => Some(files.take()),
+            Kind::Guest(files) => Some(files.take().map(|files| *files)),
             Kind::Sandbox => None,
         };
         let hooks = container.hooks.take();

@@ -135,6 +135,17 @@ impl OpenGroup {
         })
     }
 
+    /// One of so many devices that are none.
+    #[cfg(test)]
+    pub fn pretended(functions: usize) -> Self {
+        let open = || OwnedFd::from(File::open("/dev/null").unwrap());
+        Self {
+            devices: (0..functions).map(|_| open()).collect(),
+            group: open(),
+            container: open(),
+        }
+    }
+
     /// How many there are.
     pub fn functions(&self) -> usize {
         self.devices.len()
