@@ -12,7 +12,10 @@ use rustix::io::retry_on_intr;
 
 use crate::bundle::{BlockIo, Unlimited};
 
+mod hits;
 mod stats;
+
+pub use hits::LimitHits;
 
 /// Where cgroup v2 is mounted on the nodes we know.
 const MOUNT: &str = "/sys/fs/cgroup";

@@ -195,6 +195,7 @@ impl MachineParts {
             entropy,
             template,
             lacking,
+            hits,
             ..
         } = self.plan;
         let used = template.as_ref();
@@ -215,7 +216,7 @@ impl MachineParts {
             Ok(started) => started,
             Err(error) => {
                 let error = error.into();
-                blame(used, &error);
+                blame(used, &error, &hits);
                 self.file_server.end(request.config.patience()).await;
                 return Err(error);
             }
@@ -261,7 +262,7 @@ impl MachineParts {
                 Ok((machine, state))
             }
             Err(error) => {
-                blame(used, &error);
+                blame(used, &error, &hits);
                 machine.end().await;
                 Err(error)
             }

@@ -7,6 +7,7 @@ use husk_vmm_spec::ExitReason;
 
 use super::{MachineRequest, open};
 use crate::agent_client::AgentError;
+use crate::cgroup::LimitHits;
 use crate::debug_shell;
 use crate::error::Error;
 use crate::template::TemplateKey;
@@ -31,6 +32,8 @@ pub struct StartPlan {
     pub template: Option<TemplateKey>,
     /// The one that would have been better, if it were there.
     pub lacking: Option<TemplateKey>,
+    /// Before it began.
+    pub hits: LimitHits,
 }
 
 impl StartPlan {
@@ -65,6 +68,7 @@ impl StartPlan {
                 entropy: entropy()?,
                 template: Some(key),
                 lacking,
+                hits: LimitHits::so_far(),
             });
         }
         let extra = debug_shell::kernel_parameters(config);
@@ -79,6 +83,7 @@ impl StartPlan {
             entropy: Vec::new(),
             template: None,
             lacking,
+            hits: LimitHits::so_far(),
         })
     }
 }
@@ -95,10 +100,14 @@ fn entropy() -> Result<Vec<u8>, VmError> {
 }
 
 /// A template whose copy did not start may be damaged: the next pod boots, and
-/// has another made. Where the pod itself may be the reason, the next copy tells.
-pub fn blame(template: Option<&TemplateKey>, error: &Error) {
+/// has another made. Where the pod itself may be the reason, the next copy tells; where
+/// its limits were in the way since `hits`, nothing is known.
+pub fn blame(template: Option<&TemplateKey>, error: &Error, hits: &LimitHits) {
     let Some(template) = template else { return };
     match error {
+        _ if hits.have_grown() => {
+            tracing::info!("the pod's limits were in the way of its machine's start");
+        }
         // An agent that says no does so to what the pod asks for, mostly, as does a
         // VMM, to which the pod's disks and interfaces come with the template; and one
         // that ends without a word was killed.
@@ -141,22 +150,30 @@ mod tests {
         };
         let key = TemplateKey::all_of_node(&config, host).remove(0);
         let made = config.template_dir.join(key.name());
-        let is_kept_after = |reason: Option<ExitReason>| {
+        let cgroup = dir.path().join("cgroup");
+        fs::create_dir(&cgroup).unwrap();
+        let is_kept_after = |reason: Option<ExitReason>, events: &str| {
             fs::create_dir_all(&made).unwrap();
+            let hits = LimitHits::of(vec![cgroup.clone()]);
+            fs::write(cgroup.join("memory.events"), events).unwrap();
             let end = VmEnd {
                 reason,
                 console: String::new(),
             };
-            blame(Some(&key), &VmError::Ended(end).into());
+            blame(Some(&key), &VmError::Ended(end).into(), &hits);
             made.exists()
         };
         let message = "all 32 slots of the PCI bus are taken".to_owned();
         let failed = Some(ExitReason::Failed(Failure { message }));
-        assert!(is_kept_after(failed));
+        assert!(is_kept_after(failed, ""));
         key.proved();
-        assert!(is_kept_after(None));
+        // However often its pods have too little.
+        for kill in 1..4 {
+            assert!(is_kept_after(None, &format!("oom_kill {kill}\n")));
+        }
+        assert!(is_kept_after(None, "oom_kill 3\n"));
         // Twice running is no accident.
-        assert!(!is_kept_after(None));
-        assert!(!is_kept_after(Some(ExitReason::Panic)));
+        assert!(!is_kept_after(None, "oom_kill 3\n"));
+        assert!(!is_kept_after(Some(ExitReason::Panic), "oom_kill 3\n"));
     }
 }
