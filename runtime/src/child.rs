@@ -2,7 +2,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -52,9 +53,37 @@ pub struct Program<'a> {
 /// ends it the hard way.
 #[derive(Debug)]
 pub struct Child {
-    process: Process,
-    pidfd: Arc<AsyncFd<OwnedFd>>,
+    started: Arc<AsyncFd<Started>>,
     reaped: AtomicBool,
+}
+
+/// The process. Whoever gives it up, and be it before there is a [`Child`], ends and
+/// reaps it.
+#[derive(Debug)]
+struct Started {
+    process: Process,
+    pidfd: OwnedFd,
+}
+
+impl AsRawFd for Started {
+    fn as_raw_fd(&self) -> RawFd {
+        self.pidfd.as_raw_fd()
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // Mostly it is reaped already; otherwise it ends at once, unless the kernel
+        // keeps it, for which nobody is to wait.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        let limit = Timespec {
+            tv_sec: 1,
+            tv_nsec: 0,
+        };
+        let _ = poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&limit));
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        let _ = waitid(WaitId::PidFd(self.pidfd.as_fd()), options);
+    }
 }
 
 impl Child {
@@ -80,32 +109,24 @@ impl Child {
         thread::Builder::new()
             .name("spawn".into())
             .spawn(move || sender.send(spawn(command, words, first_uid, &socket)))?;
-        let (process, pidfd) = receiver.await.map_err(io::Error::other)??;
-        // SAFETY: an OwnedFd is the same open descriptor until it is dropped.
-        let registered = unsafe { AsyncFd::register(pidfd) };
-        let pidfd = registered.map_err(|error| {
-            let (pidfd, error) = error.into_parts();
-            // It ends at once, and this waits for nothing else.
-            let _ = pidfd_send_signal(&pidfd, Signal::KILL);
-            let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
-            error
-        })?;
+        let started = receiver.await.map_err(io::Error::other)??;
+        // SAFETY: its descriptor is the same open one until it is dropped.
+        let registered = unsafe { AsyncFd::register(started) };
         Ok(Self {
-            process,
-            pidfd: Arc::new(pidfd),
+            started: Arc::new(registered.map_err(|error| error.into_parts().1)?),
             reaped: AtomicBool::new(false),
         })
     }
 
     /// The process on the node.
     pub fn process(&self) -> Process {
-        self.process
+        self.started.get_ref().process
     }
 
     /// Ends it at once.
     pub fn kill(&self) {
         // It may have ended already.
-        let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
+        let _ = pidfd_send_signal(&self.started.get_ref().pidfd, Signal::KILL);
     }
 
     /// Waits for a program that was told to end, but not for long: it is killed
@@ -118,7 +139,7 @@ impl Child {
         self.kill();
         let ended = timeout(after_kill, self.wait()).await.is_ok();
         if !ended {
-            let pid = self.process.pid;
+            let pid = self.process().pid;
             tracing::error!(pid, "a process does not end, though it was killed");
         }
         ended
@@ -126,7 +147,7 @@ impl Child {
 
     /// Waits for its end and reaps it. May be called again.
     pub async fn wait(&self) {
-        reap(&self.pidfd).await;
+        reap(&self.started).await;
         self.reaped.store(true, Ordering::Relaxed);
     }
 }
@@ -138,19 +159,17 @@ impl Drop for Child {
         }
         self.kill();
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            let pidfd = Arc::clone(&self.pidfd);
-            runtime.spawn(async move { reap(&pidfd).await });
+            let started = Arc::clone(&self.started);
+            runtime.spawn(async move { reap(&started).await });
         }
     }
 }
 
-async fn reap(pidfd: &AsyncFd<OwnedFd>) {
+async fn reap(started: &AsyncFd<Started>) {
     // Readable once it has ended (pidfd_open(2)); reaping twice does no harm.
-    let _ = pidfd.readable().await;
-    let _ = waitid(
-        WaitId::PidFd(pidfd.get_ref().as_fd()),
-        WaitIdOptions::EXITED,
-    );
+    let _ = started.readable().await;
+    let pidfd = started.get_ref().pidfd.as_fd();
+    let _ = waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED);
 }
 
 fn spawn(
@@ -158,7 +177,7 @@ fn spawn(
     words: Vec<CString>,
     first_uid: u32,
     socket: &OwnedFd,
-) -> io::Result<(Process, OwnedFd)> {
+) -> io::Result<Started> {
     // SAFETY: no shared descriptor table is given up.
     unsafe { unshare_unsafe(UnshareFlags::NEWPID)? };
     let socket = socket.as_raw_fd();
@@ -177,7 +196,7 @@ fn spawn(
     let process = Process::find(child.id());
     let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
     match (process, pidfd) {
-        (Some(process), Ok(pidfd)) => Ok((process, pidfd)),
+        (Some(process), Ok(pidfd)) => Ok(Started { process, pidfd }),
         (_, pidfd) => {
             // Nobody else will.
             child.kill()?;
@@ -217,4 +236,71 @@ fn execute(words: &[CString], uid: u32) -> io::Error {
     // SAFETY: strings that end and lists that end, which are there until the program is.
     unsafe { libc::execve(arguments[0], arguments.as_ptr(), environment.as_ptr()) };
     io::Error::last_os_error()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::time::{Duration, Instant};
+
+    use tokio::time::{sleep, timeout};
+
+    /// Processes of this name, zombies among them.
+    fn named(name: &str) -> usize {
+        let entries = fs::read_dir("/proc").unwrap();
+        let is_named = |entry: &fs::DirEntry| {
+            let comm = fs::read_to_string(entry.path().join("comm"));
+            comm.is_ok_and(|comm| comm.trim_end() == name)
+        };
+        entries.flatten().filter(is_named).count()
+    }
+
+    #[tokio::test]
+    async fn nothing_is_left_of_one_that_nobody_waits_for() {
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: only root can make PID namespaces");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        // As long as the kernel remembers.
+        let name = format!("gone-{}", std::process::id());
+        let path = dir.path().join(&name);
+        symlink("/bin/sh", &path).unwrap();
+        let arguments = ["-c", "read -r _ <&3"].map(OsStr::new);
+        let spawn = |socket: OwnedFd| {
+            let program = Program {
+                path: &path,
+                arguments: &arguments,
+                first_uid: 1 << 16,
+                complaints: fs::File::open("/dev/null").unwrap().into(),
+            };
+            Child::spawn(program, socket)
+        };
+        // What it waits for never comes.
+        let mut kept = Vec::new();
+        let mut socket = || {
+            let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+            kept.push(near);
+            OwnedFd::from(far)
+        };
+        let child = spawn(socket()).await.unwrap();
+        assert_eq!(named(&name), 1);
+        drop(child);
+        for after in [0, 1, 2, 5, 10, 20] {
+            let spawned = timeout(Duration::from_millis(after), spawn(socket())).await;
+            drop(spawned);
+        }
+        sleep(Duration::from_millis(500)).await;
+        let began = Instant::now();
+        while named(&name) > 0 {
+            assert!(
+                began.elapsed() < Duration::from_secs(10),
+                "{}",
+                named(&name)
+            );
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
 }
