@@ -19,7 +19,7 @@ use tokio::sync::Semaphore;
 
 use crate::agent_client::Agent;
 use crate::config::Config;
-use crate::machine::open;
+use crate::guest_image::open;
 use crate::vm_process::{Vm, VmError};
 
 mod session;
@@ -42,13 +42,13 @@ pub fn kernel_parameters(config: &Config) -> String {
 /// (Documentation/driver-api/early-userspace/buffer-format.rst).
 ///
 /// # Errors
-/// A file is not there, or cannot be copied.
-pub fn initramfs(config: &Config) -> Result<OwnedFd, VmError> {
-    let agent = open("initramfs", &config.initramfs, false)?;
+/// A file is not there, is not what it should be, or cannot be copied.
+pub async fn initramfs(config: &Config) -> Result<OwnedFd, VmError> {
+    let agent = open("initramfs", &config.initramfs, config).await?;
     if !config.debug_shell {
         return Ok(agent);
     }
-    let shell = open("debug shell", &config.debug_initramfs(), false)?;
+    let shell = open("debug shell", &config.debug_initramfs(), config).await?;
     joined(agent, shell).map_err(|source| VmError::Io {
         what: "a larger initramfs",
         source,
@@ -132,6 +132,7 @@ fn is_ours(stream: &UnixStream) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use husk_node::sums::{self, Hash};
     use std::io::Read;
 
     fn config(dir: &Path) -> Config {
@@ -139,28 +140,42 @@ mod tests {
             initramfs: dir.join("initramfs.cpio"),
             debug_shell: true,
             kernel_parameters: "quiet".into(),
+            template_dir: dir.join("templates"),
             ..Config::default()
         }
     }
 
-    #[test]
-    fn a_machine_is_given_nothing_unless_it_is_allowed() {
+    fn put(path: &Path, text: &str) {
+        std::fs::write(path, text).unwrap();
+        let (hash, _) = Hash::of(&File::open(path).unwrap()).unwrap();
+        let name = path.file_name().unwrap().display();
+        let mut sums = OpenOptions::new();
+        let sums = sums.append(true).create(true);
+        let mut sums = sums.open(path.with_file_name(sums::FILE)).unwrap();
+        io::Write::write_all(&mut sums, format!("{hash}  {name}\n").as_bytes()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_machine_is_given_nothing_unless_it_is_allowed() {
         let dir = tempfile::tempdir().unwrap();
         let allowed = config(dir.path());
         let mut config = allowed.clone();
         config.debug_shell = false;
-        std::fs::write(&config.initramfs, "agent").unwrap();
+        put(&config.initramfs, "agent");
         assert_eq!(kernel_parameters(&config), "quiet");
         let mut text = String::new();
-        let plain = initramfs(&config).unwrap();
+        let plain = initramfs(&config).await.unwrap();
         File::from(plain).read_to_string(&mut text).unwrap();
         assert_eq!(text, "agent");
 
         assert_eq!(kernel_parameters(&allowed), "husk.debug_shell=1 quiet");
-        let error = initramfs(&allowed).unwrap_err().to_string();
+        let error = initramfs(&allowed).await.unwrap_err().to_string();
         assert!(error.starts_with("debug shell /"), "{error}");
         std::fs::write(dir.path().join("debug.cpio"), "shell").unwrap();
-        let mut both = File::from(initramfs(&allowed).unwrap());
+        let error = initramfs(&allowed).await.unwrap_err().to_string();
+        assert!(error.contains("has no line for it"), "{error}");
+        put(&dir.path().join("debug.cpio"), "shell");
+        let mut both = File::from(initramfs(&allowed).await.unwrap());
         text.clear();
         both.read_to_string(&mut text).unwrap();
         assert_eq!(text, "agent\0\0\0shell");

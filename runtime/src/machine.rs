@@ -97,7 +97,7 @@ impl MachineParts {
         let size = vm_plan::size(&request.pod, host)?;
         // Whatever is missing is told before anything has begun.
         let kvm = open("KVM", Path::new("/dev/kvm"), true)?;
-        let plan = StartPlan::new(&request, size, host)?;
+        let plan = StartPlan::new(&request, size, host).await?;
         let tree = SharedTree::create(&request.state_dir.shared())?;
 
         second_line::warn_of_kernel();

@@ -29,6 +29,7 @@ mod file_server;
 mod flags;
 mod forward;
 mod growth;
+mod guest_image;
 mod hook;
 mod host_mount;
 mod id;

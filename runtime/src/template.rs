@@ -11,15 +11,17 @@
 //! KEY.doubted     the last copy did not begin, which may be its pod's fault
 //! KEY.…           half made, or given up
 //! lock            held by whoever makes one
+//! verified        hashes of the files of the node that were booted
 //! ```
 
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use husk_node::sums;
+use husk_node::verified::trusted;
 use rustix::fs::{Mode, OFlags, openat};
 use sha2::{Digest, Sha256};
 
@@ -295,6 +297,10 @@ fn files(config: &Config) -> Option<Vec<String>> {
     if config.debug_shell {
         paths.push(config.debug_initramfs());
     }
+    // Whoever makes one boots what these say, or nothing.
+    paths.push(config.kernel.with_file_name(sums::FILE));
+    paths.push(config.initramfs.with_file_name(sums::FILE));
+    paths.dedup();
     paths.iter().map(|path| identity(path).ok()).collect()
 }
 
@@ -308,25 +314,8 @@ fn open_in(dir: &File, name: &Path) -> io::Result<File> {
 
 /// Which file it is, and since when.
 fn identity(path: &Path) -> io::Result<String> {
-    let file = std::fs::metadata(path)?;
-    Ok(format!(
-        "{} {}:{} {} {}.{:09}",
-        path.display(),
-        file.dev(),
-        file.ino(),
-        file.size(),
-        file.ctime(),
-        file.ctime_nsec()
-    ))
-}
-
-/// Only who may run the shim can have put it there: it is code of every guest.
-fn trusted(file: &Metadata) -> io::Result<()> {
-    let user = rustix::process::geteuid().as_raw();
-    match file.uid() == user && file.mode() & 0o022 == 0 {
-        true => Ok(()),
-        false => Err(io::Error::other("others can write to it")),
-    }
+    let file = fs::metadata(path)?;
+    Ok(format!("{} {}", path.display(), sums::identity(&file)))
 }
 
 #[cfg(test)]

@@ -5,8 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use husk_node::config::{Config, ConfigError, Loaded};
+use husk_node::sums::{Hash, Listed, SumsError};
 
-use super::{Finding, Node};
+use super::{Finding, Node, Verdict};
 
 /// The shim; containerd finds it by its name in its own PATH.
 pub const SHIM: &str = "containerd-shim-husk-v2";
@@ -37,13 +38,13 @@ pub fn check(node: &Node, loaded: Result<Loaded, ConfigError>) -> Vec<Finding> {
         ("initramfs", &config.initramfs, b"070701".as_slice()),
         ("guest kernel", &config.kernel, b"\x7fELF"),
     ];
-    let rest = rest.map(|(about, path, magic)| file(node, about, path, false, magic));
+    let rest = rest.map(|(about, path, magic)| booted(node, about, path, magic));
     let mut findings = vec![first, shim(node)];
     findings.extend(programs);
     findings.extend(rest);
     if config.debug_shell {
         let archive = config.debug_initramfs();
-        findings.push(file(node, "debug shell", &archive, false, b"070701"));
+        findings.push(booted(node, "debug shell", &archive, b"070701"));
     }
     findings
 }
@@ -70,6 +71,31 @@ pub fn installed_shim() -> Option<PathBuf> {
     let usual = PATH.iter().map(PathBuf::from);
     let mut dirs = std::env::split_paths(&own).chain(usual);
     dirs.find_map(|dir| Some(dir.join(SHIM)).filter(|path| path.is_file()))
+}
+
+/// A file that guests boot from, which begins with `magic` and is what is said of it.
+fn booted(node: &Node, about: &'static str, path: &Path, magic: &[u8]) -> Finding {
+    let finding = file(node, about, path, false, magic);
+    if finding.verdict == Verdict::Problem {
+        return finding;
+    }
+    let shown = path.display();
+    let path = node.path(&shown.to_string());
+    let compared = Listed::of(&path).and_then(|listed| {
+        let file = fs::File::open(&path).map_err(|error| listed.unread(error))?;
+        let (found, _) = Hash::of(&file).map_err(|error| listed.unread(error))?;
+        listed.compare(found)
+    });
+    let found = match compared {
+        Ok(()) => return finding,
+        Err(SumsError::Missing { .. }) => format!("{shown} has no SHA256SUMS beside it"),
+        Err(SumsError::Unlisted { .. }) => format!("{shown} is not in the SHA256SUMS beside it"),
+        Err(SumsError::Differs { .. }) => format!("{shown} is another than SHA256SUMS says"),
+        Err(error) => format!("{:#}", anyhow::Error::from(error)),
+    };
+    let advice = "install the package again; for files of your own, in their folder: sha256sum \
+                  vmlinux initramfs.cpio > SHA256SUMS";
+    Finding::problem(about, found, advice)
 }
 
 /// A file that begins with `magic`.
@@ -111,7 +137,7 @@ fn file(node: &Node, about: &'static str, path: &Path, runs: bool, magic: &[u8])
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::Verdict::{self, Ok as Fine, Problem, Warning};
+    use crate::check::Verdict::{Ok as Fine, Problem, Warning};
     use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;
 
@@ -124,6 +150,15 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(&path, text).unwrap();
             fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+        };
+        let sums = |names: &[&str]| {
+            let dir = node.path("/usr/share/husk");
+            let line = |name: &&str| {
+                let file = fs::File::open(dir.join(name)).unwrap();
+                format!("{}  {name}\n", Hash::of(&file).unwrap().0)
+            };
+            let lines: String = names.iter().map(line).collect();
+            fs::write(dir.join("SHA256SUMS"), lines).unwrap();
         };
         let verdicts = || -> Vec<Verdict> {
             let findings = check(&node, Ok(Loaded::default()));
@@ -138,6 +173,7 @@ mod tests {
         put("/usr/libexec/husk/husk-fs", "\x7fELF…", 0o777);
         put("/usr/share/husk/vmlinux", "MZ a bzImage", 0o644);
         put("/usr/share/husk/initramfs.cpio", "0707010000", 0o644);
+        sums(&["initramfs.cpio"]);
         let path = node.path("/usr/libexec/husk/husk-fs");
         if fs::metadata(&path).unwrap().uid() != 0 {
             assert_eq!(verdicts()[1..], [Problem; 5]);
@@ -152,9 +188,25 @@ mod tests {
         let last = |loaded: &Loaded| check(&node, Ok(loaded.clone())).pop().unwrap();
         assert_eq!(last(&loaded).verdict, Problem);
         put("/usr/share/husk/debug.cpio", "0707010000", 0o644);
-        assert_eq!(
-            (last(&loaded).about, last(&loaded).verdict),
-            ("debug shell", Fine)
-        );
+        let found = |loaded: &Loaded| {
+            let last = last(loaded);
+            assert!(last.verdict == Fine || last.advice.contains("sha256sum"));
+            (last.about, last.verdict, last.found)
+        };
+        let problem = |words: &str| {
+            let found = format!("/usr/share/husk/debug.cpio {words}");
+            ("debug shell", Problem, found)
+        };
+        let unlisted = problem("is not in the SHA256SUMS beside it");
+        assert_eq!(found(&loaded), unlisted);
+        sums(&["debug.cpio"]);
+        let fine = ("debug shell", Fine, "/usr/share/husk/debug.cpio".to_owned());
+        assert_eq!(found(&loaded), fine);
+        put("/usr/share/husk/debug.cpio", "0707010001", 0o644);
+        let changed = problem("is another than SHA256SUMS says");
+        assert_eq!(found(&loaded), changed);
+        fs::remove_file(node.path("/usr/share/husk/SHA256SUMS")).unwrap();
+        let alone = problem("has no SHA256SUMS beside it");
+        assert_eq!(found(&loaded), alone);
     }
 }

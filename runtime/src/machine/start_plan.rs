@@ -5,11 +5,12 @@ use std::io::Read;
 
 use husk_vmm_spec::ExitReason;
 
-use super::{MachineRequest, open};
+use super::MachineRequest;
 use crate::agent_client::AgentError;
 use crate::cgroup::LimitHits;
 use crate::debug_shell;
 use crate::error::Error;
+use crate::guest_image;
 use crate::template::TemplateKey;
 use crate::vm_plan::{self, HostFacts, Room, Start, VmSize};
 use crate::vm_process::{VmEnd, VmError};
@@ -40,8 +41,12 @@ impl StartPlan {
     /// From a template where there is one that fits the pod: the largest.
     ///
     /// # Errors
-    /// A file that it boots from is not there.
-    pub fn new(request: &MachineRequest, size: VmSize, host: HostFacts) -> Result<Self, Error> {
+    /// A file that it boots from is not there, or is another than it should be.
+    pub async fn new(
+        request: &MachineRequest,
+        size: VmSize,
+        host: HostFacts,
+    ) -> Result<Self, Error> {
         let (config, pod) = (&request.config, &request.pod);
         let room = vm_plan::room(pod, size, host);
         let mut lacking = None;
@@ -76,8 +81,8 @@ impl StartPlan {
             size,
             room,
             start: Start::Boot {
-                kernel: open("guest kernel", &config.kernel, false)?,
-                initramfs: debug_shell::initramfs(config)?,
+                kernel: guest_image::open("guest kernel", &config.kernel, config).await?,
+                initramfs: debug_shell::initramfs(config).await?,
                 command_line: vm_plan::command_line(size, room, &extra, request.debug),
             },
             entropy: Vec::new(),
@@ -123,6 +128,7 @@ pub fn blame(template: Option<&TemplateKey>, error: &Error, hits: &LimitHits) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use husk_node::sums;
     use husk_vmm_spec::Failure;
     use std::fs;
 
@@ -136,6 +142,7 @@ mod tests {
             fs::write(&path, name).unwrap();
             path
         };
+        file(sums::FILE);
         let config = Config {
             vmm: file("vmm"),
             kernel: file("kernel"),

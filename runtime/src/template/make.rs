@@ -12,6 +12,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use husk_node::rates::Rates;
+use husk_node::verified::trusted;
 use husk_vmm_spec::ExitReason;
 use rustix::fs::{FlockOperation, flock};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -20,9 +21,10 @@ use tokio::runtime::Runtime;
 use tokio::time::{sleep, timeout};
 
 use super::large_pages;
-use super::{DISCARDED, DOUBTED, FAILED, Template, TemplateKey, key_of, trusted};
+use super::{DISCARDED, DOUBTED, FAILED, Template, TemplateKey, key_of};
 use crate::config::{Config, ConfigError};
 use crate::debug_shell;
+use crate::guest_image;
 use crate::hook;
 use crate::machine::{host_facts, open};
 use crate::serve::hold_descriptor_3;
@@ -228,8 +230,8 @@ async fn make(config: &Config, key: &TemplateKey) -> Result<(), MakeError> {
     let memory = create(&new.join("memory"), u64::from(key.size.memory_mib) << 20)?;
 
     let boot = Start::Boot {
-        kernel: open("guest kernel", &config.kernel, false)?,
-        initramfs: debug_shell::initramfs(config)?,
+        kernel: guest_image::open("guest kernel", &config.kernel, config).await?,
+        initramfs: debug_shell::initramfs(config).await?,
         command_line: key.command_line.clone(),
     };
     let (vm, agent) = start_machine(config, key, boot).await?;

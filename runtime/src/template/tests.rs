@@ -9,7 +9,7 @@ const HOST: HostFacts = HostFacts {
 };
 
 fn config(dir: &Path) -> Config {
-    for name in ["vmm", "kernel", "initramfs"] {
+    for name in ["vmm", "kernel", "initramfs", sums::FILE] {
         std::fs::write(dir.join(name), name).unwrap();
     }
     Config {
@@ -63,6 +63,12 @@ fn its_key_is_what_it_was_made_from() {
     std::fs::write(dir.path().join("debug.cpio"), "another busybox").unwrap();
     differs(&shell, HOST);
     std::fs::write(&config.kernel, "another kernel").unwrap();
+    differs(&config, HOST);
+    std::fs::write(dir.path().join(sums::FILE), "other sums").unwrap();
+    differs(&config, HOST);
+    std::fs::remove_file(dir.path().join(sums::FILE)).unwrap();
+    assert_eq!(TemplateKey::all_of_node(&config, HOST), []);
+    std::fs::write(dir.path().join(sums::FILE), "").unwrap();
     differs(&config, HOST);
     std::fs::remove_file(&config.initramfs).unwrap();
     assert_eq!(TemplateKey::all_of_node(&config, HOST), []);

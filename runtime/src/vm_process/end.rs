@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use husk_node::state::EndKind;
+use husk_node::sums::SumsError;
 use husk_vmm_spec::{ExitReason, Failure};
 
 use super::console;
@@ -59,6 +60,9 @@ pub enum VmError {
         #[source]
         source: io::Error,
     },
+    /// What was opened is not known to be what it should be.
+    #[error(transparent)]
+    Sums(#[from] SumsError),
     /// Something between us and the VMM.
     #[error("{what}")]
     Io {

@@ -12,6 +12,7 @@ use containerd_shim_protos::api::{
     StartRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::TaskClient;
+use husk_node::sums::{self, Hash};
 use serde_json::{Value, json};
 
 use crate::containerd::{EventService, connect, soon};
@@ -29,6 +30,10 @@ impl Node {
         let dir = tempfile::tempdir().unwrap();
         let events = EventService::start(dir.path()).await;
         let node = Self { dir, events };
+        fs::create_dir(node.path("image")).unwrap();
+        for name in ["vmlinux", "initramfs.cpio"] {
+            node.put_image(name, name);
+        }
         node.configure("");
         node
     }
@@ -36,13 +41,15 @@ impl Node {
     /// Writes the configuration; later lines win over ours.
     pub fn configure(&self, lines: &str) {
         let this = std::env::current_exe().unwrap();
+        let image = self.path("image");
         let mut text = lines.to_owned();
         for (key, value) in [
             ("vmm", this.clone()),
             ("file_server", this),
-            ("kernel", "/dev/null".into()),
-            ("initramfs", "/dev/null".into()),
+            ("kernel", image.join("vmlinux")),
+            ("initramfs", image.join("initramfs.cpio")),
             ("state_dir", self.state_dir()),
+            ("template_dir", self.path("templates")),
         ] {
             if !lines.contains(&format!("{key} =")) {
                 text += &format!("{key} = {:?}\n", value.display().to_string());
@@ -52,6 +59,22 @@ impl Node {
             text += "template_max_age_seconds = 0\n";
         }
         fs::write(self.dir.path().join("config.toml"), text).unwrap();
+    }
+
+    /// Puts a file that guests boot from, and says so beside it.
+    pub fn put_image(&self, name: &str, text: &str) {
+        let image = self.path("image");
+        fs::write(image.join(name), text).unwrap();
+        let entries = fs::read_dir(&image).unwrap();
+        let mut sums = String::new();
+        for path in entries.map(|entry| entry.unwrap().path()) {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if name != sums::FILE {
+                let (hash, _) = Hash::of(&fs::File::open(&path).unwrap()).unwrap();
+                sums += &format!("{hash}  {name}\n");
+            }
+        }
+        fs::write(image.join(sums::FILE), sums).unwrap();
     }
 
     /// Where shims keep their state.

@@ -20,7 +20,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// Expects that the bundle cannot be created, for this reason.
-async fn expect(node: &Node, bundle: &Bundle, code: Code, words: &str) {
+pub async fn expect(node: &Node, bundle: &Bundle, code: Code, words: &str) {
     let shim = node.start(bundle).await;
     let (found, message) = refusal(shim.create(&bundle.request()).await);
     assert_eq!((found, message.contains(words)), (code, true), "{message}");

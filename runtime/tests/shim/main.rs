@@ -16,6 +16,7 @@ mod errors;
 mod faults;
 mod guest_shell;
 mod hostile;
+mod image;
 mod interfaces;
 mod joined;
 mod liar;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
     let cases: Vec<Case> = [
         program::CASES,
         errors::CASES,
+        image::CASES,
         faults::CASES,
         scarce::CASES,
         lifecycle::CASES,

@@ -54,23 +54,16 @@ fn off() {
 
 /// A pod in whose guest programs may be run.
 async fn allowed(node: &Node, id: &str) -> Shim {
-    node.configure(&format!("debug_shell = true\n{}", image(node)));
+    put_shell(node);
+    node.configure("debug_shell = true\n");
     let (_, shim) = running(node, id, &["sleep"]).await;
     await_socket(node, id).await;
     shim
 }
 
-/// The line that names an initramfs beside which there is what a shell needs.
-fn image(node: &Node) -> String {
-    let image = node.path("image");
-    let initramfs = image.join("initramfs.cpio");
-    if !initramfs.exists() {
-        fs::create_dir_all(&image).unwrap();
-        for name in ["initramfs.cpio", "debug.cpio"] {
-            fs::write(image.join(name), name).unwrap();
-        }
-    }
-    format!("initramfs = {:?}\n", initramfs.display().to_string())
+/// Puts beside the initramfs what a shell needs.
+fn put_shell(node: &Node) {
+    node.put_image("debug.cpio", "busybox");
 }
 
 async fn await_socket(node: &Node, id: &str) {
@@ -279,12 +272,12 @@ fn machine_ends() {
 fn copies() {
     block_on(async {
         let node = Node::new().await;
-        let off = image(&node);
-        let on = format!("debug_shell = true\n{off}");
+        put_shell(&node);
+        let (off, on) = ("", "debug_shell = true\n");
         let mut templates = Vec::new();
         // Twice each: a pod that boots, and one that is a copy of the template made
         // then; whoever makes it drops the other's.
-        for (round, (lines, has_shell)) in [(&off, false), (&on, true)].into_iter().enumerate() {
+        for (round, (lines, has_shell)) in [(off, false), (on, true)].into_iter().enumerate() {
             template::configure(&node, lines);
             for is_copy in [false, true] {
                 let id = format!("c{round}{is_copy}");

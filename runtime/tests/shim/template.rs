@@ -5,6 +5,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use husk_node::verified;
 use serde_json::{Value, json};
 
 use crate::Case;
@@ -35,9 +36,7 @@ async fn node_with(lines: &str) -> Node {
 }
 
 pub fn configure(node: &Node, lines: &str) {
-    let dir = node.path("templates").display().to_string();
-    let on = "template_max_age_seconds = 3600";
-    node.configure(&format!("{lines}{on}\ntemplate_dir = {dir:?}\n"));
+    node.configure(&format!("{lines}template_max_age_seconds = 3600\n"));
 }
 
 /// The directory of the template, once it is there and whoever made it is gone.
@@ -48,7 +47,7 @@ pub async fn made(node: &Node) -> PathBuf {
         let entries = entries.into_iter().flatten();
         let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
         let is_aside = |path: &PathBuf| path.ends_with("theirs") || extension(path) == "discarded";
-        paths.retain(|path| !is_aside(path));
+        paths.retain(|path| !is_aside(path) && !path.ends_with(verified::FILE));
         paths.sort();
         if let [key, lock] = &*paths
             && lock.ends_with("lock")
@@ -120,7 +119,9 @@ fn made_and_used() {
         let copy = pod(&node, "b", &["plugged"]).await;
         assert_eq!(copy, ("0 of 0".to_owned(), true));
         // A new kernel is another template's.
-        configure(&node, "kernel = '/dev/zero'\n");
+        node.put_image("newer", "newer");
+        let newer = node.path("image/newer").display().to_string();
+        configure(&node, &format!("kernel = {newer:?}\n"));
         assert!(!pod(&node, "c", &["echo", "x"]).await.1);
         let began = Instant::now();
         while made(&node).await == key {
@@ -156,7 +157,7 @@ fn sizes() {
         {
             let entries = fs::read_dir(node.path("templates")).unwrap();
             let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
-            paths.retain(|path| extension(path).is_empty() && !path.ends_with("lock"));
+            paths.retain(|path| extension(path).is_empty() && path.is_dir());
             if paths.len() == 2 && paths.contains(&small) {
                 break;
             }
@@ -195,6 +196,13 @@ fn damaged() {
     });
 }
 
+/// How many files there are beside the record of what was booted.
+fn left(node: &Node) -> usize {
+    let entries = fs::read_dir(node.path("templates")).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name());
+    names.filter(|name| name != verified::FILE).count()
+}
+
 /// Why there is none, once that is known.
 async fn why_not(node: &Node, word: &str) -> String {
     let began = Instant::now();
@@ -215,7 +223,7 @@ fn not_made() {
         assert!(!pod(&node, "a", &["echo", "x"]).await.1);
         let why = why_not(&node, "save the machine").await;
         assert!(why.contains("not to be"), "{why}");
-        assert_eq!(fs::read_dir(node.path("templates")).unwrap().count(), 2);
+        assert_eq!(left(&node), 2);
         assert!(!pod(&node, "b", &["echo", "x"]).await.1);
         // An operator who has mended it has one made at once.
         configure(&node, "");
@@ -235,7 +243,7 @@ fn no_copy() {
         assert!(!pod(&node, "a", &["echo", "x"]).await.1);
         let why = why_not(&node, "a copy of the machine").await;
         assert!(why.contains("does not go on"), "{why}");
-        assert_eq!(fs::read_dir(node.path("templates")).unwrap().count(), 2);
+        assert_eq!(left(&node), 2);
         assert!(!pod(&node, "b", &["echo", "x"]).await.1);
     });
 }

@@ -54,12 +54,15 @@ pub const KEYS: [Key; 20] = [
     Key {
         name: "kernel",
         kind: Kind::Path,
-        meaning: "The guest's kernel, an uncompressed ELF file. A pod keeps the one it began with.",
+        meaning: "The guest's kernel, an uncompressed ELF file. It boots only if it is what `SHA256SUMS` beside \
+                  it says; for one of your own, `sha256sum vmlinux >> SHA256SUMS` in its folder. A pod \
+                  keeps the one it began with.",
     },
     Key {
         name: "initramfs",
         kind: Kind::Path,
-        meaning: "The guest's initramfs, which holds the agent. It belongs to this version of the shim.",
+        meaning: "The guest's initramfs, which holds the agent. It belongs to this version of the shim, and \
+                  boots only if it is what `SHA256SUMS` beside it says, as the kernel does.",
     },
     Key {
         name: "state_dir",
@@ -70,8 +73,8 @@ pub const KEYS: [Key; 20] = [
     Key {
         name: "template_dir",
         kind: Kind::Path,
-        meaning: "Where the booted machine is kept from which pods begin: some 40 MiB, on tmpfs. It must \
-                  be gone after a reboot.",
+        meaning: "Where the booted machine is kept from which pods begin, some 40 MiB, and what the files \
+                  that were booted are: on tmpfs. It must be gone after a reboot.",
     },
     Key {
         name: "template_max_age_seconds",

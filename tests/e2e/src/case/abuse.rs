@@ -8,13 +8,21 @@ use anyhow::{Context, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::{Bench, Case, case, husk_case};
+use crate::image::sha256;
 use crate::pod::Pod;
 use crate::process::Finished;
+
+/// What guests boot from.
+const IMAGE: &str = "/usr/share/husk";
+
+/// The hashes of files, beside them.
+const SUMS: &str = "SHA256SUMS";
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
     husk_case("abuse/missing-kernel", 30, missing_kernel),
     husk_case("abuse/corrupt-kernel", 30, corrupt_kernel),
+    husk_case("abuse/changed-initramfs", 60, changed_initramfs),
     husk_case("abuse/missing-vmm", 30, missing_vmm),
     husk_case("abuse/bad-configuration", 30, bad_configuration),
     husk_case("abuse/no-kvm", 30, no_kvm),
@@ -133,12 +141,55 @@ fn missing_kernel(bench: &Bench) -> Result<()> {
 
 fn corrupt_kernel(bench: &Bench) -> Result<()> {
     let file = bench.folder().join("vmlinux");
-    fs::write(&file, vec![0x7f; 1 << 20])?;
+    let kernel = vec![0x7f; 1 << 20];
+    fs::write(&file, &kernel)?;
+    let configuration = format!("kernel = '{}'", file.display());
+    let sums = bench.folder().join(SUMS);
+    let [name, beside] = [&file, &sums].map(|path| path.display().to_string());
+    with_configuration(bench, &configuration, &[&name, &beside])?;
+    let line = format!("{}  vmlinux\n", sha256(&kernel));
+    fs::write(sums, line)?;
+    // Then it is the VMM that has something against it.
+    with_configuration(bench, &configuration, &["kernel"])
+}
+
+/// A byte of the node's own initramfs is another, as of a bad disk.
+fn changed_initramfs(bench: &Bench) -> Result<()> {
+    let folder = bench.folder();
+    for name in ["initramfs.cpio", SUMS] {
+        fs::copy(Path::new(IMAGE).join(name), folder.join(name))?;
+    }
+    let file = folder.join("initramfs.cpio");
+    // The guest of another case is not to begin as this one.
+    let configuration = format!(
+        "template_max_age_seconds = 0\ninitramfs = '{}'",
+        file.display()
+    );
+    let boots = || {
+        let configured = Configured::with(&configuration)?;
+        let done = bench.ctr.run(&[], &bench.id(), &["echo", "booted"])?;
+        drop(configured);
+        ensure!(done.ok()?.out() == "booted\n", "it did not boot");
+        Ok(())
+    };
+    boots()?;
+    let mut initramfs = fs::read(&file)?;
+    let expected = sha256(&initramfs);
+    let middle = initramfs.len() / 2;
+    let byte = initramfs.get_mut(middle).context("an empty initramfs")?;
+    *byte ^= 1;
+    fs::write(&file, &initramfs)?;
+    let found = sha256(&initramfs);
     with_configuration(
         bench,
-        &format!("kernel = '{}'", file.display()),
-        &["kernel"],
-    )
+        &configuration,
+        &[&file.display().to_string(), &expected, &found],
+    )?;
+    if let Some(byte) = initramfs.get_mut(middle) {
+        *byte ^= 1;
+    }
+    fs::write(&file, &initramfs)?;
+    boots()
 }
 
 fn missing_vmm(bench: &Bench) -> Result<()> {
