@@ -114,13 +114,17 @@ pub fn blame(template: Option<&TemplateKey>, error: &Error, hits: &LimitHits) {
             tracing::info!("the pod's limits were in the way of its machine's start");
         }
         // An agent that says no does so to what the pod asks for, mostly, as does a
-        // VMM, to which the pod's disks and interfaces come with the template; and one
-        // that ends without a word was killed.
+        // VMM, to which the pod's disks and interfaces come with the template; one that
+        // ends without a word was killed; and a pod that may use little of a processor,
+        // or has little time, is late however good its template is.
         Error::Agent(AgentError::Refused { .. } | AgentError::TooLarge { .. })
-        | Error::Vm(VmError::Ended(VmEnd {
-            reason: None | Some(ExitReason::Failed(_)),
-            ..
-        })) => template.doubt(),
+        | Error::Vm(
+            VmError::NotReady { .. }
+            | VmError::Ended(VmEnd {
+                reason: None | Some(ExitReason::Failed(_)),
+                ..
+            }),
+        ) => template.doubt(),
         _ => template.discard(),
     }
 }
@@ -159,17 +163,31 @@ mod tests {
         let made = config.template_dir.join(key.name());
         let cgroup = dir.path().join("cgroup");
         fs::create_dir(&cgroup).unwrap();
-        let is_kept_after = |reason: Option<ExitReason>, events: &str| {
+        let is_kept = |error: VmError, events: &str| {
             fs::create_dir_all(&made).unwrap();
             let hits = LimitHits::of(vec![cgroup.clone()]);
             fs::write(cgroup.join("memory.events"), events).unwrap();
+            blame(Some(&key), &error.into(), &hits);
+            made.exists()
+        };
+        let is_kept_after = |reason: Option<ExitReason>, events: &str| {
             let end = VmEnd {
                 reason,
                 console: String::new(),
             };
-            blame(Some(&key), &VmError::Ended(end).into(), &hits);
-            made.exists()
+            is_kept(VmError::Ended(end), events)
         };
+        let is_kept_by_a_late_one = || {
+            let late = VmError::NotReady {
+                seconds: 30,
+                console: String::new(),
+            };
+            is_kept(late, "")
+        };
+        assert!(is_kept_by_a_late_one());
+        key.proved();
+        assert!(is_kept_by_a_late_one());
+        assert!(!is_kept_by_a_late_one());
         let message = "all 32 slots of the PCI bus are taken".to_owned();
         let failed = Some(ExitReason::Failed(Failure { message }));
         assert!(is_kept_after(failed, ""));
