@@ -53,6 +53,9 @@ pub enum PlugError {
     /// The name is not known, or is that of a device that stays.
     #[error("there is no device {0:?}")]
     Unknown(DeviceId),
+    /// It is off the bus, and may still use memory and descriptors.
+    #[error("device {0:?}: the host has not finished its I/O")]
+    Busy(DeviceId),
     /// There is no vsock device.
     #[error("the machine has no vsock device")]
     NoVsock,
@@ -142,7 +145,8 @@ struct Provided {
 /// A device that can be unplugged.
 struct Plugged {
     id: DeviceId,
-    slot: usize,
+    /// On the bus; none once it is off it.
+    slot: Option<usize>,
     function: Arc<Mutex<VirtioPci>>,
 }
 
@@ -313,7 +317,7 @@ impl Devices {
         let (function, slot) = self.put_on_bus(id, device, when)?;
         self.plugged.push(Plugged {
             id: id.to_owned(),
-            slot,
+            slot: Some(slot),
             function,
         });
         Ok(())
@@ -351,7 +355,8 @@ impl Devices {
     /// memory nor its descriptors.
     ///
     /// # Errors
-    /// There is no such device.
+    /// There is no such device, or the host has not finished its I/O in time: it is
+    /// off the bus then, and can be removed once more.
     pub fn remove(&mut self, id: &str) -> Result<(), PlugError> {
         let groups = self.vfio.as_mut().map(|vfio| &mut vfio.groups);
         if groups.is_some_and(|groups| groups.remove(id)) {
@@ -359,14 +364,17 @@ impl Devices {
         }
         let index = self.plugged.iter().position(|plugged| plugged.id == id);
         let index = index.ok_or_else(|| PlugError::Unknown(id.to_owned()))?;
-        let plugged = self.plugged.swap_remove(index);
-        self.bus.unplug(plugged.slot);
+        let plugged = &mut self.plugged[index];
+        if let Some(slot) = plugged.slot.take() {
+            self.bus.unplug(slot);
+        }
         // A vCPU that found it before may still hold it.
-        let mut function = plugged
-            .function
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        function.retire();
+        let function = plugged.function.lock();
+        let rests = function.unwrap_or_else(PoisonError::into_inner).retire();
+        if !rests {
+            return Err(PlugError::Busy(id.to_owned()));
+        }
+        self.plugged.swap_remove(index);
         Ok(())
     }
 

@@ -145,15 +145,15 @@ impl LoopHandle {
         Ok(id)
     }
 
-    /// Quiesces a worker and takes it back. When this returns, nothing of the
-    /// worker runs or will be called any more.
+    /// Has the loop quiesce a worker and give it back, which is waited for with
+    /// [`Leaving::wait`].
     ///
     /// # Errors
-    /// The loop has stopped, or never had this worker.
-    pub fn remove(&self, id: WorkerId) -> Result<Box<dyn Worker>, LoopGone> {
-        let (reply, answer) = mpsc::sync_channel(1);
+    /// The loop has stopped.
+    pub fn remove(&self, id: WorkerId) -> Result<Leaving, LoopGone> {
+        let (reply, worker) = mpsc::sync_channel(1);
         self.send(Command::Remove { id, reply })?;
-        answer.recv().map_err(|_| LoopGone)
+        Ok(Leaving { worker })
     }
 
     /// Hands a message to a worker.
@@ -203,6 +203,28 @@ impl LoopHandle {
         // Fails only when the counter is full, and then the loop wakes anyway.
         let _ = self.wake.write(1);
         Ok(())
+    }
+}
+
+/// A worker on its way back from the loop.
+#[derive(Debug)]
+pub struct Leaving {
+    worker: Receiver<Box<dyn Worker>>,
+}
+
+impl Leaving {
+    /// The worker once it is at rest: nothing of it runs or will be called any more.
+    /// Nothing if it is not by `limit`: what it began may hang with the host's disk.
+    /// It can be waited for again.
+    ///
+    /// # Errors
+    /// The loop has stopped, or never had this worker.
+    pub fn wait(&self, limit: Duration) -> Result<Option<Box<dyn Worker>>, LoopGone> {
+        match self.worker.recv_timeout(limit) {
+            Ok(worker) => Ok(Some(worker)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(LoopGone),
+        }
     }
 }
 

@@ -542,7 +542,7 @@ fn a_disk_that_goes_gives_its_ring_back() {
         let mut bench = Bench::new(false, engine);
         if start {
             assert_eq!(bench.send(READ, 0, &[], 512).0, OK);
-            bench.driver.function.retire();
+            assert!(bench.driver.function.retire());
         }
         drop(bench);
     }

@@ -114,6 +114,11 @@ impl Bench {
         Self::on(EventLoop::start("test", || Ok(())).unwrap())
     }
 
+    fn take_back(&self) -> Box<dyn Worker> {
+        let leaving = self.handle.remove(self.id).unwrap();
+        leaving.wait(LONG).unwrap().expect("it rests")
+    }
+
     fn on(event_loop: EventLoop) -> Self {
         let handle = event_loop.handle();
         let (sender, told) = channel();
@@ -266,7 +271,7 @@ fn a_failed_worker_gets_no_more_events() {
     bench.expect_silence();
     bench.order(Order::Number(5));
     bench.expect(Told::Control(5));
-    let worker = bench.handle.remove(bench.id).unwrap();
+    let worker = bench.take_back();
     bench.expect(Told::Quiesced);
     drop(worker);
 }
@@ -274,13 +279,24 @@ fn a_failed_worker_gets_no_more_events() {
 #[test]
 fn gives_workers_back() {
     let bench = Bench::new();
-    let worker = bench.handle.remove(bench.id).unwrap();
+    let worker = bench.take_back();
     bench.expect(Told::Quiesced);
     bench.notify.write(1).unwrap();
     bench.expect_silence();
     let worker: Box<dyn Any> = worker;
     assert!(worker.is::<Recorder>());
-    assert!(bench.handle.remove(bench.id).is_err(), "it has it no more");
+    let again = bench.handle.remove(bench.id).unwrap().wait(LONG);
+    assert!(again.is_err(), "it has it no more");
+}
+
+#[test]
+fn a_worker_that_does_not_rest_is_not_waited_for() {
+    let bench = Bench::new();
+    bench.order(Order::Sleep(6 * SHORT));
+    let leaving = bench.handle.remove(bench.id).unwrap();
+    assert!(leaving.wait(SHORT).unwrap().is_none());
+    bench.expect(Told::Quiesced);
+    assert!(leaving.wait(LONG).unwrap().is_some());
 }
 
 #[test]

@@ -6,9 +6,10 @@
 
 use std::any::Any;
 use std::error::Error;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
+use std::{io, mem};
 
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
@@ -22,9 +23,10 @@ use super::{
     Bar, BarKind, ConfigSpace, FunctionState, Identity, MsiVectors, Notification, PciFunction,
     StateError, VirtioState,
 };
-use crate::event_loop::{LoopGone, LoopHandle, WorkerId};
+use crate::event_loop::{Leaving, LoopGone, LoopHandle, WorkerId};
 use crate::{
     ActivateError, Activation, ActiveQueue, DeviceType, GuestMemory, Interrupt, VirtioDevice,
+    Worker,
 };
 
 const VENDOR: u16 = 0x1af4;
@@ -59,6 +61,10 @@ const WINDOW_OFFSET: u16 = 8;
 const WINDOW_LENGTH: u16 = 12;
 const WINDOW_DATA: u16 = 16;
 
+/// How long a device that is reset or taken away may take to come to rest: less than
+/// whoever asked for it waits for the answer. A driver waits in the meantime.
+const REST_LIMIT: Duration = Duration::from_secs(4);
+
 /// Told of what brings a device to a standstill: the function's name and why.
 /// Called from any thread; must not block.
 pub type Reporter = Arc<dyn Fn(&str, &dyn Error) + Send + Sync>;
@@ -78,6 +84,9 @@ pub enum TransportError {
     /// The device's event loop is gone, and its working half with it.
     #[error(transparent)]
     Loop(#[from] LoopGone),
+    /// The driver reset it, and the host has not finished what it does for it.
+    #[error("reset while the host does not finish its I/O")]
+    Busy,
 }
 
 /// A virtio device as a PCI function.
@@ -106,12 +115,13 @@ enum Begin {
 }
 
 /// Where the device's working half is.
-#[derive(Clone, Copy)]
 enum Working {
     /// With the device: it is idle.
     Idle,
     /// With the event loop: it is active.
     Active(WorkerId),
+    /// With the event loop, which was told to give it back.
+    Leaving(Leaving),
     /// Lost with the event loop.
     Lost,
     /// Gone: the function is off the bus.
@@ -194,19 +204,44 @@ impl VirtioPci {
                 Ok(())
             }
             Working::Active(id) => self.event_loop.control(id, message),
-            Working::Lost | Working::Retired => Err(LoopGone),
+            Working::Leaving(_) | Working::Lost | Working::Retired => Err(LoopGone),
         }
     }
 
     /// Stops the device for good and gives up what it holds. A vCPU may be about to
     /// access a register though the function is off the bus; that does nothing any
-    /// more.
-    pub fn retire(&mut self) {
-        if let Working::Active(id) = std::mem::replace(&mut self.working, Working::Retired) {
-            // With a loop that is gone, so is what worked there.
-            let _ = self.event_loop.remove(id);
+    /// more. False: what it does for the guest has not come to rest within
+    /// [`REST_LIMIT`], and it is as a reset would have left it.
+    #[must_use]
+    pub fn retire(&mut self) -> bool {
+        let (working, _) = self.take_back();
+        self.working = working;
+        if let Working::Leaving(_) = self.working {
+            return false;
         }
+        // With a loop that is gone, so is what worked there.
+        self.working = Working::Retired;
         self.device = None;
+        true
+    }
+
+    /// Takes the working half back from the event loop, for which [`REST_LIMIT`] has
+    /// to do the first time. What is left is still to be put into `working`.
+    fn take_back(&mut self) -> (Working, Option<Box<dyn Worker>>) {
+        let (leaving, limit) = match mem::replace(&mut self.working, Working::Lost) {
+            Working::Active(id) => match self.event_loop.remove(id) {
+                Ok(leaving) => (leaving, REST_LIMIT),
+                Err(LoopGone) => return (Working::Lost, None),
+            },
+            // Nobody waits twice: other processors may wait for this one.
+            Working::Leaving(leaving) => (leaving, Duration::ZERO),
+            other => return (other, None),
+        };
+        match leaving.wait(limit) {
+            Ok(Some(worker)) => (Working::Idle, Some(worker)),
+            Ok(None) => (Working::Leaving(leaving), None),
+            Err(LoopGone) => (Working::Lost, None),
+        }
     }
 
     fn act(&mut self, action: Action) {
@@ -222,6 +257,9 @@ impl VirtioPci {
     }
 
     fn activate(&mut self, begin: Begin) -> Result<(), TransportError> {
+        if let Working::Leaving(_) = self.working {
+            return Err(TransportError::Busy);
+        }
         self.signals.set_driver_ok();
         let features = self.registers.negotiated_features();
         let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
@@ -288,16 +326,10 @@ impl VirtioPci {
     }
 
     fn reset(&mut self) {
-        if let Working::Active(id) = self.working {
-            self.working = match self.event_loop.remove(id) {
-                Ok(worker) => {
-                    if let Some(device) = &mut self.device {
-                        device.reset(worker);
-                    }
-                    Working::Idle
-                }
-                Err(LoopGone) => Working::Lost,
-            };
+        let (working, worker) = self.take_back();
+        self.working = working;
+        if let (Some(device), Some(worker)) = (&mut self.device, worker) {
+            device.reset(worker);
         }
         self.registers.reset();
         self.signals.reset();
@@ -305,8 +337,12 @@ impl VirtioPci {
         for notify in &self.notifies {
             let _ = notify.read();
         }
-        if let Working::Lost = self.working {
-            self.signals.fail(&TransportError::Loop(LoopGone));
+        match self.working {
+            Working::Lost => self.signals.fail(&TransportError::Loop(LoopGone)),
+            // The status does not become zero, so the driver waits (4.1.4.3.2); the
+            // next reset may find it at rest.
+            Working::Leaving(_) => self.signals.fail(&TransportError::Busy),
+            Working::Idle | Working::Active(_) | Working::Retired => {}
         }
     }
 
@@ -417,7 +453,7 @@ impl PciFunction for VirtioPci {
     }
 
     fn save(&self) -> Result<FunctionState, StateError> {
-        if let Working::Lost | Working::Retired = self.working {
+        if let Working::Leaving(_) | Working::Lost | Working::Retired = self.working {
             return Err(LoopGone.into());
         }
         let (table, pending) = self.msix.save();
@@ -473,9 +509,7 @@ impl PciFunction for VirtioPci {
 
 impl Drop for VirtioPci {
     fn drop(&mut self) {
-        if let Working::Active(id) = self.working {
-            let _ = self.event_loop.remove(id);
-        }
+        self.working = self.take_back().0;
     }
 }
 

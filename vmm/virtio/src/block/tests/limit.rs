@@ -113,6 +113,6 @@ fn can_be_paused_and_taken_away_while_it_waits() {
     wait_until("the others", || bench.answers() == 3);
     bench.ask(1);
     let began = Instant::now();
-    bench.driver.function.retire();
+    assert!(bench.driver.function.retire());
     assert!(began.elapsed() < Duration::from_secs(5));
 }

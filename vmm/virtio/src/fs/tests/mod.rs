@@ -206,7 +206,12 @@ fn the_event_loop_pauses_the_server() {
     guest.ask(0, b"abc");
     handle.resume().unwrap();
     assert_eq!(guest.answer(0), b"cba");
-    device.reset(handle.remove(id).unwrap());
+    let worker = handle
+        .remove(id)
+        .unwrap()
+        .wait(Duration::from_secs(10))
+        .unwrap();
+    device.reset(worker.expect("it rests"));
     assert!(!running());
 }
 

@@ -17,11 +17,14 @@ const SHORT: Duration = Duration::from_millis(50);
 #[derive(Default)]
 struct Echo {
     told: Arc<Mutex<Vec<(&'static str, u32)>>>,
+    /// Does not come to rest while somebody has this.
+    hang: Arc<Mutex<()>>,
 }
 
 struct EchoWorker {
     queues: Vec<DeviceQueue>,
     told: Arc<Mutex<Vec<(&'static str, u32)>>>,
+    hang: Arc<Mutex<()>>,
 }
 
 impl VirtioDevice for Echo {
@@ -52,6 +55,7 @@ impl VirtioDevice for Echo {
         Ok(Box::new(EchoWorker {
             queues: vec![activation.take_queue(0)?, activation.take_queue(1)?],
             told: Arc::clone(&self.told),
+            hang: Arc::clone(&self.hang),
         }))
     }
 
@@ -89,6 +93,10 @@ impl Worker for EchoWorker {
     fn control(&mut self, message: Box<dyn Any + Send>) {
         let number = *message.downcast().unwrap();
         self.told.lock().unwrap().push(("worker", number));
+    }
+
+    fn quiesce(&mut self) {
+        drop(self.hang.lock().unwrap());
     }
 }
 
@@ -501,7 +509,7 @@ fn a_retired_device_does_not_start_again() {
     let told = Arc::clone(&echo.told);
     let mut driver = Driver::new(echo);
     let _queues = driver.start(0);
-    driver.function.retire();
+    assert!(driver.function.retire());
     // Not reset, and not given another working half.
     for status in [0, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK] {
         driver.set_status(status);
@@ -513,6 +521,40 @@ fn a_retired_device_does_not_start_again() {
     let mut config = [1; 4];
     driver.function.read_bar(0, 0x2000, &mut config);
     assert_eq!(config, [0; 4]);
+}
+
+#[test]
+fn a_device_that_does_not_rest_holds_nobody_up() {
+    let device = Echo::default();
+    let (told, hang) = (Arc::clone(&device.told), Arc::clone(&device.hang));
+    let mut driver = Driver::new(device);
+    let _queues = driver.start(0);
+    let hung = hang.lock().unwrap();
+    driver.set_status(0);
+    assert_eq!(driver.status(), NEEDS_RESET);
+    // A driver that doesn't wait gets no second working half.
+    driver.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+    let reports = driver.reports.lock().unwrap().clone();
+    assert!(
+        reports
+            .iter()
+            .all(|report| report.contains("does not finish"))
+    );
+    assert!(!driver.function.retire());
+    drop(hung);
+    wait_until("it is reset", || {
+        driver.set_status(0);
+        driver.status() == 0
+    });
+    assert_eq!(*told.lock().unwrap(), [("reset", 0)]);
+    let mut queues = driver.start(0);
+    echo(&mut driver, &mut queues[0], b"healed");
+
+    let hung = hang.lock().unwrap();
+    assert!(!driver.function.retire());
+    drop(hung);
+    wait_until("it rests", || driver.function.retire());
+    assert_eq!(Arc::strong_count(&told), 1);
 }
 
 /// Saves a paused device and has another one go on with its driver.
