@@ -1,13 +1,15 @@
 //! Port forwarding: connections to localhost in the pod's network namespace on
 //! the node are carried to localhost in the guest.
 
-use std::io;
-use std::pin::pin;
+use std::ffi::c_int;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use std::{io, mem};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{set_socket_keepalive, set_socket_linger, set_tcp_keepidle};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream, tcp, unix};
 use tokio::sync::Semaphore;
@@ -24,8 +26,9 @@ use crate::vm_process::Vm;
 /// Most connections at a time.
 const CONNECTIONS: usize = 256;
 
-/// How long nothing may come from the guest, or be taken by it, once the client has
-/// hung up: a guest that says nothing more keeps no place for ever.
+/// How often it is looked whether anything moves that waits, once the client has hung
+/// up. What has not moved in between ends: a guest that says nothing more keeps no
+/// place for ever.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Bytes read at a time.
@@ -87,6 +90,10 @@ async fn carry(stream: TcpStream, vm: &Vm, agent: &Agent) -> Result<(), Error> {
         source,
     };
     let wanted = stream.local_addr().map_err(fail)?.port();
+    // The end of a client whose last bytes find no room is not sent: who is gone is
+    // found by asking.
+    set_socket_keepalive(&stream, true).map_err(|errno| fail(errno.into()))?;
+    set_tcp_keepidle(&stream, PATIENCE).map_err(|errno| fail(errno.into()))?;
     let (near, far) = std::os::unix::net::UnixStream::pair().map_err(fail)?;
     near.set_nonblocking(true).map_err(fail)?;
     far.set_nonblocking(true).map_err(fail)?;
@@ -102,33 +109,33 @@ async fn carry(stream: TcpStream, vm: &Vm, agent: &Agent) -> Result<(), Error> {
     Ok(exchange(stream, guest, PATIENCE).await.map_err(fail)?)
 }
 
-/// Carries both ways, until both have ended or one is gone.
-async fn exchange(client: TcpStream, guest: UnixStream, patience: Duration) -> io::Result<()> {
-    let (from_client, to_client) = client.into_split();
-    let (from_guest, to_guest) = guest.into_split();
-    let taken = AtomicU64::new(0);
-    let mut inwards = pin!(carry_in(from_client, to_guest, patience));
-    let mut outwards = pin!(carry_out(from_guest, to_client, &taken));
-    tokio::select! {
-        ended = &mut outwards => {
-            ended?;
-            return inwards.await;
-        }
-        ended = &mut inwards => ended?,
+/// Carries both ways, until both have ended or one is gone. A client that does not
+/// get everything gets a reset: an end would look like the end of the answer.
+async fn exchange(
+    mut client: TcpStream,
+    mut guest: UnixStream,
+    patience: Duration,
+) -> io::Result<()> {
+    let carried = {
+        let (from_client, to_client) = client.split();
+        let (from_guest, to_guest) = guest.split();
+        let asked = AtomicBool::new(false);
+        let inwards = carry_in(from_client, to_guest, &asked, patience);
+        let outwards = carry_out(from_guest, to_client, &asked, patience);
+        tokio::try_join!(inwards, outwards)
+    };
+    if carried.is_err() {
+        // Only a socket that is gone refuses.
+        let _ = set_socket_linger(&client, Some(Duration::ZERO));
     }
-    loop {
-        let before = taken.load(Ordering::Relaxed);
-        match timeout(patience, &mut outwards).await {
-            Ok(ended) => return ended,
-            Err(late) if taken.load(Ordering::Relaxed) == before => return Err(late.into()),
-            Err(_) => {}
-        }
-    }
+    carried.map(|_| ())
 }
 
+/// Sets `asked` once the client's half has ended and the guest has it all.
 async fn carry_in(
-    mut client: tcp::OwnedReadHalf,
-    mut guest: unix::OwnedWriteHalf,
+    mut client: tcp::ReadHalf<'_>,
+    mut guest: unix::WriteHalf<'_>,
+    asked: &AtomicBool,
     patience: Duration,
 ) -> io::Result<()> {
     let mut piece = vec![0; PIECE];
@@ -136,39 +143,99 @@ async fn carry_in(
         let count = client.read(&mut piece).await?;
         let mut rest = &piece[..count];
         if rest.is_empty() {
+            asked.store(true, Ordering::Relaxed);
             return guest.shutdown().await;
         }
+        let mut stall = Stall::default();
         while !rest.is_empty() {
             match timeout(patience, guest.write(rest)).await {
-                Ok(written) => rest = &rest[written?..],
-                Err(late) if has_hung_up(&client)? => return Err(late.into()),
+                Ok(written) => {
+                    rest = &rest[written?..];
+                    stall = Stall::default();
+                }
                 // It waits as long as its client does.
-                Err(_) => {}
+                Err(_) => stall.check(has_hung_up(client.as_ref())?, guest.as_ref())?,
             }
         }
     }
 }
 
 async fn carry_out(
-    mut guest: unix::OwnedReadHalf,
-    mut client: tcp::OwnedWriteHalf,
-    taken: &AtomicU64,
+    mut guest: unix::ReadHalf<'_>,
+    mut client: tcp::WriteHalf<'_>,
+    asked: &AtomicBool,
+    patience: Duration,
 ) -> io::Result<()> {
     let mut piece = vec![0; PIECE];
     loop {
-        let count = guest.read(&mut piece).await?;
-        if count == 0 {
+        let mut stall = Stall::default();
+        let count = loop {
+            match timeout(patience, guest.read(&mut piece)).await {
+                Ok(count) => break count?,
+                // What it was asked may still be on its way.
+                Err(_) => stall.check(asked.load(Ordering::Relaxed), guest.as_ref())?,
+            }
+        };
+        let mut rest = &piece[..count];
+        if rest.is_empty() {
             return client.shutdown().await;
         }
-        client.write_all(&piece[..count]).await?;
-        taken.fetch_add(1, Ordering::Relaxed);
+        let mut stall = Stall::default();
+        while !rest.is_empty() {
+            match timeout(patience, client.write(rest)).await {
+                Ok(written) => {
+                    rest = &rest[written?..];
+                    stall = Stall::default();
+                }
+                Err(_) => stall.check(asked.load(Ordering::Relaxed), client.as_ref())?,
+            }
+        }
+    }
+}
+
+/// A half that waits.
+#[derive(Default)]
+struct Stall {
+    /// What its reader had not taken yet when it was looked at last.
+    waiting: Option<c_int>,
+}
+
+impl Stall {
+    /// Looks whether the reader of `stream` has taken some of it since the last look.
+    /// A stream becomes writable only once much of it has been taken, so that it is
+    /// not says nothing.
+    ///
+    /// # Errors
+    /// It has not, and the client had hung up (`gone`) both times.
+    fn check(&mut self, gone: bool, stream: &impl AsRawFd) -> io::Result<()> {
+        let now = match gone {
+            true => Some(untaken(stream)?),
+            false => None,
+        };
+        let before = mem::replace(&mut self.waiting, now);
+        match now.is_some() && now == before {
+            true => Err(io::ErrorKind::TimedOut.into()),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Bytes (of a Unix socket: with the kernel's own for each piece) that were written
+/// to `stream` and not yet taken by its reader.
+fn untaken(stream: &impl AsRawFd) -> io::Result<c_int> {
+    let mut bytes: c_int = 0;
+    // SAFETY: SIOCOUTQ, which is TIOCOUTQ (Linux's include/uapi/linux/sockios.h),
+    // writes one int.
+    let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    match result {
+        0 => Ok(bytes),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
 /// Whether the client sends no more, though what it sent has not been read.
-fn has_hung_up(client: &tcp::OwnedReadHalf) -> io::Result<bool> {
-    let stream: &TcpStream = client.as_ref();
-    let mut polled = [PollFd::new(stream, PollFlags::RDHUP)];
+fn has_hung_up(client: &TcpStream) -> io::Result<bool> {
+    let mut polled = [PollFd::new(client, PollFlags::RDHUP)];
     poll(&mut polled, Some(&Timespec::default()))?;
     Ok(!polled[0].revents().is_empty())
 }
@@ -182,21 +249,22 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(100);
     const LONG: Duration = Duration::from_secs(20);
 
+    type Carried = tokio::task::JoinHandle<io::Result<()>>;
+
     /// The client's end, the guest's end, and what is between them.
-    async fn ends(
-        patience: Duration,
-    ) -> (
-        TcpStream,
-        UnixStream,
-        tokio::task::JoinHandle<io::Result<()>>,
-    ) {
+    async fn ends(patience: Duration) -> (TcpStream, UnixStream, Carried) {
+        // It holds little, so that the rest fits in the window of the client, whose end
+        // would not be told else.
+        ends_with(patience, 4 << 10).await
+    }
+
+    /// With a socket to the guest that holds twice `bytes`.
+    async fn ends_with(patience: Duration, bytes: usize) -> (TcpStream, UnixStream, Carried) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await;
         let (accepted, _) = listener.accept().await.unwrap();
         let (near, far) = UnixStream::pair().unwrap();
-        // It holds little, so that the rest fits in the window of the client, whose end
-        // would not be told else.
-        set_socket_send_buffer_size(&near, 4 << 10).unwrap();
+        set_socket_send_buffer_size(&near, bytes).unwrap();
         let carried = tokio::spawn(exchange(accepted, near, patience));
         (client.unwrap(), far, carried)
     }
@@ -259,5 +327,41 @@ mod tests {
         let ended = timeout(LONG, carried).await.unwrap().unwrap();
         assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::TimedOut);
         drop(guest);
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_is_slow_gets_everything() {
+        let (mut client, mut guest, carried) = ends_with(4 * SHORT, 64 << 10).await;
+        let much = vec![7; 160 << 10];
+        client.write_all(&much).await.unwrap();
+        drop(client);
+        let mut taken = Vec::new();
+        let mut piece = [0; 4 << 10];
+        loop {
+            let count = guest.read(&mut piece).await.unwrap();
+            taken.extend_from_slice(&piece[..count]);
+            if count == 0 {
+                break;
+            }
+            tokio::time::sleep(SHORT / 2).await;
+        }
+        assert_eq!(taken.len(), much.len());
+        drop(guest);
+        carried.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_cut_does_not_look_whole() {
+        let (mut client, mut guest, carried) = ends(SHORT).await;
+        client.shutdown().await.unwrap();
+        let answer = tokio::spawn(async move {
+            let _ = guest.write_all(&vec![0; 64 << 20]).await;
+        });
+        let ended = timeout(LONG, carried).await.unwrap().unwrap();
+        assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let mut taken = Vec::new();
+        let error = client.read_to_end(&mut taken).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        answer.await.unwrap();
     }
 }
