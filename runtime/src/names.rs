@@ -87,10 +87,11 @@ async fn begin(vm: &Vm, agent: &Agent) -> Result<UnixStream, Error> {
     far.set_nonblocking(true).map_err(fail)?;
     let port = ports::random().map_err(fail)?;
     vm.add_host_ports(vec![(port, far.into())]).await?;
-    if let Err(error) = agent.serve_names(resolver::ADDRESS, port).await {
-        vm.remove_host_ports(vec![port]).await;
-        return Err(error.into());
-    }
+    // An agent answers when it has dialled: for one that says so and has not this is
+    // the end of the connection, and it may serve names another time.
+    let served = agent.serve_names(resolver::ADDRESS, port).await;
+    vm.remove_host_ports(vec![port]).await;
+    served?;
     Ok(UnixStream::from_std(near).map_err(fail)?)
 }
 

@@ -40,6 +40,8 @@ struct Guest {
     network: Mutex<Vec<String>>,
     /// It asks for names without end.
     is_curious: AtomicBool,
+    /// It dials nobody the next time that it is to.
+    forgets: AtomicBool,
     /// The file `key` of its volume.
     setting: watch::Sender<String>,
 }
@@ -63,6 +65,7 @@ pub fn serve(connection: UnixStream, ports: Ports, has_shells: bool) {
         off,
         network: Mutex::default(),
         is_curious: AtomicBool::new(false),
+        forgets: AtomicBool::new(false),
         setting: watch::Sender::default(),
     });
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -278,6 +281,8 @@ impl Agent for Guest {
         }
         let is_curious = request.hostname == "curious";
         self.is_curious.store(is_curious, Ordering::Relaxed);
+        let forgets = request.hostname == "forgetful";
+        self.forgets.store(forgets, Ordering::Relaxed);
         if request.hostname == "refused" {
             return Err(status(Code::INTERNAL, "the sandbox is refused"));
         }
@@ -493,6 +498,9 @@ impl Agent for Guest {
     /// Asks by datagram, and then by TCP for what the answer says.
     async fn serve_names(&self, _: &TtrpcContext, request: ServeNamesRequest) -> Result<Empty> {
         assert_eq!(request.address, "127.0.0.11");
+        if self.forgets.swap(false, Ordering::Relaxed) {
+            return Ok(Empty::default());
+        }
         let stream = self.ports.lock().unwrap().remove(&request.host_port);
         let is_curious = self.is_curious.load(Ordering::Relaxed);
         std::thread::spawn(move || {

@@ -17,6 +17,10 @@ use crate::sandbox::{kill, remove};
 pub const CASES: &[Case] = &[
     ("names_are_asked_of_the_server_in_the_namespace", asked),
     ("names_are_asked_no_faster_than_that", curious),
+    (
+        "names_are_served_by_who_has_not_dialled_at_first",
+        forgetful,
+    ),
 ];
 
 const ADDRESS: &str = "127.0.0.11:53";
@@ -84,6 +88,33 @@ fn asked() {
         let next = || told.recv_timeout(Duration::from_secs(10)).unwrap();
         assert_eq!(next(), b"who");
         assert_eq!(next(), b"who?");
+        kill(&shim, "web").await;
+        remove(&node, &shim, "web").await;
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+    });
+}
+
+/// The agent says that it has dialled, and has not; it is asked again as soon as there
+/// is something else to tell it of the network.
+fn forgetful() {
+    block_on(async {
+        let node = Node::new().await;
+        let (mut holder, path) = namespace();
+        let bundle = node.bundle("web", &["sleep"]).with(|spec| {
+            spec["hostname"] = "forgetful".into();
+            spec["linux"]["namespaces"] =
+                json!([{"type": "pid"}, {"type": "network", "path": path}]);
+        });
+        let shim = node.start(&bundle).await;
+        shim.create(&bundle.request()).await.unwrap();
+        let told = serve(&path);
+        shim.run("web", "").await.unwrap();
+        let mut add = Command::new("nsenter");
+        add.arg(format!("--net={path}"));
+        add.args("ip address add 127.0.0.77/32 dev lo".split(' '));
+        assert!(add.status().unwrap().success());
+        assert_eq!(told.recv_timeout(Duration::from_secs(10)).unwrap(), b"who");
         kill(&shim, "web").await;
         remove(&node, &shim, "web").await;
         holder.kill().unwrap();
