@@ -165,7 +165,7 @@ mod tests {
         fs::create_dir(&cgroup).unwrap();
         let is_kept = |error: VmError, events: &str| {
             fs::create_dir_all(&made).unwrap();
-            let hits = LimitHits::of(vec![cgroup.clone()]);
+            let hits = LimitHits::of(Some(cgroup.clone()));
             fs::write(cgroup.join("memory.events"), events).unwrap();
             blame(Some(&key), &error.into(), &hits);
             made.exists()
