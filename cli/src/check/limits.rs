@@ -99,13 +99,13 @@ mod tests {
         for (file, text, verdict) in [
             ("passwd", "root:x:0:0::/:/bin/sh\nodd\n:::::\n", Verdict::Ok),
             ("subuid", "a:100000:65536\n", Verdict::Ok),
-            ("subuid", "a:999999999:1\n", Verdict::Ok),
-            ("subuid", "a:999999999:2\n", Verdict::Warning),
+            ("subuid", "a:1009999999:1\n", Verdict::Ok),
+            ("subuid", "a:1009999999:2\n", Verdict::Warning),
             ("subuid", "a:0:18446744073709551615\n", Verdict::Warning),
             ("subuid", "", Verdict::Ok),
-            ("passwd", "b:x:1000000001:1::/:/bin/sh\n", Verdict::Warning),
-            ("passwd", "b:x:1008388607:1::/:/bin/sh\n", Verdict::Warning),
-            ("passwd", "b:x:1008388608:1::/:/bin/sh\n", Verdict::Ok),
+            ("passwd", "b:x:1010000001:1::/:/bin/sh\n", Verdict::Warning),
+            ("passwd", "b:x:1018388607:1::/:/bin/sh\n", Verdict::Warning),
+            ("passwd", "b:x:1018388608:1::/:/bin/sh\n", Verdict::Ok),
         ] {
             fs::write(dir.path().join("etc").join(file), text).unwrap();
             let finding = uids(&node, &config);

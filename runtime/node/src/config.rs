@@ -94,7 +94,7 @@ impl Default for Config {
             state_dir: "/run/husk".into(),
             template_dir: "/run/husk-templates".into(),
             template_max_age_seconds: 86_400,
-            first_uid: 1_000_000_000,
+            first_uid: 1_010_000_000,
             boot_timeout_seconds: 60,
             kernel_parameters: String::new(),
             debug_shell: false,
