@@ -37,7 +37,7 @@ pub struct Listed {
 pub enum SumsError {
     /// There is nothing to compare it with.
     #[error(
-        "{path} is not booted, as there is no {sums}; for a file of your own, `sha256sum {} >> \
+        "{path} is not booted, as there is no {sums}; for a file of your own, `sha256sum {} > \
          SHA256SUMS` in its folder",
         name(path)
     )]
@@ -50,7 +50,7 @@ pub enum SumsError {
     /// Nothing is said about it.
     #[error(
         "{path} is not booted, as {sums} has no line for it; for a file of your own, \
-         `sha256sum {} >> SHA256SUMS` in its folder",
+         add its line (sha256sum {})",
         name(path)
     )]
     Unlisted {
@@ -62,7 +62,7 @@ pub enum SumsError {
     /// It is another.
     #[error(
         "{path} is not booted, as its sha256 is {found} and in {sums} {expected}; install the \
-         package again, or, for a file of your own, write its line anew (sha256sum {})",
+         package again, or, for a file of your own, replace its line (sha256sum {})",
         name(path)
     )]
     Differs {
@@ -267,7 +267,7 @@ mod tests {
         ] {
             assert_eq!(compare(&right), Ok(()), "{right}");
         }
-        let advice = "`sha256sum vmlinux >> SHA256SUMS` in its folder";
+        let advice = "add its line (sha256sum vmlinux)";
         for none in [
             String::new(),
             format!("{KERNEL}  vmlinux.old\n"),
@@ -285,7 +285,7 @@ mod tests {
             path.to_str().unwrap(),
             KERNEL,
             &other,
-            "(sha256sum vmlinux)",
+            "replace its line (sha256sum vmlinux)",
         ];
         assert!(words.iter().all(|word| error.contains(word)), "{error}");
         fs::remove_file(&sums).unwrap();

@@ -100,7 +100,7 @@ fn without_sums() {
         fs::remove_file(&sums).unwrap();
         let path = sums.display().to_string();
         let words = format!(
-            "as there is no {path}; for a file of your own, `sha256sum vmlinux >> SHA256SUMS`"
+            "as there is no {path}; for a file of your own, `sha256sum vmlinux > SHA256SUMS`"
         );
         refused(&node, &words).await;
         let half: Vec<_> = said
@@ -108,8 +108,9 @@ fn without_sums() {
             .filter(|line| line.contains("vmlinux"))
             .collect();
         fs::write(&sums, half.concat()).unwrap();
-        let words =
-            format!("{path} has no line for it; for a file of your own, `sha256sum initramfs.cpio");
+        let words = format!(
+            "{path} has no line for it; for a file of your own, add its line (sha256sum initramfs.cpio"
+        );
         refused(&node, &words).await;
         fs::write(&sums, "").unwrap();
         refused(&node, "vmlinux is not booted").await;

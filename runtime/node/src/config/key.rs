@@ -55,8 +55,8 @@ pub const KEYS: [Key; 20] = [
         name: "kernel",
         kind: Kind::Path,
         meaning: "The guest's kernel, an uncompressed ELF file. It boots only if it is what `SHA256SUMS` beside \
-                  it says; for one of your own, `sha256sum vmlinux >> SHA256SUMS` in its folder. A pod \
-                  keeps the one it began with.",
+                  it says; for one of your own, which has a folder of its own, `sha256sum vmlinux > SHA256SUMS` there \
+                  after each build. A pod keeps the one it began with.",
     },
     Key {
         name: "initramfs",
