@@ -16,6 +16,7 @@ mod files;
 mod kernel;
 mod kvm;
 mod limits;
+mod remains;
 
 pub use files::{SHIM, installed_shim};
 
@@ -115,6 +116,7 @@ pub fn run(json: bool) -> anyhow::Result<Answer> {
     findings.extend(files::check(&node, loaded));
     findings.extend(containerd::check(&node, &containerd::Installed::ask()));
     findings.extend(limits::check(&node, &config));
+    findings.extend(remains::check(&node, &config));
     answer(&findings, json)
 }
 

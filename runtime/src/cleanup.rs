@@ -31,8 +31,8 @@ const WHOLE: Duration = Duration::from_secs(4);
 
 /// Until when each part may wait for others. Mostly nobody is waited for, and the
 /// hooks have nearly all of the time; at worst a second. What is not done by then
-/// stays undone: hooks that go on are killed and not run again, and the cgroup of
-/// a process that will not end is left. A disk that does not answer is waited for
+/// stays undone: hooks that go on are killed and not run again, and a process that
+/// will not end and its cgroup are left, and stay written down. A disk that does not answer is waited for
 /// as long as it takes, so that containerd may kill us all the same.
 #[derive(Clone, Copy, Debug)]
 struct Times {
@@ -80,6 +80,10 @@ pub enum CleanupError {
 /// on the node, so only the pod's own name removes anything, unless containerd
 /// will not say that name again.
 ///
+/// What will not go is no error: containerd would keep the bundle, ask again only
+/// when it is restarted, and make nothing of that name until then. It writes what we
+/// say of it into its log.
+///
 /// # Errors
 /// The names cannot be, or nobody reads the answer.
 pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
@@ -126,12 +130,23 @@ pub fn delete(flags: &Flags) -> Result<(), CleanupError> {
         shim => shim,
     };
     // It may be alive and only deaf.
-    let processes = [shim, state.vmm, state.file_server];
-    Process::kill_all(processes.into_iter().flatten(), time_until(times.killed));
-    if let Some(path) = &state.cgroup {
-        cgroup::remove(path);
+    let processes: Vec<_> = [shim, state.vmm, state.file_server]
+        .into_iter()
+        .flatten()
+        .collect();
+    Process::kill_all(processes.iter().copied(), time_until(times.killed));
+    let cgroup = state.cgroup.filter(|path| !cgroup::remove(path));
+    let alive: Vec<_> = processes.iter().filter(|one| one.is_alive()).collect();
+    if alive.is_empty() && cgroup.is_none() {
+        state_dir.remove();
+    } else {
+        let pids: Vec<_> = alive.iter().map(|process| process.pid).collect();
+        eprintln!(
+            "containerd-shim-husk-v2: not all of {}/{pod} is gone: processes {pids:?}, cgroup \
+             {cgroup:?}; see `husk check`",
+            flags.namespace
+        );
     }
-    state_dir.remove();
     let socket = socket_of(flags, &bundle, &pod);
     if !socket.answers() {
         socket.remove();

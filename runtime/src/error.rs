@@ -42,6 +42,17 @@ pub enum Error {
         /// Its name.
         id: String,
     },
+    /// A pod of that name was ended, and not all of it has.
+    #[error(
+        "there was a pod {id} before, whose process {pid} was killed and has not ended yet: it \
+         waits in the kernel, for a disk or a device of the node"
+    )]
+    NameTaken {
+        /// Its name.
+        id: String,
+        /// What is left of it.
+        pid: u32,
+    },
     /// The state does not allow it.
     #[error("cannot {action} {id}: it is {state}")]
     State {
@@ -135,7 +146,9 @@ impl Error {
         match self {
             Self::NotFound { .. } | Self::Finished => Code::NOT_FOUND,
             Self::Exists { .. } => Code::ALREADY_EXISTS,
-            Self::State { .. } | Self::MachineGone(_) => Code::FAILED_PRECONDITION,
+            Self::NameTaken { .. } | Self::State { .. } | Self::MachineGone(_) => {
+                Code::FAILED_PRECONDITION
+            }
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::ShuttingDown => Code::UNAVAILABLE,
             Self::TooMany(_) => Code::RESOURCE_EXHAUSTED,

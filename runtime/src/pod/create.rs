@@ -12,7 +12,7 @@ use protobuf::MessageField;
 
 use super::{MachineState, Pod, PodHandle, Reply};
 use crate::bundle::{Bundle, BundleError, Limits, PodSpec, Role};
-use crate::cgroup::PodCgroup;
+use crate::cgroup::{self, PodCgroup};
 use crate::clock;
 use crate::container::{Container, Kind, Process, State as ProcessState};
 use crate::container_files::FilesRequest;
@@ -192,6 +192,7 @@ impl Pod {
     /// Makes the pod's place on the node.
     fn plan_machine(&mut self, mut pod: PodSpec) -> Result<MachineRequest, Error> {
         self.shares_pids = pod.shared_pid_namespace;
+        self.take_over()?;
         self.state_dir.create()?;
         self.state = State {
             shim: HostProcess::find(std::process::id()),
@@ -225,6 +226,25 @@ impl Pod {
             state: self.state.clone(),
             debug: self.settings.debug,
         })
+    }
+
+    /// Removes what is left of a pod of this name, which `delete` could not.
+    fn take_over(&self) -> Result<(), Error> {
+        let Some(left) = self.state_dir.read() else {
+            return Ok(());
+        };
+        let mut processes = [left.vmm, left.file_server].into_iter().flatten();
+        if let Some(process) = processes.find(|process| process.is_alive()) {
+            return Err(Error::NameTaken {
+                id: self.settings.id.as_str().to_owned(),
+                pid: process.pid,
+            });
+        }
+        // One that this shim could not leave has this shim in it.
+        if let (Some(path), None) = (&left.cgroup, &self.cgroup) {
+            cgroup::remove(path);
+        }
+        Ok(())
     }
 
     fn plan_files(

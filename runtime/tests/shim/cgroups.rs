@@ -117,8 +117,19 @@ fn not_left() {
             assert!(own.exists());
             assert!(node.state_dir().join("test/n/state.json").exists());
             let dir = bundle.dir.display().to_string();
-            let deleted = node.shim(&["-id", "n", "-bundle", &dir, "delete"], &bundle.dir, b"");
-            assert!(deleted.status.success());
+            let delete = || {
+                let arguments = ["-id", "n", "-bundle", &dir, "delete"];
+                let deleted = node.shim(&arguments, &bundle.dir, b"");
+                assert!(deleted.status.success());
+                String::from_utf8(deleted.stderr).unwrap()
+            };
+            // Somebody else's, below it.
+            fs::create_dir(own.join("other")).unwrap();
+            let said = delete();
+            assert!(said.contains("not all of test/n is gone"), "{said}");
+            assert!(node.state_dir().join("test/n/state.json").exists());
+            fs::remove_dir(own.join("other")).unwrap();
+            assert_eq!(delete(), "");
             assert!(!own.exists());
             node.assert_clean();
         });

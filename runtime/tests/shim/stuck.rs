@@ -17,11 +17,12 @@ use rustix::mount::{
 };
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::Value;
+use ttrpc::Code;
 use ttrpc::context::with_duration;
 
 use crate::Case;
 use crate::case::{Node, block_on, is_alive};
-use crate::containerd::soon;
+use crate::containerd::{refusal, soon};
 use crate::sandbox::{add, member, up};
 
 pub const CASES: &[Case] = &[("stuck_processes_do_not_hold_up_their_pod", pod)];
@@ -157,14 +158,31 @@ async fn stuck() {
     let pids = [pid("vmm"), pid("file_server")];
     let threads = |pid: i32| fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
     assert!(pids.iter().all(|pid| threads(*pid) > 0), "{state}");
-    drop(hang);
     let dir = node.path("bundles/p").display().to_string();
-    let deleted = node.shim(
-        &["-id", "p", "-bundle", &dir, "delete"],
-        &node.path(""),
-        b"",
-    );
-    assert!(deleted.status.success());
+    let delete = || {
+        let began = Instant::now();
+        let arguments = ["-id", "p", "-bundle", &dir, "delete"];
+        let deleted = node.shim(&arguments, &node.path(""), b"");
+        // containerd kills it after that.
+        assert!(began.elapsed() < Duration::from_secs(5));
+        assert!(deleted.status.success());
+        String::from_utf8(deleted.stderr).unwrap()
+    };
+    // containerd asks for that as soon as the shim has ended.
+    let said = delete();
+    assert!(said.contains("not all of test/p is gone"), "{said}");
+    assert!(pids.iter().all(|pid| threads(*pid) > 0), "{state}");
+    // Nobody else comes in their place.
+    let again = node.start(&node.bundle("p", &["sleep"])).await;
+    let request = node.bundle("p", &["sleep"]).request();
+    let (code, words) = refusal(again.create(&request).await);
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+    let pid = format!("a pod p before, whose process {}", pids[0]);
+    assert!(words.contains(&pid), "{words}");
+    again.shut_down("p").await;
+    again.assert_gone().await;
+    drop(hang);
+    assert_eq!(delete(), "");
     assert!(!pids.into_iter().any(is_alive));
     node.assert_clean();
 }
