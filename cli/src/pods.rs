@@ -78,7 +78,7 @@ impl Status {
             Self::Abandoned
         } else if state.vmm.is_none() {
             Self::Starting
-        } else if !is_alive(state.vmm) {
+        } else if state.end.is_some() || !is_alive(state.vmm) {
             Self::Ended
         } else if state.timeline.guest_entered_ns > 0 && state.machine.is_some() {
             Self::Running
@@ -288,7 +288,7 @@ fn name_by(shim: Process) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use husk_node::state::{FILE, MachineFacts};
+    use husk_node::state::{EndFacts, FILE, MachineFacts};
     use std::process::{Child, Command};
 
     /// A process that works in a pod's bundle, as a shim does.
@@ -355,6 +355,10 @@ mod tests {
         state.machine = Some(MachineFacts::default());
         state.timeline.guest_entered_ns = 1;
         write(root.path(), "b", &state);
+        // Its VMM does not go.
+        state.end = Some(EndFacts::default());
+        write(root.path(), "b2", &state);
+        state.end = None;
         state.vmm = Some(gone);
         write(root.path(), "c", &state);
         state.shim = Some(gone);
@@ -369,13 +373,14 @@ mod tests {
             ("a1", Status::Starting),
             ("a2", Status::Starting),
             ("b", Status::Running),
+            ("b2", Status::Ended),
             ("c", Status::Ended),
             ("d", Status::Abandoned),
         ];
         assert_eq!(seen, expected);
         assert_eq!(pods[0].name.as_deref(), Some("shop/web"));
         assert!(pods[0].age().unwrap() < Duration::from_secs(60));
-        assert_eq!((pods[4].name.clone(), pods[4].age()), (None, None));
+        assert_eq!((pods[5].name.clone(), pods[5].age()), (None, None));
 
         let find = |text| find(root.path(), text).map(|pod| pod.id);
         assert_eq!(find("b").unwrap(), "b");

@@ -4,7 +4,7 @@
 
 mod stands_on;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -28,13 +28,19 @@ pub struct PodDisks {
     last: AtomicU32,
     shared: Mutex<BTreeMap<Key, Weak<PodDisk>>>,
     /// Each disk has one.
-    unused: Arc<Unused>,
+    told: Arc<Mutex<Told>>,
     /// Held by who takes them from the machine.
     unplugging: tokio::sync::Mutex<()>,
 }
 
-/// Serials of the disks that the machine has and nobody uses any more.
-type Unused = Mutex<Vec<String>>;
+/// Serials of disks that the machine was told of.
+#[derive(Debug, Default)]
+struct Told {
+    /// Nobody uses them any more.
+    unused: Vec<String>,
+    /// It may write to them: it has not said that they are gone.
+    writable: BTreeSet<String>,
+}
 
 /// What makes two disks the same; and whether it is read-only.
 type Key = (Backing, bool);
@@ -84,16 +90,21 @@ struct PodDisk {
     plugged: OnceCell<()>,
     /// The machine has been told of it.
     was_told: AtomicBool,
-    unused: Arc<Unused>,
+    told: Arc<Mutex<Told>>,
 }
 
 impl Drop for PodDisk {
     fn drop(&mut self) {
         if *self.was_told.get_mut() {
-            let mut unused = self.unused.lock().unwrap_or_else(PoisonError::into_inner);
-            unused.push(std::mem::take(&mut self.serial));
+            locked(&self.told)
+                .unused
+                .push(std::mem::take(&mut self.serial));
         }
     }
+}
+
+fn locked(told: &Mutex<Told>) -> MutexGuard<'_, Told> {
+    told.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl PodDisks {
@@ -128,7 +139,7 @@ impl PodDisks {
             known.is_none()
         };
         let new = images.iter().filter(|(backing, _)| is_new(backing)).count();
-        if Arc::strong_count(&self.unused) - 1 + new > most {
+        if Arc::strong_count(&self.told) - 1 + new > most {
             return None;
         }
         images
@@ -167,7 +178,7 @@ impl PodDisks {
             read_only,
             plugged: OnceCell::new(),
             was_told: AtomicBool::new(false),
-            unused: Arc::clone(&self.unused),
+            told: Arc::clone(&self.told),
         })
     }
 
@@ -175,17 +186,23 @@ impl PodDisks {
     pub async fn unplug_unused(&self, vm: &Vm, agent: &Agent) {
         // What somebody else is taking shall be gone as well when this returns.
         let _turn = self.unplugging.lock().await;
-        let unused = || self.unused.lock().unwrap_or_else(PoisonError::into_inner);
-        let serials = std::mem::take(&mut *unused());
+        let serials = std::mem::take(&mut locked(&self.told).unused);
         for serial in serials {
             // A machine that cannot is about to end or has ended.
             if let Err(error) = agent.remove_disk(&serial).await {
                 tracing::warn!(serial, %error, "disk");
             }
-            if let Err(error) = vm.remove_device(serial.clone()).await {
-                tracing::warn!(serial, %error, "disk");
+            match vm.remove_device(serial.clone()).await {
+                Ok(()) => drop(locked(&self.told).writable.remove(&serial)),
+                // It has none of this name, or cannot let go of it.
+                Err(error) => tracing::warn!(serial, %error, "disk"),
             }
         }
+    }
+
+    /// The machine has a disk to which it may write, as far as is known.
+    pub fn may_be_written(&self) -> bool {
+        !locked(&self.told).writable.is_empty()
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Weak<PodDisk>>> {
@@ -251,6 +268,9 @@ impl DiskUse {
 impl PodDisk {
     fn for_machine(&self) -> io::Result<Disk> {
         self.was_told.store(true, Ordering::Relaxed);
+        if !self.read_only {
+            locked(&self.told).writable.insert(self.serial.clone());
+        }
         Ok(Disk {
             serial: self.serial.clone(),
             file: self.file.try_clone()?,
@@ -262,6 +282,7 @@ impl PodDisk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Config;
 
     const DISK: Backing = Backing::Device(7);
 
@@ -290,7 +311,7 @@ mod tests {
     #[test]
     fn what_the_last_use_leaves_is_known() {
         let disks = Arc::new(PodDisks::default());
-        let unused = || disks.unused.lock().unwrap().clone();
+        let unused = || disks.told.lock().unwrap().unused.clone();
         // Of a creation that failed before the machine heard of it.
         drop(disks.share(DISK, false, open).unwrap());
         let first = disks.share(DISK, false, open).unwrap();
@@ -301,6 +322,25 @@ mod tests {
         assert!(unused().is_empty());
         drop(failing);
         assert_eq!(unused(), ["disk-2"]);
+    }
+
+    #[tokio::test]
+    async fn the_machine_may_write_until_it_has_said_that_a_disk_is_gone() {
+        let (near, _) = std::os::unix::net::UnixStream::pair().unwrap();
+        let agent = Agent::new(near, Config::default().patience()).unwrap();
+        let disks = Arc::new(PodDisks::default());
+        let give = |read_only| disks.add(open().unwrap(), read_only).for_boot().unwrap();
+        give(true);
+        assert!(!disks.may_be_written());
+        give(false);
+        assert!(disks.may_be_written());
+        let (vm, _asked) = Vm::pretended(|_| Ok(()));
+        disks.unplug_unused(&vm, &agent).await;
+        assert!(!disks.may_be_written());
+        give(false);
+        let (vm, _asked) = Vm::pretended(|_| Err("its worker does not end".into()));
+        disks.unplug_unused(&vm, &agent).await;
+        assert!(disks.may_be_written());
     }
 
     #[test]

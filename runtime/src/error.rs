@@ -53,6 +53,15 @@ pub enum Error {
         /// What is left of it.
         pid: u32,
     },
+    /// The machine cannot be given up yet.
+    #[error(
+        "the pod's VMM, process {pid}, was killed and has not ended yet: it waits in the kernel, \
+         and may still write to the disks and PCI devices of the node that it has"
+    )]
+    Held {
+        /// The VMM.
+        pid: u32,
+    },
     /// The state does not allow it.
     #[error("cannot {action} {id}: it is {state}")]
     State {
@@ -146,9 +155,10 @@ impl Error {
         match self {
             Self::NotFound { .. } | Self::Finished => Code::NOT_FOUND,
             Self::Exists { .. } => Code::ALREADY_EXISTS,
-            Self::NameTaken { .. } | Self::State { .. } | Self::MachineGone(_) => {
-                Code::FAILED_PRECONDITION
-            }
+            Self::NameTaken { .. }
+            | Self::Held { .. }
+            | Self::State { .. }
+            | Self::MachineGone(_) => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::ShuttingDown => Code::UNAVAILABLE,
             Self::TooMany(_) => Code::RESOURCE_EXHAUSTED,

@@ -312,9 +312,10 @@ impl Machine {
     }
 
     /// Ends the machine at once, and all that belongs to it.
-    pub async fn end(self) {
-        self.vm.kill().await;
+    pub async fn end(&self) -> VmEnd {
+        let end = self.vm.kill().await;
         self.file_server.end(self.agent.patience()).await;
+        end
     }
 
     async fn set_up(

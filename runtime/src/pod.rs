@@ -291,7 +291,9 @@ impl Pod {
             }
         }
         match std::mem::replace(&mut self.machine, MachineState::None) {
-            MachineState::Running(machine) | MachineState::Ended(machine, _) => machine.end().await,
+            MachineState::Running(machine) | MachineState::Ended(machine, _) => {
+                machine.end().await;
+            }
             MachineState::None | MachineState::Booting => {}
         }
         // A file system may take its time to be unmounted.

@@ -165,6 +165,11 @@ impl PodGroups {
         }
     }
 
+    /// The machine has one, as far as is known.
+    pub fn may_be_plugged(&self) -> bool {
+        !locked(&self.occupied).slots.is_empty()
+    }
+
     /// Has one left in the machine that nobody uses any more.
     #[cfg(test)]
     pub fn pretend_left(&self, number: u32) {

@@ -10,15 +10,25 @@ pub fn check(node: &Node, config: &Config) -> Vec<Finding> {
     let dir = node.path(&config.state_dir.to_string_lossy());
     // Only root may see them.
     let pods = pods::all(&dir).unwrap_or_default();
-    let mut left = pods
-        .iter()
-        .filter(|pod| pod.status == Status::Abandoned)
-        .map(|pod| remains(node, pod))
-        .peekable();
+    let left = pods.iter().filter_map(|pod| match pod.status {
+        Status::Abandoned => Some(remains(node, pod)),
+        Status::Ended => held(pod),
+        Status::Starting | Status::Running => None,
+    });
+    let mut left = left.peekable();
     match left.peek() {
         Some(_) => left.collect(),
-        None => vec![Finding::ok(ABOUT, "all of them have their shim")],
+        None => vec![Finding::ok(ABOUT, "nothing is left of any that has ended")],
     }
+}
+
+/// One whose VMM does not end with it.
+fn held(pod: &Pod) -> Option<Finding> {
+    let vmm = pod.state.vmm.filter(|vmm| vmm.is_alive())?;
+    let found = format!("{} has ended, and process {} not", pod.title(), vmm.pid);
+    let advice = "it waits in the kernel for a disk or a device (dmesg), and the pod with it, until \
+                  that answers or is given up";
+    Some(Finding::warning(ABOUT, found, advice))
 }
 
 const ABOUT: &str = "pods";
@@ -53,7 +63,7 @@ mod tests {
     use super::*;
     use crate::check::Verdict;
     use husk_node::process::Process;
-    use husk_node::state::{FILE, State};
+    use husk_node::state::{EndFacts, FILE, State};
     use std::fs;
 
     #[test]
@@ -75,6 +85,17 @@ mod tests {
             ..State::default()
         });
         assert_eq!(found()[0].verdict, Verdict::Ok);
+        write(&State {
+            shim: this,
+            vmm: this,
+            end: Some(EndFacts::default()),
+            ..State::default()
+        });
+        let held = format!(
+            "k8s.io/left has ended, and process {} not",
+            std::process::id()
+        );
+        assert_eq!(found()[0].found, held);
         let mut state = State {
             vmm: this,
             cgroup: Some("/pods/left".into()),

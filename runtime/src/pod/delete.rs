@@ -1,5 +1,6 @@
 //! Deleting containers; the last takes the machine with it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskDelete;
@@ -15,6 +16,7 @@ use crate::container::{Container, Kind, State};
 use crate::container_files::ContainerFiles;
 use crate::error::Error;
 use crate::machine::Machine;
+use crate::vm_process::VmEnd;
 
 /// How long a deletion waits for somebody to go on reading the output.
 const SLOW_READER: Duration = Duration::from_secs(10);
@@ -91,7 +93,7 @@ impl Pod {
             Kind::Guest(files) => Some(files.take().map(|files| *files)),
             Kind::Sandbox => None,
         };
-        let hooks = container.hooks.take();
+        let hooks = container.hooks.clone();
         // It counts as ended until it is gone, as with runc: who asks in between
         // shall not take its files for free.
         self.containers.insert(id.clone(), container);
@@ -122,23 +124,36 @@ impl Pod {
                     files.detach(running).await;
                 }
             }
-            if let Some(end) = machine_end {
-                end.await;
-            }
-            if let Some(hooks) = hooks {
+            let held = match machine_end {
+                Some(end) => end.await,
+                None => None,
+            };
+            if let (Some(hooks), None) = (hooks, &held) {
                 hooks.deleted().await;
             }
-            move |pod: &mut Pod| pod.container_deleted(&id)
+            move |pod: &mut Pod| match held {
+                Some((machine, end)) => pod.container_held(&id, machine, end),
+                None => pod.container_deleted(&id),
+            }
         });
     }
 
-    /// Ends the machine once whoever does so is the last to have work under way.
-    pub(super) fn end_last(&self, machine: Machine) -> impl Future<Output = ()> + Send + use<> {
+    /// Ends the machine once whoever does so is the last to have work under way. It is
+    /// handed back where its VMM does not end and may still write to what is the
+    /// node's, so that nobody may have that yet.
+    pub(super) fn end_last(
+        &self,
+        machine: Machine,
+    ) -> impl Future<Output = Option<(Machine, VmEnd)>> + Send + use<> {
         let others = self.settings.config.patience().of(OTHERS);
         let mut under_way = self.under_way.subscribe();
+        let (disks, groups) = (Arc::clone(&self.disks), Arc::clone(&self.groups));
         async move {
             let _ = timeout(others, under_way.wait_for(|count| *count <= 1)).await;
-            machine.end().await;
+            let end = machine.end().await;
+            let may_write = disks.may_be_written() || groups.may_be_plugged();
+            let is_held = may_write && machine.vm().process().is_alive();
+            is_held.then_some((machine, end))
         }
     }
 
@@ -195,6 +210,20 @@ impl Pod {
         }
         // Not before that is written down, for those who trace it.
         self.work_ended();
+    }
+
+    /// The last container stays, for who asks again.
+    fn container_held(&mut self, id: &str, machine: Machine, end: VmEnd) {
+        let pid = machine.vm().process().pid;
+        if self.state.end.is_none() {
+            self.note_end(&end, true);
+        }
+        self.machine = MachineState::Ended(machine, end);
+        self.end_work();
+        let deletion = self.deleting.remove(id);
+        for reply in deletion.into_iter().flat_map(|deletion| deletion.waiting) {
+            reply.send(Err(Error::Held { pid }));
+        }
     }
 
     fn tell_deleted(&self, id: &str, Deletion { deleted, waiting }: Deletion) {

@@ -52,18 +52,7 @@ impl Pod {
         } else {
             tracing::error!("machine: {end}");
         }
-        let (kind, reason) = match self.lost_part {
-            Some(part) => (part.kind(), format!("the {} had ended", part.name())),
-            None => (end.kind(), end.reason()),
-        };
-        self.state.end = Some(EndFacts {
-            kind,
-            reason,
-            was_asked,
-            console: end.last_lines(),
-            at_ns: clock::wall_ns(),
-        });
-        self.write_state();
+        self.note_end(&end, was_asked);
         self.machine = MachineState::Ended(machine, end);
         let sandbox_code = self.sandbox_exit.unwrap_or(MACHINE_GONE);
         let mut ended = Vec::new();
@@ -83,6 +72,22 @@ impl Pod {
         for (id, exec, code) in ended {
             self.process_exited(&id, &exec, ended_now(code));
         }
+    }
+
+    /// Writes down how the machine ended.
+    pub(super) fn note_end(&mut self, end: &VmEnd, was_asked: bool) {
+        let (kind, reason) = match self.lost_part {
+            Some(part) => (part.kind(), format!("the {} had ended", part.name())),
+            None => (end.kind(), end.reason()),
+        };
+        self.state.end = Some(EndFacts {
+            kind,
+            reason,
+            was_asked,
+            console: end.last_lines(),
+            at_ns: clock::wall_ns(),
+        });
+        self.write_state();
     }
 }
 

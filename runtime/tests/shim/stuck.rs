@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{DeleteRequest, KillRequest, WaitRequest};
+use containerd_shim_protos::types::mount::Mount;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
 };
@@ -23,9 +24,13 @@ use ttrpc::context::with_duration;
 use crate::Case;
 use crate::case::{Node, block_on, is_alive};
 use crate::containerd::{refusal, soon};
+use crate::lifecycle::kill;
 use crate::sandbox::{add, member, up};
 
-pub const CASES: &[Case] = &[("stuck_processes_do_not_hold_up_their_pod", pod)];
+pub const CASES: &[Case] = &[
+    ("stuck_processes_do_not_hold_up_their_pod", pod),
+    ("stuck_vmm_that_may_write_to_a_disk_holds_its_pod", disk),
+];
 
 /// Kernel parameter that has a thread of the VMM ask for a file, and which.
 pub const PARAMETER: &str = "fake.stuck=";
@@ -95,14 +100,22 @@ impl Drop for Hang {
     }
 }
 
-/// Where nobody else comes across what is mounted.
 fn pod() {
-    let apart = || {
+    apart(|| block_on(stuck()));
+}
+
+fn disk() {
+    apart(|| block_on(holds()));
+}
+
+/// Where nobody else comes across what is mounted.
+fn apart(case: fn()) {
+    let apart = move || {
         // SAFETY: no other thread relies on this one's working directory.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         mount_change("/", private).unwrap();
-        block_on(stuck());
+        case();
     };
     let case = std::thread::spawn(apart).join();
     case.unwrap_or_else(|failure| std::panic::resume_unwind(failure));
@@ -185,4 +198,58 @@ async fn stuck() {
     assert_eq!(delete(), "");
     assert!(!pids.into_iter().any(is_alive));
     node.assert_clean();
+}
+
+/// Whoever has the disk next would have it written to by the VMM of before.
+async fn holds() {
+    let node = Node::new().await;
+    let hang = Hang::mount(node.path("hang"));
+    let file = hang.path.display();
+    node.configure(&format!("kernel_parameters = '{PARAMETER}{file}'\n"));
+    let image = node.path("image.ext4");
+    fs::write(&image, vec![0; 4096]).unwrap();
+    let bundle = node.bundle("d", &["sleep"]);
+    let shim = node.start(&bundle).await;
+    let mut request = bundle.request();
+    request.rootfs = vec![Mount {
+        type_: "ext4".into(),
+        source: image.display().to_string(),
+        ..Mount::default()
+    }];
+    shim.create(&request).await.unwrap();
+    shim.run("d", "").await.unwrap();
+    hang.has_been_asked(1).await;
+
+    kill(&shim, "d", "", 9).await.unwrap();
+    assert_eq!(shim.wait("d", "").await.unwrap().exit_status, 137);
+    let delete = async || {
+        let request = DeleteRequest {
+            id: "d".into(),
+            ..DeleteRequest::default()
+        };
+        shim.task.delete(with_duration(AT_MOST), &request).await
+    };
+    // As often as it is asked; it is written down, too, how the machine ended.
+    for _ in 0..2 {
+        let (code, words) = refusal(delete().await);
+        assert_eq!(code, Code::FAILED_PRECONDITION);
+        assert!(words.contains("may still write to the disks"), "{words}");
+    }
+    let state = fs::read(node.state_dir().join("test/d/state.json")).unwrap();
+    let state: Value = serde_json::from_slice(&state).unwrap();
+    assert_eq!(state["end"]["kind"], "killed", "{state}");
+    let topics = node.events.topics();
+    assert!(!topics.iter().any(|topic| topic == "/tasks/delete"));
+    drop(hang);
+    let began = Instant::now();
+    while let Err(error) = delete().await {
+        assert!(began.elapsed() < Duration::from_secs(10), "{error}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    shim.shut_down("d").await;
+    shim.assert_gone().await;
+    node.assert_clean();
+    let topics = node.events.topics();
+    let deletions = topics.iter().filter(|topic| *topic == "/tasks/delete");
+    assert_eq!(deletions.count(), 1);
 }

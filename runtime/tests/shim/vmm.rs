@@ -135,7 +135,9 @@ pub fn run() {
     let how = words.find_map(|word| word.strip_prefix(liar::PARAMETER));
     let how = how.map(str::to_owned);
     let mut words = line.split(' ');
-    if let Some(file) = words.find_map(|word| word.strip_prefix(stuck::PARAMETER)) {
+    let stuck = words.find_map(|word| word.strip_prefix(stuck::PARAMETER));
+    let is_stuck = stuck.is_some();
+    if let Some(file) = stuck {
         let file = file.to_owned();
         spawn(move || drop(std::fs::metadata(file)));
     }
@@ -186,6 +188,11 @@ pub fn run() {
                 let before = devices.insert(device.id().to_owned(), descriptors);
                 let is_new = before.is_none();
                 expect(is_new, "a device is plugged twice", device.id());
+            }
+            Request::RemoveDevice(id) if is_stuck && id.starts_with("disk-") => {
+                let message = "its worker does not end".to_owned();
+                tell(&Message::Reply(Err(Failure { message })));
+                continue;
             }
             Request::RemoveDevice(id) => {
                 let removed = devices.remove(&id).is_some();
