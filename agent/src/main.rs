@@ -42,6 +42,7 @@ mod stdio;
 mod storage;
 mod watch;
 
+use std::os::fd::RawFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -108,6 +109,7 @@ fn run(mut settings: Settings) -> ExitCode {
     // Without /dev there is no log.
     let speechless = prepared.is_err() || !settings.guest;
     kmsg::init(&settings);
+    provide_descriptors();
     let served = prepared.map_err(Error::from).and_then(|()| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -128,6 +130,15 @@ fn run(mut settings: Settings) -> ExitCode {
         }
     }
     power::off(&settings)
+}
+
+/// Has the kernel make room for the descriptors of a usual pod while this is the only
+/// thread: a table that several share is made larger after what RCU calls a grace
+/// period (`expand_fdtable` of Linux's fs/file.c), in which a container waits to start.
+fn provide_descriptors() {
+    // A power of two. Without it all goes on, later.
+    const PROVIDED: RawFd = 256;
+    let _ = rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), PROVIDED - 1);
 }
 
 /// Until the shim is gone, or asks for the end.

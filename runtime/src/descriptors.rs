@@ -1,6 +1,7 @@
 //! How many files the shim may have open.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::sync::OnceLock;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -8,6 +9,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// What the smallest pod needs, with some to spare. containerd's own limit, and so
 /// ours, is a thousand at least.
 const LEAST: u64 = 64;
+
+/// A power of two, more than a pod of a few containers has.
+const PROVIDED: RawFd = 256;
 
 /// As the shim was given it, where it has another now.
 static GIVEN: OnceLock<Rlimit> = OnceLock::new();
@@ -43,6 +47,18 @@ pub fn raise() -> io::Result<()> {
         maximum: given.maximum,
     };
     change(given, most)
+}
+
+/// Has the kernel make room for the descriptors of a usual pod while this is the only
+/// thread: a table that several share is made larger after what RCU calls a grace
+/// period (`expand_fdtable` of Linux's fs/file.c), some 10 ms in which a pod waits to
+/// start.
+///
+/// # Errors
+/// The limit is lower, or the kernel refuses.
+pub fn provide() -> io::Result<()> {
+    let null = rustix::stdio::stdin();
+    Ok(rustix::io::fcntl_dupfd_cloexec(null, PROVIDED - 1).map(drop)?)
 }
 
 fn change(given: Rlimit, to: Rlimit) -> io::Result<()> {

@@ -98,6 +98,8 @@ fn try_serve(flags: &Flags) -> Result<(), ServeError> {
         // A pod has fewer containers with it, perhaps.
         tracing::warn!(%error, "the limit of open files is not raised");
     }
+    // A pod may still fit in what there is.
+    let _ = descriptors::provide();
     // Not a leader yet unless started by hand, and then it may stay.
     let _ = rustix::process::setsid();
     own_mounts().map_err(io_error("making a mount namespace"))?;

@@ -3,7 +3,7 @@
 //! comes over the control socket.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 
 use husk_vmm_spec::{CONTROL_FD, JailSpec};
 use landlock::{
@@ -20,6 +20,10 @@ use rustix::thread::{
 
 /// Most descriptors: each vsock stream, queue and interrupt vector has one.
 pub const DESCRIPTORS: u64 = 8192;
+
+/// Descriptors for which there is room from the start: a power of two, more than a
+/// machine has that nothing was plugged into.
+const PROVIDED: RawFd = 512;
 
 /// Most threads beside the processors': the main one, the devices', KVM's that
 /// splits large pages, and io_uring's of either thread that has a ring, eight that
@@ -64,6 +68,7 @@ pub fn enter(spec: JailSpec) -> Result<(), JailError> {
     leave_namespaces()?;
     leave_file_systems()?;
     limit_resources()?;
+    provide_descriptors()?;
     become_somebody(spec)?;
     leave_users(spec, this_thread)?;
     drop_privileges()?;
@@ -151,6 +156,16 @@ fn limit_resources() -> Result<(), JailError> {
     limits
         .into_iter()
         .try_for_each(|(resource, most)| limit(resource, most))
+}
+
+/// Has the kernel make room for the descriptors of a usual machine while there is one
+/// thread: a table that several share is made larger after what RCU calls a grace
+/// period (`expand_fdtable` of Linux's fs/file.c), some 10 ms.
+fn provide_descriptors() -> Result<(), JailError> {
+    let null = rustix::stdio::stdin();
+    rustix::io::fcntl_dupfd_cloexec(null, PROVIDED - 1)
+        .map(drop)
+        .map_err(failed("make room for descriptors"))
 }
 
 fn limit(resource: Resource, most: u64) -> Result<(), JailError> {
