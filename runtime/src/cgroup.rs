@@ -3,11 +3,15 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::statfs;
+use rustix::fs::{Mode, OFlags, statfs};
 use rustix::io::retry_on_intr;
 
 use crate::bundle::{BlockIo, Unlimited};
@@ -34,10 +38,84 @@ const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
 pub struct PodCgroup {
     /// Below the mount point.
     path: PathBuf,
+    dir: CgroupDir,
     /// Where this process came from.
     origin: PathBuf,
     /// Nobody else had made it.
     is_ours: bool,
+}
+
+/// A pod's cgroup, for those who begin in it.
+#[derive(Clone, Debug)]
+pub struct CgroupDir {
+    path: PathBuf,
+    descriptor: Arc<OwnedFd>,
+    shim: Arc<Mutex<Shim>>,
+}
+
+/// Where this process is.
+#[derive(Debug)]
+enum Shim {
+    Outside,
+    Moving(JoinHandle<()>),
+    Inside,
+}
+
+impl CgroupDir {
+    fn open(path: PathBuf) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let descriptor = rustix::fs::open(&path, flags, Mode::empty())?;
+        Ok(Self {
+            path,
+            descriptor: Arc::new(descriptor),
+            shim: Arc::new(Mutex::new(Shim::Outside)),
+        })
+    }
+
+    /// Has this process move into it, for which nobody waits: it takes what RCU calls a
+    /// grace period (for `cgroup_threadgroup_rwsem`), some 10 ms. Until then nobody can
+    /// begin in any cgroup of the node; what the pod needs should have begun.
+    pub fn move_in(&self) {
+        let mut shim = self.shim();
+        if let Shim::Outside = *shim {
+            let procs = self.path.join("cgroup.procs");
+            let mover = thread::Builder::new().name("cgroup".into());
+            match mover.spawn(move || move_to(&procs)) {
+                Ok(moving) => *shim = Shim::Moving(moving),
+                Err(error) => tracing::warn!(%error, "the shim stays outside of the pod's cgroup"),
+            }
+        }
+    }
+
+    /// Whether this process has moved in, or may have.
+    fn is_shim_inside(&self) -> bool {
+        let mut shim = self.shim();
+        match mem::replace(&mut *shim, Shim::Inside) {
+            Shim::Outside => *shim = Shim::Outside,
+            Shim::Moving(moving) => {
+                // One that panicked has said so.
+                let _ = moving.join();
+            }
+            Shim::Inside => {}
+        }
+        !matches!(*shim, Shim::Outside)
+    }
+
+    fn shim(&self) -> MutexGuard<'_, Shim> {
+        self.shim.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the kernel has ended a process in it for want of memory.
+    pub fn has_run_out_of_memory(&self) -> bool {
+        let events = fs::read_to_string(self.path.join("memory.events"));
+        events.is_ok_and(|events| has_killed(&events))
+    }
+}
+
+impl AsFd for CgroupDir {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
 }
 
 /// A cgroup that cannot be used.
@@ -58,12 +136,12 @@ pub enum CgroupError {
 }
 
 impl PodCgroup {
-    /// Makes the cgroup that `cgroups_path` of the spec asks for and moves this
-    /// process into it. None where the node has no cgroup v2.
+    /// Makes the cgroup that `cgroups_path` of the spec asks for, in which what the pod
+    /// needs can begin and this process can move. None where the node has no cgroup v2.
     ///
     /// # Errors
     /// The path is none, or the kernel refuses.
-    pub fn enter(cgroups_path: &str) -> Result<Option<Self>, CgroupError> {
+    pub fn make(cgroups_path: &str) -> Result<Option<Self>, CgroupError> {
         let path = host_path(cgroups_path)?;
         if !is_v2() {
             tracing::info!("no cgroup v2 at {MOUNT}: the pod gets no cgroup of its own");
@@ -73,27 +151,31 @@ impl PodCgroup {
             return Ok(None);
         };
         let dir = under_mount(&path);
-        let is_ours = make(&dir).map_err(|source| CgroupError::Io {
+        let fail = |source| CgroupError::Io {
             path: dir.clone(),
             source,
-        })?;
-        let cgroup = Self {
-            path,
-            origin,
-            is_ours,
         };
-        cgroup.enable_controllers();
-        let procs = dir.join("cgroup.procs");
-        fs::write(&procs, std::process::id().to_string()).map_err(|source| {
-            if is_ours {
-                let _ = fs::remove_dir(&dir);
+        let is_ours = make(&dir).map_err(fail)?;
+        enable_controllers(&path);
+        match CgroupDir::open(dir.clone()) {
+            Ok(dir) => Ok(Some(Self {
+                path,
+                dir,
+                origin,
+                is_ours,
+            })),
+            Err(error) => {
+                if is_ours {
+                    let _ = fs::remove_dir(&dir);
+                }
+                Err(fail(error))
             }
-            CgroupError::Io {
-                path: procs,
-                source,
-            }
-        })?;
-        Ok(Some(cgroup))
+        }
+    }
+
+    /// For those who begin in it.
+    pub fn dir(&self) -> &CgroupDir {
+        &self.dir
     }
 
     /// What [`own_path`](Self::own_path) will say of a cgroup that is not there yet,
@@ -117,7 +199,11 @@ impl PodCgroup {
     /// Moves this process back and removes the cgroup, if it was made for this
     /// pod; whether nothing of that is left to be done.
     pub fn leave(&self) -> bool {
-        match self.move_back() {
+        let left = match self.dir.is_shim_inside() {
+            true => self.move_back(),
+            false => Ok(()),
+        };
+        match left {
             Ok(()) => !self.is_ours || remove(&self.path),
             Err(error) => {
                 let path = self.procs_of_origin();
@@ -149,7 +235,7 @@ impl PodCgroup {
     /// # Errors
     /// The kernel refuses: there is no such disk.
     pub fn limit_io(&self, limits: &BlockIo) -> Result<(), CgroupError> {
-        let dir = self.dir();
+        let dir = &self.dir.path;
         let write = |file: &str, line: &str| {
             let path = dir.join(file);
             let mut options = OpenOptions::new();
@@ -174,31 +260,34 @@ impl PodCgroup {
     /// What the cgroup around it, which the kubelet makes for the pod, leaves
     /// without limit: the kubelet limits it only when all containers have limits.
     pub fn unlimited(&self) -> Unlimited {
-        let dir = self.dir();
-        let around = dir.parent().unwrap_or(&dir);
+        let dir = &self.dir.path;
+        let around = dir.parent().unwrap_or(dir);
         unlimited(around)
     }
 
     /// Counters as `io.containerd.cgroups.v2.Metrics`.
     pub fn metrics(&self) -> containerd_shim_protos::cgroups_v2::metrics::Metrics {
-        stats::read(&self.dir())
+        stats::read(&self.dir.path)
     }
+}
 
-    fn dir(&self) -> PathBuf {
-        under_mount(&self.path)
+/// Moves this process, which the pod's limits do not count until then.
+fn move_to(procs: &Path) {
+    if let Err(error) = fs::write(procs, std::process::id().to_string()) {
+        tracing::warn!(path = %procs.display(), %error, "the shim stays outside of the pod's cgroup");
     }
+}
 
-    /// Best effort: a controller that the node keeps elsewhere is not counted.
-    fn enable_controllers(&self) {
-        let mut dir = PathBuf::from(MOUNT);
-        let parents = self.path.parent().into_iter().flat_map(Path::components);
-        for component in std::iter::once(Component::CurDir).chain(parents) {
-            if let Component::Normal(name) = component {
-                dir.push(name);
-            }
-            for controller in CONTROLLERS {
-                let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
-            }
+/// Best effort: a controller that the node keeps elsewhere is not counted.
+fn enable_controllers(path: &Path) {
+    let mut dir = PathBuf::from(MOUNT);
+    let parents = path.parent().into_iter().flat_map(Path::components);
+    for component in std::iter::once(Component::CurDir).chain(parents) {
+        if let Component::Normal(name) = component {
+            dir.push(name);
+        }
+        for controller in CONTROLLERS {
+            let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}"));
         }
     }
 }
@@ -229,14 +318,6 @@ fn make(dir: &Path) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         Err(error) => Err(error),
     }
-}
-
-/// Whether the kernel has ended a process in the cgroup of this one, which is the
-/// pod's, for want of memory.
-pub fn has_run_out_of_memory() -> bool {
-    let Some(path) = own_path() else { return false };
-    let events = fs::read_to_string(under_mount(&path).join("memory.events"));
-    events.is_ok_and(|events| has_killed(&events))
 }
 
 /// cgroup-v2.rst, "memory.events".
@@ -377,8 +458,9 @@ mod tests {
             .spawn()
             .unwrap();
         fs::write(dir.join("cgroup.procs"), bystander.id().to_string()).unwrap();
-        let entered = PodCgroup::enter(&path);
+        let entered = PodCgroup::make(&path);
         if let Ok(Some(cgroup)) = entered {
+            cgroup.dir().move_in();
             assert_eq!(cgroup.own_path(), None);
             cgroup.leave();
         }

@@ -1,50 +1,42 @@
 //! A program of ours that the shim runs beside itself: the VMM, the file server.
 
 use std::ffi::{CString, OsStr};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
-};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use crate::config;
+use crate::cgroup::CgroupDir;
 use crate::process::Process;
 
-/// Descriptor number of the socket that each program is given.
-const SOCKET: i32 = husk_vmm_spec::CONTROL_FD;
+mod beginning;
+
+use beginning::Beginning;
 
 /// What a program takes to end that was killed, at most. It takes longer only in the
 /// kernel: where a disk or a device of the node does not answer, and then nobody
 /// knows how long.
 pub const AFTER_KILL: Duration = Duration::from_secs(10);
 
-/// Most words of a command line, path and user included.
-const WORDS: usize = 16;
-
 /// What is started.
 #[derive(Debug)]
 pub struct Program<'a> {
     /// Its file.
     pub path: &'a Path,
-    /// What it is told besides who it is.
-    pub arguments: &'a [&'a OsStr],
     /// The first of the ids of which it has one.
     pub first_uid: u32,
+    /// Where it begins, if not where the shim is.
+    pub cgroup: Option<&'a CgroupDir>,
     /// Where what it has to say goes.
     pub complaints: OwnedFd,
 }
@@ -73,42 +65,49 @@ impl AsRawFd for Started {
 
 impl Drop for Started {
     fn drop(&mut self) {
-        // Mostly it is reaped already; otherwise it ends at once, unless the kernel
-        // keeps it, for which nobody is to wait.
-        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
-        let limit = Timespec {
-            tv_sec: 1,
-            tv_nsec: 0,
-        };
-        let _ = poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&limit));
-        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-        let _ = waitid(WaitId::PidFd(self.pidfd.as_fd()), options);
+        end(&self.pidfd);
     }
 }
 
+/// Ends and reaps a process that is mostly reaped already; otherwise it ends at once,
+/// unless the kernel keeps it, for which nobody is to wait.
+fn end(pidfd: &OwnedFd) {
+    let _ = pidfd_send_signal(pidfd, Signal::KILL);
+    let limit = Timespec {
+        tv_sec: 1,
+        tv_nsec: 0,
+    };
+    let _ = poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&limit));
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    let _ = waitid(WaitId::PidFd(pidfd.as_fd()), options);
+}
+
 impl Child {
-    /// Starts `program` with `socket` as descriptor 3, in a PID namespace of its
-    /// own: it can name no other process, to signal it for instance, and nobody else
-    /// is the user that it is told to be.
+    /// Starts `program` with these arguments, besides who it is, and with `socket` as
+    /// descriptor 3, in a PID namespace of its own: it can name no other process, to
+    /// signal it for instance, and nobody else is the user that it is told to be.
     ///
     /// # Errors
     /// The program is not there or cannot be executed.
-    pub async fn spawn(program: Program<'_>, socket: OwnedFd) -> io::Result<Self> {
-        let mut command = Command::new(program.path);
-        command
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(program.complaints);
-        let words = [&[program.path.as_os_str()], program.arguments].concat();
+    pub async fn spawn(
+        program: Program<'_>,
+        arguments: &[&OsStr],
+        socket: OwnedFd,
+    ) -> io::Result<Self> {
+        let words = [&[program.path.as_os_str()], arguments].concat();
         let words = words.iter().map(|word| CString::new(word.as_bytes()));
-        let words = words.collect::<Result<Vec<_>, _>>()?;
-        let first_uid = program.first_uid;
+        let beginning = Beginning {
+            words: words.collect::<Result<Vec<_>, _>>()?,
+            first_uid: program.first_uid,
+            cgroup: program.cgroup.cloned(),
+            complaints: program.complaints,
+            socket,
+        };
         let (sender, receiver) = oneshot::channel();
-        // A thread of its own: unsharing the PID namespace marks it for good.
+        // A thread of its own: it waits until the program is being executed.
         thread::Builder::new()
             .name("spawn".into())
-            .spawn(move || sender.send(spawn(command, words, first_uid, &socket)))?;
+            .spawn(move || sender.send(beginning.start()))?;
         let started = receiver.await.map_err(io::Error::other)??;
         // SAFETY: its descriptor is the same open one until it is dropped.
         let registered = unsafe { AsyncFd::register(started) };
@@ -172,72 +171,6 @@ async fn reap(started: &AsyncFd<Started>) {
     let _ = waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED);
 }
 
-fn spawn(
-    mut command: Command,
-    words: Vec<CString>,
-    first_uid: u32,
-    socket: &OwnedFd,
-) -> io::Result<Started> {
-    // SAFETY: no shared descriptor table is given up.
-    unsafe { unshare_unsafe(UnshareFlags::NEWPID)? };
-    let socket = socket.as_raw_fd();
-    // SAFETY: between fork and exec only system calls are made, nothing is allocated.
-    // 3 is held by the shim, so the descriptors that Command opens for itself are
-    // others, and `socket`, being another, loses its close-on-exec flag by the copy.
-    unsafe {
-        command.pre_exec(move || match libc::dup2(socket, SOCKET) {
-            -1 => Err(io::Error::last_os_error()),
-            _ => Err(execute(&words, own_uid(first_uid)?)),
-        });
-    }
-    let mut child = command.spawn()?;
-    // Not reaped before this type does it, so the number is still its own. Both
-    // take a descriptor, and it is the second that says that there is none.
-    let process = Process::find(child.id());
-    let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
-    match (process, pidfd) {
-        (Some(process), Ok(pidfd)) => Ok(Started { process, pidfd }),
-        (_, pidfd) => {
-            // Nobody else will.
-            child.kill()?;
-            child.wait()?;
-            let missing = io::Error::from(io::ErrorKind::NotFound);
-            Err(pidfd.map_or_else(io::Error::from, |_| missing))
-        }
-    }
-}
-
-/// The user that this process alone is, as long as anything of it is there. Its
-/// namespace has no name before the process is in it.
-fn own_uid(first_uid: u32) -> io::Result<u32> {
-    let namespace = rustix::fs::stat(c"/proc/self/ns/pid")?.st_ino;
-    config::uid(first_uid, namespace).ok_or_else(|| io::Error::from_raw_os_error(libc::EUSERS))
-}
-
-/// Becomes the program whose path and arguments these are, which has no environment
-/// and is told to be `uid`. Returns only if that cannot be; allocates nothing.
-fn execute(words: &[CString], uid: u32) -> io::Error {
-    // Ten digits at most, and what ends them.
-    let mut text = [0; 11];
-    if let Err(error) = write!(&mut text[..], "{uid}") {
-        return error;
-    }
-    let text = text.as_ptr().cast();
-    let user = [c"--uid".as_ptr(), text, c"--gid".as_ptr(), text];
-    let mut arguments = [ptr::null(); WORDS + 1];
-    if words.is_empty() || words.len() + user.len() > WORDS {
-        return io::Error::from_raw_os_error(libc::E2BIG);
-    }
-    let all = words.iter().map(|word| word.as_ptr()).chain(user);
-    for (argument, word) in arguments.iter_mut().zip(all) {
-        *argument = word;
-    }
-    let environment = [ptr::null()];
-    // SAFETY: strings that end and lists that end, which are there until the program is.
-    unsafe { libc::execve(arguments[0], arguments.as_ptr(), environment.as_ptr()) };
-    io::Error::last_os_error()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -272,11 +205,11 @@ mod tests {
         let spawn = |socket: OwnedFd| {
             let program = Program {
                 path: &path,
-                arguments: &arguments,
                 first_uid: 1 << 16,
+                cgroup: None,
                 complaints: fs::File::open("/dev/null").unwrap().into(),
             };
-            Child::spawn(program, socket)
+            Child::spawn(program, &arguments, socket)
         };
         // What it waits for never comes.
         let mut kept = Vec::new();

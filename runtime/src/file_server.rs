@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use crate::child::{AFTER_KILL, Child, Program};
@@ -34,39 +34,34 @@ fn nodes(memory_mib: u32) -> u32 {
 
 impl FileServer {
     /// Starts the program on the tree at `source`, for a guest that has at most so
-    /// much memory; the socket is for the VMM. What it has to say goes to
-    /// `complaints`.
+    /// much memory; the socket is for the VMM.
     ///
     /// # Errors
     /// The program is not there or cannot be executed.
     pub async fn spawn(
-        path: &PathBuf,
-        first_uid: u32,
+        program: Program<'_>,
         source: &Path,
         memory_mib: u32,
-        complaints: OwnedFd,
     ) -> Result<(Self, OwnedFd), VmError> {
+        let path = program.path;
         let fail = |source: io::Error| VmError::Open {
             what: "file server",
-            path: path.clone(),
+            path: path.to_owned(),
             source,
         };
         let (near, far) = UnixStream::pair().map_err(fail)?;
         let nodes = nodes(memory_mib).to_string();
-        let program = Program {
-            path,
-            arguments: &[
-                OsStr::new("--socket-fd"),
-                OsStr::new("3"),
-                OsStr::new("--source"),
-                source.as_os_str(),
-                OsStr::new("--nodes"),
-                OsStr::new(&nodes),
-            ],
-            first_uid,
-            complaints,
-        };
-        let child = Child::spawn(program, near.into()).await.map_err(fail)?;
+        let arguments = [
+            OsStr::new("--socket-fd"),
+            OsStr::new("3"),
+            OsStr::new("--source"),
+            source.as_os_str(),
+            OsStr::new("--nodes"),
+            OsStr::new(&nodes),
+        ];
+        let child = Child::spawn(program, &arguments, near.into())
+            .await
+            .map_err(fail)?;
         Ok((Self { child }, far.into()))
     }
 

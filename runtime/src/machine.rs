@@ -20,6 +20,8 @@ use tokio::time::timeout;
 use crate::agent_client::{Agent, AgentError};
 use crate::blocking;
 use crate::bundle::PodSpec;
+use crate::cgroup::CgroupDir;
+use crate::child::Program;
 use crate::clock;
 use crate::config::{Config, Patience};
 use crate::error::Error;
@@ -50,6 +52,8 @@ pub struct MachineRequest {
     pub config: Arc<Config>,
     /// The pod.
     pub pod: PodSpec,
+    /// Where its processes begin.
+    pub cgroup: Option<CgroupDir>,
     /// Its directory.
     pub state_dir: StateDir,
     /// What is on the node already; more is noted as it comes.
@@ -102,21 +106,27 @@ impl MachineParts {
 
         second_line::warn_of_kernel();
         let (vmm, network) = tokio::join!(
-            Vmm::spawn(&config.vmm, config.first_uid),
+            Vmm::spawn(&config.vmm, config.first_uid, request.cgroup.clone()),
             attach(request.pod.netns.clone())
         );
         let vmm = vmm?;
         let (file_server, network) = match network {
             Err(error) => (Err(error), None),
             Ok(network) => {
-                let complaints = vmm.console_input()?;
-                let (program, first_uid) = (&config.file_server, config.first_uid);
+                let program = Program {
+                    path: &config.file_server,
+                    first_uid: config.first_uid,
+                    cgroup: request.cgroup.as_ref(),
+                    complaints: vmm.console_input()?,
+                };
                 let most_mib = plan.size.memory_mib + plan.room.pluggable_mib;
-                let spawned =
-                    FileServer::spawn(program, first_uid, tree.path(), most_mib, complaints);
+                let spawned = FileServer::spawn(program, tree.path(), most_mib);
                 (spawned.await.map_err(Error::from), network)
             }
         };
+        if let Some(cgroup) = &request.cgroup {
+            cgroup.move_in();
+        }
         let (file_server, file_server_socket) = match file_server {
             Ok(spawned) => spawned,
             Err(error) => {

@@ -18,6 +18,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::timeout;
 
+use crate::cgroup::CgroupDir;
 use crate::child::{AFTER_KILL, Child, Program};
 use crate::config::Patience;
 use crate::network::Nic;
@@ -51,6 +52,8 @@ const GIVING_BACK: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Vmm {
     child: Child,
+    /// Where it began.
+    cgroup: Option<CgroupDir>,
     control: ControlSocket,
     console: pipe::Receiver,
     console_input: OwnedFd,
@@ -80,7 +83,11 @@ impl Vmm {
     ///
     /// # Errors
     /// The program is not there or cannot be executed.
-    pub async fn spawn(path: &PathBuf, first_uid: u32) -> Result<Self, VmError> {
+    pub async fn spawn(
+        path: &PathBuf,
+        first_uid: u32,
+        cgroup: Option<CgroupDir>,
+    ) -> Result<Self, VmError> {
         let io_error = |what| move |source| VmError::Io { what, source };
         let (control, far_control) =
             ControlSocket::pair().map_err(io_error("VMM's control socket"))?;
@@ -93,11 +100,11 @@ impl Vmm {
             .map_err(io_error("console's pipe"))?;
         let program = Program {
             path,
-            arguments: &[],
             first_uid,
+            cgroup: cgroup.as_ref(),
             complaints,
         };
-        let child = Child::spawn(program, far_control)
+        let child = Child::spawn(program, &[], far_control)
             .await
             .map_err(|source| VmError::Spawn {
                 path: path.clone(),
@@ -105,6 +112,7 @@ impl Vmm {
             })?;
         Ok(Self {
             child,
+            cgroup,
             control,
             console,
             console_input,
@@ -174,6 +182,7 @@ impl Vmm {
             kill: Arc::clone(&kill),
             pinned: Pinned::new(process, memory_mib),
             child: self.child,
+            cgroup: self.cgroup,
             control: self.control,
             console: Console::new(self.console),
             calls: call_receiver,

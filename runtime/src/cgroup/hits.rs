@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{own_path, under_mount};
+use super::CgroupDir;
 
 /// What counts, by file and keys (cgroup-v2.rst): memory that was not to be had,
 /// processes that were ended for it, and others that could not begin.
@@ -29,10 +29,9 @@ pub struct LimitHits {
 }
 
 impl LimitHits {
-    /// Those of this process's cgroup, which is the pod's, and of the one around it,
-    /// which the kubelet limits.
-    pub fn so_far() -> Self {
-        Self::of(own_path().map(|path| under_mount(&path)))
+    /// Those of a pod's cgroup and of the one around it, which the kubelet limits.
+    pub fn so_far(cgroup: Option<&CgroupDir>) -> Self {
+        Self::of(cgroup.map(|cgroup| cgroup.path.clone()))
     }
 
     /// Those of this cgroup and of the one around it.

@@ -73,7 +73,7 @@ impl StartPlan {
                 entropy: entropy()?,
                 template: Some(key),
                 lacking,
-                hits: LimitHits::so_far(),
+                hits: LimitHits::so_far(request.cgroup.as_ref()),
             });
         }
         let extra = debug_shell::kernel_parameters(config);
@@ -88,7 +88,7 @@ impl StartPlan {
             entropy: Vec::new(),
             template: None,
             lacking,
-            hits: LimitHits::so_far(),
+            hits: LimitHits::so_far(request.cgroup.as_ref()),
         })
     }
 }

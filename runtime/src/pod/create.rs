@@ -205,7 +205,7 @@ impl Pod {
         self.state.cgroup = path.and_then(PodCgroup::to_be_made);
         self.write_state();
         if let Some(path) = path {
-            self.cgroup = PodCgroup::enter(path).inspect_err(|_| self.state_dir.remove())?;
+            self.cgroup = PodCgroup::make(path).inspect_err(|_| self.state_dir.remove())?;
             let own = self.cgroup.as_ref().and_then(PodCgroup::own_path);
             if own != self.state.cgroup.as_deref() {
                 self.state.cgroup = own.map(Path::to_owned);
@@ -222,6 +222,7 @@ impl Pod {
         Ok(MachineRequest {
             config: self.settings.config.clone(),
             pod,
+            cgroup: self.cgroup.as_ref().map(|cgroup| cgroup.dir().clone()),
             state_dir: self.state_dir.clone(),
             state: self.state.clone(),
             debug: self.settings.debug,

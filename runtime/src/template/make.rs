@@ -299,7 +299,7 @@ async fn start_machine(
 ) -> Result<(Vm, tokio::net::UnixStream), MakeError> {
     let patience = Duration::from_secs(config.boot_timeout_seconds.into());
     let kvm = open("KVM", Path::new("/dev/kvm"), true)?;
-    let vmm = Vmm::spawn(&config.vmm, config.first_uid).await?;
+    let vmm = Vmm::spawn(&config.vmm, config.first_uid, None).await?;
     let (near, far) = UnixStream::pair().map_err(io_error("agent's socket"))?;
     let parts = VmParts {
         kvm,

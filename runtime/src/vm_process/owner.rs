@@ -15,7 +15,7 @@ use super::control::ControlSocket;
 use super::end::{self, VmEnd};
 use super::pinned::{Pinned, Plugging};
 use crate::agent_client::clean;
-use crate::cgroup;
+use crate::cgroup::CgroupDir;
 use crate::child::Child;
 
 /// How long a VMM that was asked to end may take before it is killed.
@@ -34,6 +34,7 @@ pub(super) type Unanswered = (oneshot::Sender<Result<Reply, Failure>>, Option<Pl
 /// Owns a running VMM.
 pub(super) struct Owner {
     pub(super) child: Child,
+    pub(super) cgroup: Option<CgroupDir>,
     pub(super) control: ControlSocket,
     pub(super) console: Console,
     pub(super) calls: mpsc::Receiver<Call>,
@@ -53,7 +54,11 @@ impl Owner {
         let has_ended = self.child.end(KILL_PATIENCE, self.after_kill).await;
         self.console.drain();
         let unsaid = || match has_ended {
-            true => cgroup::has_run_out_of_memory().then(end::starved),
+            true => self
+                .cgroup
+                .as_ref()
+                .is_some_and(CgroupDir::has_run_out_of_memory)
+                .then(end::starved),
             false => Some(end::stuck()),
         };
         end.send_replace(Some(VmEnd {
