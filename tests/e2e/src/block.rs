@@ -70,3 +70,23 @@ impl Drop for NodeMount {
         let _ = process::run(Command::new("umount").arg(&self.0), PATIENCE);
     }
 }
+
+/// A file system of the node that takes no writes: who writes waits, and no signal ends
+/// that.
+pub struct Frozen(PathBuf);
+
+impl Frozen {
+    /// Freezes the one that is mounted there.
+    pub fn new(at: &Path) -> Result<Self> {
+        let mut command = Command::new("fsfreeze");
+        process::run(command.arg("--freeze").arg(at), PATIENCE)?.ok()?;
+        Ok(Self(at.to_owned()))
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let mut command = Command::new("fsfreeze");
+        let _ = process::run(command.arg("--unfreeze").arg(&self.0), PATIENCE);
+    }
+}

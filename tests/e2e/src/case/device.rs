@@ -3,12 +3,14 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
 use super::volume::{mount, shell, sleeper};
 use super::{Bench, Case, case, husk_case};
-use crate::block::LoopDevice;
+use crate::block::{Frozen, LoopDevice, NodeMount};
 use crate::cri::api::Device;
 use crate::pod::Pod;
 
@@ -20,6 +22,7 @@ pub const CASES: &[Case] = &[
     case("device/privileged", 40, privileged),
     husk_case("device/node-keeps-its-own", 40, node_keeps_its_own),
     husk_case("device/refused", 40, refused),
+    husk_case("device/that-hangs", 120, that_hangs),
 ];
 
 fn device(from: &str, to: &str, permissions: &str) -> Device {
@@ -146,6 +149,44 @@ fn refused(bench: &Bench) -> Result<()> {
     let next = pod.start(&cri, &["echo", "works"])?;
     pod.await_log(&cri, &next, "works")?;
     pod.remove(&cri)
+}
+
+/// A disk that does not answer while it is written to: who has it next shall not get
+/// what this pod has written, so the pod is not gone before its VMM.
+fn that_hangs(bench: &Bench) -> Result<()> {
+    let folder = bench.folder();
+    let outer = LoopDevice::new(&folder.join("outer.img"), 64)?;
+    outer.format()?;
+    let place = folder.join("outer");
+    let _mounted = NodeMount::new("ext4", &outer.path, "rw", &place)?;
+    let disk = LoopDevice::new(&place.join("disk.img"), 16)?;
+    let (ctr, id) = (&bench.ctr, bench.id());
+    ctr.run_detached(&["--device", &disk.path], &id, &["sleep", "1000"])?;
+    let frozen = Frozen::new(&place)?;
+    let write = "dd if=/dev/zero of=$0 bs=4096 count=1 conv=notrunc,fsync > /dev/null 2>&1 &";
+    let write = ["sh", "-c", write, &disk.path];
+    ctr.exec(&[], &id, "write", &write)?.ok()?;
+    thread::sleep(Duration::from_secs(5));
+
+    ctr.call(&["task", "kill", "--signal", "KILL", &id])?.ok()?;
+    ctr.await_state(&id, "STOPPED", ctr.deadline() * 3)?;
+    for _ in 0..2 {
+        let refused = ctr.call(&["task", "delete", &id])?;
+        ensure!(
+            refused.err().contains("may still write to the disks"),
+            "{}",
+            refused.tail()
+        );
+        ensure!(ctr.state(&id)? == Some("STOPPED"), "{:?}", ctr.state(&id));
+    }
+    drop(frozen);
+    let began = Instant::now();
+    while ctr.state(&id)?.is_some() {
+        ensure!(began.elapsed() < ctr.deadline(), "the task is not deleted");
+        thread::sleep(Duration::from_secs(1));
+        ctr.call(&["task", "delete", &id])?;
+    }
+    ctr.remove(&id)
 }
 
 /// `ctr run --device`: a disk at the node's own path.
