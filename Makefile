@@ -1,7 +1,7 @@
 # Everything that is made stays under target/. See `make help`.
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest-image package demo test soak fuzz bench check
+.PHONY: help setup build guest-image package demo test soak fuzz bench bench-check check
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,8 +36,11 @@ SECONDS_EACH ?= 3600
 fuzz: ## the fuzz targets one after another, SECONDS_EACH=3600 for each
 	@fuzz/run --seconds $(SECONDS_EACH)
 
-bench: build guest-image ## tables and plots in target/bench
-	@bench/run
+bench: build guest-image ## starts, I/O and many pods beside runc; writes docs/performance.md
+	@bench/run --page
+
+bench-check: build guest-image ## a short run of bench against bench/promises.toml
+	@bench/run --check
 
 check: ## formatting, lints, dependency rules
 	@tests/check

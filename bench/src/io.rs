@@ -88,18 +88,18 @@ pub fn measure(node: &Node) -> Result<Vec<Measured>> {
         contender.warm_up(node)?;
     }
     let mut all = Vec::new();
-    for contender in Contender::USUAL {
-        let _prepared = contender.prepare()?;
-        let bench = Bench {
-            ctr: Ctr::new(node, contender.runtime()),
-            who: contender.name(),
-            word: contender.word(),
-            volume: volume.clone(),
-            deadline: Duration::from_secs(300) * node.slowness,
-        };
-        all.extend(bench.files()?);
-        all.extend(bench.small_files()?);
-        all.extend(bench.network()?);
+    for part in [Bench::files, Bench::small_files, Bench::network] {
+        for contender in Contender::USUAL {
+            let _prepared = contender.prepare()?;
+            let bench = Bench {
+                ctr: Ctr::new(node, contender.runtime()),
+                who: contender.name(),
+                word: contender.word(),
+                volume: volume.clone(),
+                deadline: Duration::from_secs(300) * node.slowness,
+            };
+            all.extend(part(&bench)?);
+        }
     }
     fs::remove_dir_all(&volume)?;
     Ok(all)

@@ -6,16 +6,18 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use husk_e2e::ctr::Ctr;
 use husk_e2e::footprint;
 use husk_e2e::node::Node;
 
 use crate::contender::Contender;
-use crate::measure::{Measured, first_output, milliseconds, used_kib};
+use crate::measure::{Measured, milliseconds, used_kib};
+use crate::output::Speaker;
+use crate::results::{About, Results};
 
-/// How many are started at once.
-const TOGETHER: [usize; 3] = [1, 8, 32];
+/// How many are started at once, and how often: one alone is disturbed by little.
+const TOGETHER: [(usize, u32); 3] = [(1, 5), (8, 2), (32, 1)];
 
 /// How many live at once.
 const ALIVE: usize = 64;
@@ -32,10 +34,15 @@ pub fn measure(node: &Node) -> Result<Vec<Measured>> {
         contender.warm_up(node)?;
     }
     let mut all = Vec::new();
-    for count in TOGETHER {
-        for contender in Contender::USUAL {
-            all.extend(together(node, contender, count)?);
+    for (count, times) in TOGETHER {
+        for round in 1..=times {
+            for contender in Contender::USUAL {
+                all.extend(together(node, contender, count, round)?);
+            }
         }
+    }
+    for contender in Contender::USUAL {
+        all.push(growth(&all, contender)?);
     }
     for contender in Contender::USUAL {
         all.extend(alive(node, contender)?);
@@ -43,34 +50,64 @@ pub fn measure(node: &Node) -> Result<Vec<Measured>> {
     Ok(all)
 }
 
-/// `count` containers in pods of their own, started at the same moment.
-fn together(node: &Node, contender: Contender, count: usize) -> Result<Vec<Measured>> {
+/// The first outputs of `count` containers in pods of their own, started at the same
+/// moment.
+fn together(node: &Node, contender: Contender, count: usize, round: u32) -> Result<Vec<Measured>> {
     let _prepared = contender.prepare()?;
     let ctr = Ctr::new(node, contender.runtime());
+    // They have one another to wait for.
+    let limit = ctr.deadline() * u32::try_from(count)?;
     let starts: Vec<_> = (0..count)
         .map(|index| {
-            let id = format!("together-{}-{count}-{index}", contender.word());
+            let id = format!("together-{}-{count}-{round}-{index}", contender.word());
             let mut command = ctr.run_rm_command(&[], &id, &["uname"]);
-            thread::spawn(move || first_output(&mut command, "Linux"))
+            thread::spawn(move || -> Result<Duration> {
+                let mut run = Speaker::start(&mut command, limit)?;
+                let first = run.until("Linux")?;
+                run.end()?;
+                Ok(first)
+            })
         })
         .collect();
-    let mut firsts = Vec::new();
+    let what = at_once(count);
+    let mut all = Vec::new();
     for start in starts {
-        let Ok(outcome) = start.join() else {
-            anyhow::bail!("a start panicked");
+        let Ok(first) = start.join() else {
+            bail!("a start panicked");
         };
-        firsts.push(outcome?.0);
+        all.push(milliseconds(&what, contender.name(), first?));
     }
-    firsts.sort();
-    let figure = |what: &str, at: usize| {
-        let took = firsts.get(at).copied().unwrap_or_default();
-        let what = format!("{count} started at once: {what}");
-        milliseconds(&what, contender.name(), took).told()
+    let longest = all.iter().map(|first| first.value).fold(0.0, f64::max);
+    println!(
+        "{what}, {}: the last after {longest:.1} ms",
+        contender.name()
+    );
+    Ok(all)
+}
+
+fn at_once(count: usize) -> String {
+    format!("{count} started at once, first output")
+}
+
+/// How much later the first output comes where many start at once.
+fn growth(all: &[Measured], contender: Contender) -> Result<Measured> {
+    let [(few, _), .., (many, _)] = TOGETHER;
+    let results = Results::of(all, About::default());
+    let median = |count: usize| -> Result<f64> {
+        let what = at_once(count);
+        let figure = results
+            .figures
+            .iter()
+            .find(|figure| figure.what == what && figure.who == contender.name());
+        Ok(figure.with_context(|| format!("no {what}"))?.median)
     };
-    Ok(vec![
-        figure("first output, median", count / 2),
-        figure("first output, last", count - 1),
-    ])
+    Ok(Measured {
+        what: format!("{many} started at once, first output over that of {few}"),
+        who: contender.name().into(),
+        value: median(many)? / median(few)?,
+        unit: "",
+    }
+    .told())
 }
 
 /// What a process did, nanoseconds on a processor and times it was woken.

@@ -5,20 +5,21 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 use plotters::prelude::*;
 
-use crate::measure::{END, FIRST_OUTPUT, GUEST_READY, Measured};
-use crate::table::series;
+use crate::measure::{END, FIRST_OUTPUT, GUEST_READY};
+use crate::results::Results;
 
 const BAR: i32 = 26;
 const LEFT: i32 = 330;
 const WIDTH: u32 = 900;
 
 /// Draws a bar for each start and contender.
-pub fn starts(all: &[Measured], file: &Path) -> Result<()> {
-    let bars: Vec<_> = series(all)
-        .into_iter()
-        .filter(|series| [FIRST_OUTPUT, END, GUEST_READY].contains(&series.what))
+pub fn starts(results: &Results, file: &Path) -> Result<()> {
+    let bars: Vec<_> = results
+        .figures
+        .iter()
+        .filter(|figure| [FIRST_OUTPUT, END, GUEST_READY].contains(&figure.what.as_str()))
         .collect();
-    let longest = bars.iter().map(|bar| bar.median()).fold(1.0, f64::max);
+    let longest = bars.iter().map(|bar| bar.median).fold(1.0, f64::max);
     let height = u32::try_from(bars.len())? * (BAR as u32 + 10) + 60;
     let area = SVGBackend::new(file, (WIDTH, height)).into_drawing_area();
     let failed = |error| anyhow!("draw {}: {error}", file.display());
@@ -31,8 +32,8 @@ pub fn starts(all: &[Measured], file: &Path) -> Result<()> {
         )?;
         for (index, bar) in bars.iter().enumerate() {
             let top = 45 + i32::try_from(index).unwrap_or_default() * (BAR + 10);
-            let length = (f64::from(WIDTH as i32 - LEFT - 90) * bar.median() / longest) as i32;
-            let colour = match bar.who {
+            let length = (f64::from(WIDTH as i32 - LEFT - 90) * bar.median / longest) as i32;
+            let colour = match bar.who.as_str() {
                 "husk, boot" => RGBColor(0x2a, 0x6f, 0xb0),
                 "husk, copy" => RGBColor(0x1d, 0x9e, 0x74),
                 "runc" => RGBColor(0x8a, 0x8a, 0x8a),
@@ -45,7 +46,7 @@ pub fn starts(all: &[Measured], file: &Path) -> Result<()> {
                 colour.filled(),
             ))?;
             area.draw_text(
-                &format!("{:.0}", bar.median()),
+                &format!("{:.0}", bar.median),
                 &small,
                 (LEFT + length + 8, top + 6),
             )?;
