@@ -43,6 +43,7 @@ mod create;
 mod delete;
 mod end;
 mod exit;
+mod hold;
 mod query;
 mod run;
 
@@ -120,6 +121,8 @@ pub struct Pod {
     after_start: Vec<Step>,
     /// Containers that are on their way out.
     deleting: BTreeMap<String, Deletion>,
+    /// The last container is deleted when the VMM has ended.
+    awaits_vmm: bool,
     /// Containers get the pod's own files about names.
     pod_binds: bool,
     /// Its containers may share their processes.
@@ -251,6 +254,7 @@ impl Pod {
             under_way: watch::Sender::new(0),
             after_start: Vec::new(),
             deleting: BTreeMap::new(),
+            awaits_vmm: false,
             pod_binds: false,
             shares_pids: false,
             sandbox_exit: None,

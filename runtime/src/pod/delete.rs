@@ -1,5 +1,6 @@
 //! Deleting containers; the last takes the machine with it.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use futures::future::join_all;
 use protobuf::MessageField;
 use tokio::time::timeout;
 
+use super::hold::ended;
 use super::{MACHINE_GONE, MachineState, Pod, Reply, no_process, not_found};
 use crate::agent_client::{AgentError, Exit};
 use crate::clock;
@@ -132,7 +134,7 @@ impl Pod {
                 hooks.deleted().await;
             }
             move |pod: &mut Pod| match held {
-                Some((machine, end)) => pod.container_held(&id, machine, end),
+                Some((machine, end)) => pod.container_held(id, machine, end),
                 None => pod.container_deleted(&id),
             }
         });
@@ -182,7 +184,7 @@ impl Pod {
         if self.is_used() {
             return None;
         }
-        match std::mem::replace(&mut self.machine, MachineState::None) {
+        match mem::replace(&mut self.machine, MachineState::None) {
             MachineState::Running(machine) | MachineState::Ended(machine, _) => Some(machine),
             other => {
                 self.machine = other;
@@ -212,18 +214,30 @@ impl Pod {
         self.work_ended();
     }
 
-    /// The last container stays, for who asks again.
-    fn container_held(&mut self, id: &str, machine: Machine, end: VmEnd) {
-        let pid = machine.vm().process().pid;
+    /// The last container stays until the VMM has ended. Then it goes, though nobody may
+    /// ask for that again: Docker asks once.
+    fn container_held(&mut self, id: String, machine: Machine, end: VmEnd) {
+        let process = machine.vm().process();
         if self.state.end.is_none() {
             self.note_end(&end, true);
         }
         self.machine = MachineState::Ended(machine, end);
         self.end_work();
-        let deletion = self.deleting.remove(id);
+        let deletion = self.deleting.remove(&id);
         for reply in deletion.into_iter().flat_map(|deletion| deletion.waiting) {
-            reply.send(Err(Error::Held { pid }));
+            reply.send(Err(Error::Held { pid: process.pid }));
         }
+        if mem::replace(&mut self.awaits_vmm, true) {
+            return;
+        }
+        self.later(async move {
+            ended(process).await;
+            move |pod: &mut Pod| {
+                pod.awaits_vmm = false;
+                // One that is under way goes on.
+                pod.delete(id, String::new(), Reply::to_nobody());
+            }
+        });
     }
 
     fn tell_deleted(&self, id: &str, Deletion { deleted, waiting }: Deletion) {

@@ -41,10 +41,13 @@ impl Part {
 impl Pod {
     /// The machine is gone, and with it every process in it.
     pub(super) fn machine_ended(&mut self, end: VmEnd) {
-        let MachineState::Running(machine) =
-            std::mem::replace(&mut self.machine, MachineState::None)
-        else {
-            return;
+        let machine = match std::mem::replace(&mut self.machine, MachineState::None) {
+            MachineState::Running(machine) => machine,
+            // Whoever ended it knows already, and may have left it here.
+            other => {
+                self.machine = other;
+                return;
+            }
         };
         let was_asked = machine.vm().is_dismissed() && self.lost_part.is_none();
         if was_asked {

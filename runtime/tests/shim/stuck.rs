@@ -16,13 +16,14 @@ use containerd_shim_protos::types::mount::Mount;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
-use serde_json::Value;
+use serde_json::{Value, json};
 use ttrpc::Code;
 use ttrpc::context::with_duration;
 
 use crate::Case;
-use crate::case::{Node, block_on, is_alive};
+use crate::case::{Node, Shim, block_on, is_alive};
 use crate::containerd::{refusal, soon};
 use crate::lifecycle::kill;
 use crate::sandbox::{add, member, up};
@@ -30,6 +31,7 @@ use crate::sandbox::{add, member, up};
 pub const CASES: &[Case] = &[
     ("stuck_processes_do_not_hold_up_their_pod", pod),
     ("stuck_vmm_that_may_write_to_a_disk_holds_its_pod", disk),
+    ("pod_that_was_held_goes_by_itself", unasked),
 ];
 
 /// Kernel parameter that has a thread of the VMM ask for a file, and which.
@@ -106,6 +108,10 @@ fn pod() {
 
 fn disk() {
     apart(|| block_on(holds()));
+}
+
+fn unasked() {
+    apart(|| block_on(goes()));
 }
 
 /// Where nobody else comes across what is mounted.
@@ -200,56 +206,120 @@ async fn stuck() {
     node.assert_clean();
 }
 
-/// Whoever has the disk next would have it written to by the VMM of before.
-async fn holds() {
-    let node = Node::new().await;
-    let hang = Hang::mount(node.path("hang"));
-    let file = hang.path.display();
-    node.configure(&format!("kernel_parameters = '{PARAMETER}{file}'\n"));
-    let image = node.path("image.ext4");
-    fs::write(&image, vec![0; 4096]).unwrap();
-    let bundle = node.bundle("d", &["sleep"]);
-    let shim = node.start(&bundle).await;
-    let mut request = bundle.request();
-    request.rootfs = vec![Mount {
-        type_: "ext4".into(),
-        source: image.display().to_string(),
-        ..Mount::default()
-    }];
-    shim.create(&request).await.unwrap();
-    shim.run("d", "").await.unwrap();
-    hang.has_been_asked(1).await;
+/// A container with a disk, whose VMM hangs and which was killed.
+struct Killed {
+    // Goes first: the node's directory cannot go before.
+    hang: Hang,
+    node: Node,
+    shim: Shim,
+}
 
-    kill(&shim, "d", "", 9).await.unwrap();
-    assert_eq!(shim.wait("d", "").await.unwrap().exit_status, 137);
-    let delete = async || {
+impl Killed {
+    async fn new() -> Self {
+        let node = Node::new().await;
+        let hang = Hang::mount(node.path("hang"));
+        let file = hang.path.display();
+        node.configure(&format!("kernel_parameters = '{PARAMETER}{file}'\n"));
+        let log = node.path("hooks").display().to_string();
+        let bundle = node.bundle("d", &["sleep"]).with(|spec| {
+            let script = format!("echo gone >> {log}");
+            spec["hooks"] =
+                json!({"poststop": [{"path": "/bin/sh", "args": ["sh", "-c", script]}]});
+        });
+        let shim = node.start(&bundle).await;
+        let mut request = bundle.request();
+        request.rootfs = vec![disk_for_root(&node)];
+        shim.create(&request).await.unwrap();
+        shim.run("d", "").await.unwrap();
+        hang.has_been_asked(1).await;
+        kill(&shim, "d", "", 9).await.unwrap();
+        assert_eq!(shim.wait("d", "").await.unwrap().exit_status, 137);
+        Self { hang, node, shim }
+    }
+
+    /// It is deleted, which the VMM holds up.
+    async fn refused(&self) {
         let request = DeleteRequest {
             id: "d".into(),
             ..DeleteRequest::default()
         };
-        shim.task.delete(with_duration(AT_MOST), &request).await
-    };
-    // As often as it is asked; it is written down, too, how the machine ended.
-    for _ in 0..2 {
-        let (code, words) = refusal(delete().await);
+        let deleted = self.shim.task.delete(with_duration(AT_MOST), &request);
+        let (code, words) = refusal(deleted.await);
         assert_eq!(code, Code::FAILED_PRECONDITION);
         assert!(words.contains("may still write to the disks"), "{words}");
     }
-    let state = fs::read(node.state_dir().join("test/d/state.json")).unwrap();
-    let state: Value = serde_json::from_slice(&state).unwrap();
-    assert_eq!(state["end"]["kind"], "killed", "{state}");
-    let topics = node.events.topics();
-    assert!(!topics.iter().any(|topic| topic == "/tasks/delete"));
-    drop(hang);
-    let began = Instant::now();
-    while let Err(error) = delete().await {
-        assert!(began.elapsed() < Duration::from_secs(10), "{error}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
+
+    fn state(&self) -> Value {
+        let state = fs::read(self.node.state_dir().join("test/d/state.json"));
+        serde_json::from_slice(&state.unwrap()).unwrap()
     }
+
+    /// The disk answers, and so it goes without being asked for.
+    async fn goes(self) -> (Node, Shim) {
+        let Self { hang, node, shim } = self;
+        assert_eq!(times_gone(&node), [0, 0]);
+        drop(hang);
+        node.events.wait_for("/tasks/delete", 1).await;
+        let (code, _) = refusal(shim.delete("d", "").await);
+        assert_eq!(code, Code::NOT_FOUND);
+        (node, shim)
+    }
+}
+
+/// How often the deletion was told, and the hooks have run that follow it.
+fn times_gone(node: &Node) -> [usize; 2] {
+    let topics = node.events.topics();
+    let told = topics.iter().filter(|topic| *topic == "/tasks/delete");
+    let hooks = fs::read_to_string(node.path("hooks")).unwrap_or_default();
+    [told.count(), hooks.lines().count()]
+}
+
+fn disk_for_root(node: &Node) -> Mount {
+    let image = node.path("image.ext4");
+    fs::write(&image, vec![0; 4096]).unwrap();
+    Mount {
+        type_: "ext4".into(),
+        source: image.display().to_string(),
+        ..Mount::default()
+    }
+}
+
+/// Whoever has the disk next would have it written to by the VMM of before.
+async fn holds() {
+    let killed = Killed::new().await;
+    let server = killed.state()["file_server"]["pid"].as_i64().unwrap();
+    let server = Pid::from_raw(i32::try_from(server).unwrap()).unwrap();
+    // Then nobody waits for that after the VMM, and the deletion may be ahead of who
+    // tells of the machine's end.
+    let ahead = async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        kill_process(server, Signal::KILL).unwrap();
+    };
+    tokio::join!(killed.refused(), ahead);
+    // As often as it is asked; it is written down, too, how the machine ended.
+    for _ in 0..2 {
+        killed.refused().await;
+    }
+    let state = killed.state();
+    assert_eq!(state["end"]["kind"], "killed", "{state}");
+    let (node, shim) = killed.goes().await;
     shim.shut_down("d").await;
     shim.assert_gone().await;
     node.assert_clean();
-    let topics = node.events.topics();
-    let deletions = topics.iter().filter(|topic| *topic == "/tasks/delete");
-    assert_eq!(deletions.count(), 1);
+    assert_eq!(times_gone(&node), [1, 1]);
+}
+
+/// Docker does not ask again, for the deletion or for the shim's end.
+async fn goes() {
+    let killed = Killed::new().await;
+    killed.refused().await;
+    let (node, shim) = killed.goes().await;
+    let began = Instant::now();
+    while is_alive(shim.pid) {
+        assert!(began.elapsed() < Duration::from_secs(45), "the shim stays");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    shim.assert_gone().await;
+    node.assert_clean();
+    assert_eq!(times_gone(&node), [1, 1]);
 }
