@@ -18,10 +18,12 @@ use containerd_shim_protos::sandbox_api::{
 use containerd_shim_protos::sandbox_async::{Sandbox, create_sandbox};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
+use tokio::sync::watch;
 use tokio::time::timeout;
 use ttrpc::Result;
 use ttrpc::r#async::{Service, TtrpcContext};
 
+use crate::agent_client::Exit;
 use crate::clock;
 use crate::error::Error;
 use crate::id::Id;
@@ -39,6 +41,9 @@ const KILL: u32 = 9;
 
 /// How long a pod may take to stop when containerd does not say.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Tells how the pod ends.
+type Ends = watch::Receiver<Option<Exit>>;
 
 /// The service of one pod.
 #[derive(Clone)]
@@ -69,11 +74,19 @@ impl SandboxService {
             .ask(move |pod, reply| pod.watch(&watched, "", reply))
             .await?;
         self.kill(&id, TERMINATE).await?;
-        let ended = async { end.wait_for(Option::is_some).await.is_ok() };
-        if timeout(patience, ended).await.is_err() {
+        let ended = async |end: &mut Ends| end.wait_for(Option::is_some).await.is_ok();
+        if timeout(patience, ended(&mut end)).await.is_err() {
             self.kill(&id, KILL).await?;
+            if self.check_let_go().await.is_err() {
+                // It is told in time, whether or not the VMM ends.
+                ended(&mut end).await;
+            }
         }
-        Ok(())
+        self.check_let_go().await
+    }
+
+    async fn check_let_go(&self) -> std::result::Result<(), Error> {
+        self.pod.ask(|pod, reply| pod.check_let_go(reply)).await
     }
 
     async fn kill(&self, id: &str, signal: u32) -> std::result::Result<(), Error> {
@@ -179,6 +192,8 @@ impl Sandbox for SandboxService {
             .ok()
             .and_then(|exit| *exit)
             .ok_or(Error::ShuttingDown)?;
+        // The pod's volumes are others' from here on.
+        self.pod.ask(|pod, reply| pod.await_let_go(reply)).await?;
         Ok(WaitSandboxResponse {
             exit_status: exit.code,
             exited_at: MessageField::some(clock::timestamp(exit.at_ns)),
@@ -196,16 +211,16 @@ impl Sandbox for SandboxService {
             .pod
             .ask(move |pod, reply| pod.report(&id, "", reply))
             .await?;
-        let state = match report.status {
-            Status::STOPPED => NOT_READY,
-            _ => READY,
-        };
+        // To a containerd that starts again the other would be as good as its end.
+        let is_over = report.status == Status::STOPPED && self.check_let_go().await.is_ok();
+        let state = if is_over { NOT_READY } else { READY };
+        let exit = report.exit.filter(|_| is_over);
         Ok(SandboxStatusResponse {
             sandbox_id: request.sandbox_id,
             pid: report.pid,
             state: state.to_owned(),
             created_at: MessageField::some(clock::timestamp(report.created_ns)),
-            exited_at: report.exit.map(|exit| clock::timestamp(exit.at_ns)).into(),
+            exited_at: exit.map(|exit| clock::timestamp(exit.at_ns)).into(),
             ..SandboxStatusResponse::default()
         })
     }
@@ -228,7 +243,7 @@ impl Sandbox for SandboxService {
         _request: ShutdownSandboxRequest,
     ) -> Result<ShutdownSandboxResponse> {
         self.pod
-            .ask(|pod, reply| pod.shut_down(true, reply))
+            .ask(|pod, reply| pod.shut_down_sandbox(reply))
             .await?;
         Ok(ShutdownSandboxResponse::default())
     }

@@ -12,6 +12,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{DeleteRequest, KillRequest, WaitRequest};
+use containerd_shim_protos::sandbox_api::{
+    CreateSandboxRequest, SandboxStatusRequest, ShutdownSandboxRequest, StartSandboxRequest,
+    StopSandboxRequest, WaitSandboxRequest,
+};
+use containerd_shim_protos::sandbox_async::SandboxClient;
+use containerd_shim_protos::shim_async::Client;
 use containerd_shim_protos::types::mount::Mount;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
@@ -32,6 +38,7 @@ pub const CASES: &[Case] = &[
     ("stuck_processes_do_not_hold_up_their_pod", pod),
     ("stuck_vmm_that_may_write_to_a_disk_holds_its_pod", disk),
     ("pod_that_was_held_goes_by_itself", unasked),
+    ("stuck_vmm_holds_a_pod_of_the_sandbox_api", sandbox),
 ];
 
 /// Kernel parameter that has a thread of the VMM ask for a file, and which.
@@ -108,6 +115,10 @@ fn pod() {
 
 fn disk() {
     apart(|| block_on(holds()));
+}
+
+fn sandbox() {
+    apart(|| block_on(holds_sandbox()));
 }
 
 fn unasked() {
@@ -322,4 +333,92 @@ async fn goes() {
     shim.assert_gone().await;
     node.assert_clean();
     assert_eq!(times_gone(&node), [1, 1]);
+}
+
+/// Where containerd asks for no deletion of the pod, but for its end.
+async fn holds_sandbox() {
+    let node = Node::new().await;
+    let hang = Hang::mount(node.path("hang"));
+    let file = hang.path.display();
+    node.configure(&format!("kernel_parameters = '{PARAMETER}{file}'\n"));
+    let bundle = node.bundle("s", &[]);
+    fs::remove_file(bundle.dir.join("config.json")).unwrap();
+    let shim = node.start(&bundle).await;
+    let sandbox = SandboxClient::new(Client::connect(&shim.address).await.unwrap());
+    let create = CreateSandboxRequest {
+        sandbox_id: "s".into(),
+        bundle_path: bundle.dir.display().to_string(),
+        ..CreateSandboxRequest::default()
+    };
+    sandbox.create_sandbox(soon(), &create).await.unwrap();
+    let start = StartSandboxRequest {
+        sandbox_id: "s".into(),
+        ..StartSandboxRequest::default()
+    };
+    sandbox.start_sandbox(soon(), &start).await.unwrap();
+    let mut request = member(&node, "c", "s", &["sleep"]).request();
+    request.rootfs = vec![disk_for_root(&node)];
+    shim.create(&request).await.unwrap();
+    shim.run("c", "").await.unwrap();
+    hang.has_been_asked(1).await;
+    kill(&shim, "c", "", 9).await.unwrap();
+    shim.wait("c", "").await.unwrap();
+    shim.delete("c", "").await.unwrap();
+
+    let stop = async || {
+        let stop = StopSandboxRequest {
+            sandbox_id: "s".into(),
+            timeout_secs: 1,
+            ..StopSandboxRequest::default()
+        };
+        sandbox.stop_sandbox(with_duration(AT_MOST), &stop).await
+    };
+    let end = async || {
+        let end = ShutdownSandboxRequest {
+            sandbox_id: "s".into(),
+            ..ShutdownSandboxRequest::default()
+        };
+        sandbox.shutdown_sandbox(soon(), &end).await
+    };
+    let state = async || {
+        let status = SandboxStatusRequest {
+            sandbox_id: "s".into(),
+            ..SandboxStatusRequest::default()
+        };
+        let told = sandbox.sandbox_status(soon(), &status).await.unwrap();
+        told.state
+    };
+    let wait = WaitSandboxRequest {
+        sandbox_id: "s".into(),
+        ..WaitSandboxRequest::default()
+    };
+    let still = |(code, words): (Code, String)| {
+        assert_eq!(code, Code::FAILED_PRECONDITION);
+        assert!(words.contains("may still write to the disks"), "{words}");
+    };
+    let waits = async {
+        let end = sandbox.wait_sandbox(with_duration(AT_MOST), &wait).await;
+        (end.unwrap().exit_status, Instant::now())
+    };
+    let asks = async {
+        for _ in 0..2 {
+            still(refusal(stop().await));
+        }
+        // It has been told all the same.
+        node.events.wait_for("/tasks/exit", 2).await;
+        still(refusal(end().await));
+        assert_eq!(state().await, "SANDBOX_READY");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let thawed = Instant::now();
+        drop(hang);
+        thawed
+    };
+    let ((code, ended), thawed) = tokio::join!(waits, asks);
+    assert_eq!(code, 143);
+    assert!(ended > thawed);
+    assert_eq!(state().await, "SANDBOX_NOTREADY");
+    stop().await.unwrap();
+    end().await.unwrap();
+    shim.assert_gone().await;
+    node.assert_clean();
 }
