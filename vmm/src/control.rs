@@ -97,6 +97,7 @@ fn start(
 
 /// Answers requests until the machine ends.
 fn run(socket: &ControlSocket, machine: &mut Machine) -> ExitReason {
+    let device_loop = machine.device_loop.handle();
     loop {
         if let Some(reason) = machine.exit().reason() {
             return reason;
@@ -104,13 +105,17 @@ fn run(socket: &ControlSocket, machine: &mut Machine) -> ExitReason {
         let mut ready = [
             PollFd::from_borrowed_fd(machine.exit().as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(device_loop.given_back(), PollFlags::IN),
         ];
         match rustix::event::poll(&mut ready, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return ExitReason::Failed(describe(&io::Error::from(error))),
         }
-        let [_, control] = &ready;
-        if control.revents().is_empty() {
+        let [_, control, late] = ready.map(|polled| !polled.revents().is_empty());
+        if late {
+            machine.devices().remove_late_ones();
+        }
+        if !control {
             continue;
         }
         let reply = match socket.receive() {

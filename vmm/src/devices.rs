@@ -53,7 +53,7 @@ pub enum PlugError {
     /// The name is not known, or is that of a device that stays.
     #[error("there is no device {0:?}")]
     Unknown(DeviceId),
-    /// It is off the bus, and may still use memory and descriptors.
+    /// It may still use memory and descriptors, and goes once it does not.
     #[error("device {0:?}: the host has not finished its I/O")]
     Busy(DeviceId),
     /// There is no vsock device.
@@ -145,8 +145,9 @@ struct Provided {
 /// A device that can be unplugged.
 struct Plugged {
     id: DeviceId,
-    /// On the bus; none once it is off it.
-    slot: Option<usize>,
+    slot: usize,
+    /// It was to be removed, and had not come to rest.
+    goes: bool,
     function: Arc<Mutex<VirtioPci>>,
 }
 
@@ -317,7 +318,8 @@ impl Devices {
         let (function, slot) = self.put_on_bus(id, device, when)?;
         self.plugged.push(Plugged {
             id: id.to_owned(),
-            slot: Some(slot),
+            slot,
+            goes: false,
             function,
         });
         Ok(())
@@ -355,8 +357,8 @@ impl Devices {
     /// memory nor its descriptors.
     ///
     /// # Errors
-    /// There is no such device, or the host has not finished its I/O in time: it is
-    /// off the bus then, and can be removed once more.
+    /// There is no such device, or the host has not finished its I/O in time: it goes
+    /// once that is so ([`Devices::remove_late_ones`]).
     pub fn remove(&mut self, id: &str) -> Result<(), PlugError> {
         let groups = self.vfio.as_mut().map(|vfio| &mut vfio.groups);
         if groups.is_some_and(|groups| groups.remove(id)) {
@@ -364,18 +366,36 @@ impl Devices {
         }
         let index = self.plugged.iter().position(|plugged| plugged.id == id);
         let index = index.ok_or_else(|| PlugError::Unknown(id.to_owned()))?;
+        match self.let_go(index) {
+            true => Ok(()),
+            false => Err(PlugError::Busy(id.to_owned())),
+        }
+    }
+
+    /// Takes a device off the bus if it comes to rest: a guest whose own removal of it
+    /// still waits has to be able to read that it does.
+    fn let_go(&mut self, index: usize) -> bool {
         let plugged = &mut self.plugged[index];
-        if let Some(slot) = plugged.slot.take() {
-            self.bus.unplug(slot);
-        }
-        // A vCPU that found it before may still hold it.
+        plugged.goes = true;
         let function = plugged.function.lock();
+        // A vCPU that finds it until it is off the bus has no use of it.
         let rests = function.unwrap_or_else(PoisonError::into_inner).retire();
-        if !rests {
-            return Err(PlugError::Busy(id.to_owned()));
+        if rests {
+            self.bus.unplug(plugged.slot);
+            self.plugged.swap_remove(index);
         }
-        self.plugged.swap_remove(index);
-        Ok(())
+        rests
+    }
+
+    /// Takes the devices off the bus that were to be removed and have come to rest
+    /// since. To be called when [`LoopHandle::given_back`] is readable.
+    pub fn remove_late_ones(&mut self) {
+        self.event_loop.forget_given_back();
+        for index in (0..self.plugged.len()).rev() {
+            if self.plugged[index].goes {
+                self.let_go(index);
+            }
+        }
     }
 
     /// What keeps the machine from being saved: a device whose other half is not

@@ -2,6 +2,7 @@
 //! rings that no driver would.
 
 use std::fmt::Write as _;
+use std::fs::File;
 
 use husk_vmm_spec::{BlockSpec, ExitReason, Message, VsockSpec};
 
@@ -235,9 +236,14 @@ pub fn run(slot: u8, attacks: &[Attack], good: &Attack) -> String {
 
 /// A machine with console, rng, vsock and a disk, that runs `source`.
 pub fn machine(source: &str) -> TestMachine {
-    let (mut request, console) = Request0::new(payload::build(source));
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
+    machine_with(source, file)
+}
+
+/// One whose disk is `file`.
+pub fn machine_with(source: &str, file: File) -> TestMachine {
+    let (mut request, console) = Request0::new(payload::build(source));
     let file = request.give(file.into());
     request.spec.blocks.push(BlockSpec {
         id: "disk".into(),

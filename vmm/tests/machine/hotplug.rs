@@ -8,6 +8,10 @@ use husk_vmm_spec::{
     BlockSpec, DEVICES_MAX, Descriptor, DeviceSpec, ExitReason, FsSpec, Message, Reply, Request,
 };
 
+use crate::driver::{
+    Attack, BLOCK, BUFFER, NEXT, RNG, WORDS, WRITABLE, attack, machine_with, switch_on,
+};
+use crate::hang::Hang;
 use crate::harness::{TestMachine, skip};
 
 const DONE: Message = Message::Reply(Ok(Reply::Done));
@@ -179,4 +183,70 @@ fn wrong_requests_change_nothing() {
         machine.request(&Request::Kill, &[]),
         Message::Exited(ExitReason::Killed)
     );
+}
+
+/// What the host reads for the disk doesn't come, and then does.
+#[test]
+fn a_disk_that_hangs_goes_once_it_answers_and_stops_nobody() {
+    if skip() {
+        return;
+    }
+    let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
+    if disabled.is_ok_and(|text| text.trim() != "0") {
+        println!("skipped: no io_uring here, so disks are waited for");
+        return;
+    }
+    let Some(hang) = Hang::mount() else {
+        println!("skipped: no FUSE here");
+        return;
+    };
+    // Its header, zeroes, reads the first sector.
+    let disk = Attack::chain(&[
+        (BUFFER, 16, NEXT, 1),
+        (BUFFER + 0x1000, 512, NEXT | WRITABLE, 2),
+        (BUFFER + 0x2000, 1, WRITABLE, 0),
+    ]);
+    let random = Attack::chain(&[(BUFFER + 0x3000, 64, WRITABLE, 0)]);
+    let mut machine = machine_with(
+        &[
+            WORDS.to_owned(),
+            switch_on(BLOCK),
+            attack(&disk, "disk"),
+            "again:\n".to_owned(),
+            switch_on(RNG),
+            attack(&random, "random"),
+            format!(
+                r#"
+                config_read {BLOCK}, 0
+                cmp eax, 0xffffffff
+                jne again
+                say 'g'
+                1: jmp 1b
+                "#
+            ),
+        ]
+        .concat(),
+        hang.file(),
+    );
+    hang.await_reader();
+    assert_eq!(machine.next_byte(), b't');
+    let remove = Request::RemoveDevice("disk".into());
+    let Message::Reply(Err(refused)) = machine.request(&remove, &[]) else {
+        panic!("it is gone");
+    };
+    let words = "device \"disk\": the host has not finished its I/O";
+    assert_eq!(refused.message, words);
+    assert_eq!(machine.request(&remove, &[]), Message::Reply(Err(refused)));
+    // What was said by now is old. Now and then a guest is too fast for a busy host.
+    let old = rustix::io::ioctl_fionread(&machine.console).unwrap();
+    let mut said: Vec<u8> = (0..old + 100).map(|_| machine.next_byte()).collect();
+    let said = said.split_off(old as usize);
+    let served = said.iter().filter(|byte| **byte == b'u').count();
+    assert!(served > 10, "others are served meanwhile: {served}");
+    hang.answer();
+    while machine.next_byte() != b'g' {}
+    let Message::Reply(Err(gone)) = machine.request(&remove, &[]) else {
+        panic!("it was there");
+    };
+    assert_eq!(gone.message, "there is no device \"disk\"");
 }

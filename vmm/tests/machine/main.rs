@@ -11,6 +11,7 @@ mod devices;
 mod driver;
 mod faults;
 mod files;
+mod hang;
 mod harness;
 mod hostile;
 mod hotplug;

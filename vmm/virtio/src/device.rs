@@ -121,10 +121,23 @@ pub trait Worker: Any + Send {
     /// defines what. The default ignores it.
     fn control(&mut self, _message: Box<dyn Any + Send>) {}
 
-    /// The machine is being paused or the device reset: finishes what is in
-    /// flight with the host, so that afterwards guest memory is not touched
-    /// until the next event. May come several times in a row.
+    /// The machine is being paused: finishes what is in flight with the host, so
+    /// that afterwards guest memory is not touched until the next event. May come
+    /// several times in a row.
     fn quiesce(&mut self) {}
+
+    /// The device is reset or taken away: takes nothing new from the driver, gets no
+    /// more notifications of queues, and goes on with its sources until it is
+    /// [at rest](Worker::is_at_rest). One whose host may take long does not wait for it
+    /// here: the loop's other workers go on meanwhile.
+    fn leave(&mut self) {
+        self.quiesce();
+    }
+
+    /// Whether nothing is in flight, after [`Worker::leave`].
+    fn is_at_rest(&self) -> bool {
+        true
+    }
 
     /// The machine runs again after a pause.
     ///

@@ -8,7 +8,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::io;
 use std::mem;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
@@ -64,7 +64,8 @@ impl EventLoop {
     ) -> io::Result<Self> {
         let (sender, commands) = mpsc::channel();
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        let mut state = State::new(commands, Arc::clone(&wake))?;
+        let given_back = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let mut state = State::new(commands, Arc::clone(&wake), Arc::clone(&given_back))?;
         let (started, outcome) = mpsc::sync_channel(1);
         let thread = thread::Builder::new()
             .name(name.to_owned())
@@ -82,6 +83,7 @@ impl EventLoop {
             handle: LoopHandle {
                 sender,
                 wake,
+                given_back,
                 next_id: Arc::new(AtomicU64::new(1)),
             },
             thread: Some(thread),
@@ -117,6 +119,7 @@ pub struct LoopGone;
 pub struct LoopHandle {
     sender: Sender<Command>,
     wake: Arc<EventFd>,
+    given_back: Arc<EventFd>,
     next_id: Arc<AtomicU64>,
 }
 
@@ -139,6 +142,7 @@ impl LoopHandle {
                 worker,
                 queues,
                 on_failure: Some(on_failure),
+                leaving: None,
                 watched: Vec::new(),
             }),
         })?;
@@ -154,6 +158,18 @@ impl LoopHandle {
         let (reply, worker) = mpsc::sync_channel(1);
         self.send(Command::Remove { id, reply })?;
         Ok(Leaving { worker })
+    }
+
+    /// Readable once a worker has come to rest that did not when it was to leave.
+    pub fn given_back(&self) -> BorrowedFd<'_> {
+        // SAFETY: it stays open as long as this does, which is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.given_back.as_raw_fd()) }
+    }
+
+    /// Has [`LoopHandle::given_back`] readable no more.
+    pub fn forget_given_back(&self) {
+        // It may not have been.
+        let _ = self.given_back.read();
     }
 
     /// Hands a message to a worker.
@@ -252,8 +268,10 @@ enum Command {
 struct Slot {
     worker: Box<dyn Worker>,
     queues: Vec<(u16, Arc<EventFd>)>,
-    /// Gone once the worker has failed.
+    /// Gone once the worker has failed, or leaves.
     on_failure: Option<OnFailure>,
+    /// To whom it goes once it is at rest.
+    leaving: Option<SyncSender<Box<dyn Worker>>>,
     watched: Vec<Watched>,
 }
 
@@ -276,6 +294,7 @@ struct State {
     epoll: Epoll,
     commands: Receiver<Command>,
     wake: Arc<EventFd>,
+    given_back: Arc<EventFd>,
     slots: HashMap<WorkerId, Slot>,
     /// Where an event goes. Serials are never used twice, so an event of a
     /// descriptor that is no longer watched finds nobody.
@@ -286,7 +305,11 @@ struct State {
 }
 
 impl State {
-    fn new(commands: Receiver<Command>, wake: Arc<EventFd>) -> io::Result<Self> {
+    fn new(
+        commands: Receiver<Command>,
+        wake: Arc<EventFd>,
+        given_back: Arc<EventFd>,
+    ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         epoll.ctl(
             ControlOperation::Add,
@@ -297,6 +320,7 @@ impl State {
             epoll,
             commands,
             wake,
+            given_back,
             slots: HashMap::new(),
             targets: HashMap::new(),
             next_serial: WAKE + 1,
@@ -355,10 +379,18 @@ impl State {
                 }
             }
             Command::Remove { id, reply } => {
-                self.unwatch(id);
-                if let Some(mut slot) = self.slots.remove(&id) {
-                    slot.worker.quiesce();
-                    let _ = reply.send(slot.worker);
+                if let Some(slot) = self.slots.get_mut(&id)
+                    && slot.leaving.is_none()
+                {
+                    slot.worker.leave();
+                    slot.queues.clear();
+                    slot.on_failure = None;
+                    slot.leaving = Some(reply);
+                    let rests = slot.worker.is_at_rest();
+                    // One that had failed is not waited for yet.
+                    if rests || self.watch(id).is_err() {
+                        self.give_back(id);
+                    }
                 }
             }
             Command::Control { id, message } => {
@@ -371,6 +403,10 @@ impl State {
                 self.paused = true;
                 for slot in self.slots.values_mut() {
                     slot.worker.quiesce();
+                }
+                let ids: Vec<_> = self.slots.keys().copied().collect();
+                for id in ids {
+                    self.give_back_at_rest(id);
                 }
                 let _ = reply.send(());
             }
@@ -419,6 +455,31 @@ impl State {
             Ok(()) => self.refresh(id),
             Err(error) => self.fail(id, &error),
         }
+        self.give_back_at_rest(id);
+    }
+
+    /// Gives a worker back that leaves and has come to rest.
+    fn give_back_at_rest(&mut self, id: WorkerId) {
+        let slot = self.slots.get(&id);
+        if slot.is_some_and(|slot| slot.leaving.is_some() && slot.worker.is_at_rest()) {
+            self.give_back_late(id);
+        }
+    }
+
+    fn give_back_late(&mut self, id: WorkerId) {
+        self.give_back(id);
+        // Whoever is to read it does not mind how often.
+        let _ = self.given_back.write(1);
+    }
+
+    fn give_back(&mut self, id: WorkerId) {
+        self.unwatch(id);
+        if let Some(slot) = self.slots.remove(&id)
+            && let Some(reply) = slot.leaving
+        {
+            // Whoever asked may have given up; the worker goes then.
+            let _ = reply.send(slot.worker);
+        }
     }
 
     /// Looks at a worker's sources again if it says that they changed.
@@ -426,7 +487,7 @@ impl State {
         let changed = self
             .slots
             .get_mut(&id)
-            .is_some_and(|slot| slot.worker.sources_changed() && slot.on_failure.is_some());
+            .is_some_and(|slot| slot.worker.sources_changed() && slot.is_watched());
         if changed && let Err(error) = self.watch(id) {
             self.fail(id, &error);
         }
@@ -434,6 +495,14 @@ impl State {
 
     /// The worker gets no more events; it stays until it is taken back.
     fn fail(&mut self, id: WorkerId, error: &DeviceError) {
+        if self
+            .slots
+            .get(&id)
+            .is_some_and(|slot| slot.leaving.is_some())
+        {
+            // Of what is in flight nothing will be heard.
+            return self.give_back_late(id);
+        }
         self.unwatch(id);
         if let Some(on_failure) = self
             .slots
@@ -522,7 +591,7 @@ impl State {
         let ids: Vec<_> = self.slots.keys().copied().collect();
         for id in ids {
             if let Some(slot) = self.slots.get_mut(&id)
-                && slot.on_failure.is_some()
+                && slot.is_watched()
             {
                 slot.watched.clear();
                 if let Err(error) = self.watch(id) {
@@ -541,6 +610,10 @@ fn forget(epoll: &Epoll, fd: RawFd) {
 }
 
 impl Slot {
+    fn is_watched(&self) -> bool {
+        self.on_failure.is_some() || self.leaving.is_some()
+    }
+
     /// What the worker waits for now.
     fn wanted(&self) -> Vec<(RawFd, EventSet, Target)> {
         let queues = self

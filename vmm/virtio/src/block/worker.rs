@@ -25,11 +25,21 @@ pub(super) struct BlockWorker {
     limiter: Limiter,
     /// The driver does not ask for flushes: writes are durable by themselves.
     durable: bool,
+    leaves: Leaves,
     /// Calls of this event that the loop has waited for though the engine does not.
     waited: u16,
     /// Requests that the engine works on, by token.
     slots: Vec<Option<Pending>>,
     free: Vec<u16>,
+}
+
+/// Whether the disk goes.
+enum Leaves {
+    No,
+    /// No more requests are taken; those in flight are ended.
+    Finishing,
+    /// Those in flight cannot be.
+    GivenUp,
 }
 
 /// A request that the engine works on. It owns what the kernel reads and writes
@@ -56,6 +66,7 @@ impl BlockWorker {
             engine: Some(engine),
             limiter,
             durable: !write_back,
+            leaves: Leaves::No,
             waited: 0,
             slots: (0..QUEUE_SIZE).map(|_| None).collect(),
             free: (0..QUEUE_SIZE).collect(),
@@ -89,7 +100,7 @@ impl BlockWorker {
     /// True if there was any.
     fn take_requests(&mut self) -> Result<bool, DeviceError> {
         let mut any = false;
-        while !self.free.is_empty() && self.limiter.allows()? {
+        while matches!(self.leaves, Leaves::No) && !self.free.is_empty() && self.limiter.allows()? {
             let Some(chain) = self.queue.pop()? else {
                 break;
             };
@@ -292,6 +303,19 @@ impl Worker for BlockWorker {
             let _ = self.end_finished();
         }
         let _ = self.queue.signal();
+    }
+
+    fn leave(&mut self) {
+        // A driver that broke the rules in the middle leaves some to be handed over.
+        self.leaves = match self.engine(Engine::submit) {
+            Ok(()) => Leaves::Finishing,
+            // Nothing will be heard of what is in flight.
+            Err(_) => Leaves::GivenUp,
+        };
+    }
+
+    fn is_at_rest(&self) -> bool {
+        matches!(self.leaves, Leaves::GivenUp) || !self.in_flight()
     }
 }
 

@@ -4,6 +4,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use super::*;
 use crate::Source;
 
@@ -287,6 +289,76 @@ fn gives_workers_back() {
     assert!(worker.is::<Recorder>());
     let again = bench.handle.remove(bench.id).unwrap().wait(LONG);
     assert!(again.is_err(), "it has it no more");
+}
+
+/// Rests once somebody has written to its socket.
+struct Slow {
+    socket: UnixStream,
+    rests: bool,
+}
+
+impl Worker for Slow {
+    fn sources(&self) -> Vec<Source<'_>> {
+        vec![Source {
+            fd: self.socket.as_fd(),
+            token: 1,
+            readable: true,
+            writable: false,
+        }]
+    }
+
+    fn process(&mut self, event: Event) -> Result<(), DeviceError> {
+        assert!(
+            matches!(event, Event::Ready { .. }),
+            "a queue of one that leaves"
+        );
+        let _ = self.socket.read(&mut [0; 16]);
+        self.rests = true;
+        Ok(())
+    }
+
+    fn quiesce(&mut self) {
+        panic!("would wait");
+    }
+
+    fn leave(&mut self) {}
+
+    fn is_at_rest(&self) -> bool {
+        self.rests
+    }
+}
+
+#[test]
+fn one_that_leaves_slowly_keeps_nobody_waiting() {
+    let bench = Bench::new();
+    let (mut host, socket) = UnixStream::pair().unwrap();
+    let notify = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    let slow = Box::new(Slow {
+        socket,
+        rests: false,
+    });
+    let queues = vec![(0, Arc::clone(&notify))];
+    let id = bench.handle.add(slow, queues, Box::new(|_| {})).unwrap();
+    let leaving = bench.handle.remove(id).unwrap();
+    assert!(leaving.wait(SHORT).unwrap().is_none());
+    notify.write(1).unwrap();
+    bench.notify.write(1).unwrap();
+    bench.expect(Told::Event(Event::Queue(4)));
+    let is_told = || {
+        let mut given_back = [PollFd::from_borrowed_fd(
+            bench.handle.given_back(),
+            PollFlags::IN,
+        )];
+        poll(&mut given_back, Some(&Timespec::default())).unwrap() == 1
+    };
+    assert!(!is_told());
+    host.write_all(b"done").unwrap();
+    let worker: Box<dyn Any> = leaving.wait(LONG).unwrap().expect("it rests");
+    assert!(worker.is::<Slow>());
+    bench.handle.pause().unwrap();
+    assert!(is_told());
+    bench.handle.forget_given_back();
+    assert!(!is_told());
 }
 
 #[test]

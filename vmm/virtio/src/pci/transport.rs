@@ -211,7 +211,7 @@ impl VirtioPci {
     /// Stops the device for good and gives up what it holds. A vCPU may be about to
     /// access a register though the function is off the bus; that does nothing any
     /// more. False: what it does for the guest has not come to rest within
-    /// [`REST_LIMIT`], and it is as a reset would have left it.
+    /// [`REST_LIMIT`], or had not when this was last asked for.
     #[must_use]
     pub fn retire(&mut self) -> bool {
         let (working, _) = self.take_back();
@@ -326,7 +326,21 @@ impl VirtioPci {
     }
 
     fn reset(&mut self) {
-        let (working, worker) = self.take_back();
+        let taken = self.take_back();
+        self.finish_reset(taken);
+    }
+
+    /// A reset that was late, for a driver that waits for it.
+    fn look_whether_it_rests(&mut self) {
+        if let Working::Leaving(_) = self.working {
+            match self.take_back() {
+                (working @ Working::Leaving(_), _) => self.working = working,
+                taken => self.finish_reset(taken),
+            }
+        }
+    }
+
+    fn finish_reset(&mut self, (working, worker): (Working, Option<Box<dyn Worker>>)) {
         self.working = working;
         if let (Some(device), Some(worker)) = (&mut self.device, worker) {
             device.reset(worker);
@@ -339,8 +353,7 @@ impl VirtioPci {
         }
         match self.working {
             Working::Lost => self.signals.fail(&TransportError::Loop(LoopGone)),
-            // The status does not become zero, so the driver waits (4.1.4.3.2); the
-            // next reset may find it at rest.
+            // The status does not become zero, so the driver waits (4.1.4.3.2).
             Working::Leaving(_) => self.signals.fail(&TransportError::Busy),
             Working::Idle | Working::Active(_) | Working::Retired => {}
         }
@@ -407,7 +420,10 @@ impl PciFunction for VirtioPci {
         }
         let at = (offset % PAGE) as usize;
         match offset - offset % PAGE {
-            COMMON => self.registers.read(&self.signals, at, data),
+            COMMON => {
+                self.look_whether_it_rests();
+                self.registers.read(&self.signals, at, data);
+            }
             ISR if at == 0 && !data.is_empty() => data[0] = self.signals.take_isr(),
             DEVICE => {
                 if let Some(device) = &self.device {
