@@ -111,7 +111,11 @@ fn run(socket: &ControlSocket, machine: &mut Machine) -> ExitReason {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return ExitReason::Failed(describe(&io::Error::from(error))),
         }
-        let [_, control, late] = ready.map(|polled| !polled.revents().is_empty());
+        let [ended, control, late] = ready.map(|polled| !polled.revents().is_empty());
+        // Why is what counts, whatever else is asked.
+        if ended {
+            continue;
+        }
         if late {
             machine.devices().remove_late_ones();
         }

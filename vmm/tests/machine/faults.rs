@@ -138,6 +138,8 @@ struct Oracle {
     calls: Vec<Call>,
     /// The machine has begun, and what it calls now is no part of a start.
     has_begun: Arc<AtomicBool>,
+    /// What failed was a processor's.
+    is_fatal: Arc<AtomicBool>,
 }
 
 impl Oracle {
@@ -173,6 +175,8 @@ impl Oracle {
         match self.fault {
             Fault::Once(number) if number + 1 == self.calls.len() => {
                 self.failed = Some(call);
+                let is_fatal = call == (libc::SYS_ioctl, KVM_RUN);
+                self.is_fatal.store(is_fatal, Ordering::Relaxed);
                 errno_of(call)
             }
             _ => 0,
@@ -269,13 +273,19 @@ enum Outcome {
 }
 
 /// Starts the program, whose calls the oracle decides.
-fn spawn(uid: u32, fault: Fault, has_begun: &Arc<AtomicBool>) -> (Jailed, JoinHandle<Oracle>) {
+fn spawn(
+    uid: u32,
+    fault: Fault,
+    has_begun: &Arc<AtomicBool>,
+    is_fatal: &Arc<AtomicBool>,
+) -> (Jailed, JoinHandle<Oracle>) {
     let (listeners, listener) = mpsc::channel::<OwnedFd>();
     let oracle = Oracle {
         fault,
         failed: None,
         calls: Vec::new(),
         has_begun: Arc::clone(has_begun),
+        is_fatal: Arc::clone(is_fatal),
     };
     let oracle = thread::spawn(move || oracle.serve(&listener.recv().unwrap()));
     // A thread of its own: it, too, has to ask from then on.
@@ -289,11 +299,14 @@ fn spawn(uid: u32, fault: Fault, has_begun: &Arc<AtomicBool>) -> (Jailed, JoinHa
 /// Starts a machine, of which this fails.
 fn start(uid: u32, request: &Request0, fault: Fault) -> (Outcome, Option<Call>, Vec<Call>) {
     let has_begun = Arc::new(AtomicBool::new(false));
-    let (mut vmm, oracle) = spawn(uid, fault, &has_begun);
+    let is_fatal = Arc::new(AtomicBool::new(false));
+    let (mut vmm, oracle) = spawn(uid, fault, &has_begun, &is_fatal);
     let mut jail = None;
     let outcome = loop {
         let said = match jail {
             None => vmm.try_start(request),
+            // It ends by itself, but perhaps later than somebody asks for it.
+            Some(_) if is_fatal.load(Ordering::Relaxed) => vmm.next(),
             // What fails may be of its first moments.
             Some(_) => vmm.try_request(&Request::Kill),
         };
@@ -483,7 +496,7 @@ fn a_processor_that_kvm_does_not_run_ends_the_machine() {
         return;
     }
     let refused = Fault::Always((libc::SYS_ioctl, KVM_RUN), libc::EAGAIN);
-    let (mut vmm, oracle) = spawn(64_203, refused, &Arc::default());
+    let (mut vmm, oracle) = spawn(64_203, refused, &Arc::default(), &Arc::default());
     let (mut request, _console) = Request0::new(payload::build("1: jmp 1b"));
     request.spec.vcpus.max = 2;
     assert!(matches!(vmm.start(&request), Message::Started(_)));
