@@ -119,9 +119,12 @@ async fn exchange(
     let carried = {
         let (from_client, to_client) = client.split();
         let (from_guest, to_guest) = guest.split();
-        let asked = AtomicBool::new(false);
-        let inwards = carry_in(from_client, to_guest, &asked, patience);
-        let outwards = carry_out(from_guest, to_client, &asked, patience);
+        let moves = Moves {
+            asked: AtomicBool::new(false),
+            patience,
+        };
+        let inwards = carry_in(from_client, to_guest, &moves);
+        let outwards = carry_out(from_guest, to_client, &moves);
         tokio::try_join!(inwards, outwards)
     };
     if carried.is_err() {
@@ -131,30 +134,43 @@ async fn exchange(
     carried.map(|_| ())
 }
 
-/// Sets `asked` once the client's half has ended and the guest has it all.
+/// What both ways know.
+struct Moves {
+    /// The client's half has ended, and the guest has all of it that it takes.
+    asked: AtomicBool,
+    patience: Duration,
+}
+
 async fn carry_in(
     mut client: tcp::ReadHalf<'_>,
     mut guest: unix::WriteHalf<'_>,
-    asked: &AtomicBool,
-    patience: Duration,
+    moves: &Moves,
 ) -> io::Result<()> {
     let mut piece = vec![0; PIECE];
     loop {
         let count = client.read(&mut piece).await?;
         let mut rest = &piece[..count];
         if rest.is_empty() {
-            asked.store(true, Ordering::Relaxed);
+            moves.asked.store(true, Ordering::Relaxed);
             return guest.shutdown().await;
         }
         let mut stall = Stall::default();
         while !rest.is_empty() {
-            match timeout(patience, guest.write(rest)).await {
+            match timeout(moves.patience, guest.write(rest)).await {
+                // It may have answered before it closed.
+                Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+                    moves.asked.store(true, Ordering::Relaxed);
+                    return Ok(());
+                }
                 Ok(written) => {
                     rest = &rest[written?..];
                     stall = Stall::default();
                 }
                 // It waits as long as its client does.
-                Err(_) => stall.check(has_hung_up(client.as_ref())?, guest.as_ref())?,
+                Err(_) => {
+                    let (client, guest) = (client.as_ref(), guest.as_ref());
+                    stall.check(has_hung_up(client)?, client, guest)?;
+                }
             }
         }
     }
@@ -163,17 +179,17 @@ async fn carry_in(
 async fn carry_out(
     mut guest: unix::ReadHalf<'_>,
     mut client: tcp::WriteHalf<'_>,
-    asked: &AtomicBool,
-    patience: Duration,
+    moves: &Moves,
 ) -> io::Result<()> {
+    let asked = || moves.asked.load(Ordering::Relaxed);
     let mut piece = vec![0; PIECE];
     loop {
         let mut stall = Stall::default();
         let count = loop {
-            match timeout(patience, guest.read(&mut piece)).await {
+            match timeout(moves.patience, guest.read(&mut piece)).await {
                 Ok(count) => break count?,
-                // What it was asked may still be on its way.
-                Err(_) => stall.check(asked.load(Ordering::Relaxed), guest.as_ref())?,
+                // What it was asked may still be on its way, and what it answered.
+                Err(_) => stall.check(asked(), client.as_ref(), guest.as_ref())?,
             }
         };
         let mut rest = &piece[..count];
@@ -182,12 +198,12 @@ async fn carry_out(
         }
         let mut stall = Stall::default();
         while !rest.is_empty() {
-            match timeout(patience, client.write(rest)).await {
+            match timeout(moves.patience, client.write(rest)).await {
                 Ok(written) => {
                     rest = &rest[written?..];
                     stall = Stall::default();
                 }
-                Err(_) => stall.check(asked.load(Ordering::Relaxed), client.as_ref())?,
+                Err(_) => stall.check(asked(), client.as_ref(), guest.as_ref())?,
             }
         }
     }
@@ -196,20 +212,19 @@ async fn carry_out(
 /// A half that waits.
 #[derive(Default)]
 struct Stall {
-    /// What its reader had not taken yet when it was looked at last.
-    waiting: Option<c_int>,
+    /// What neither reader had taken yet when it was looked at last.
+    waiting: Option<[c_int; 2]>,
 }
 
 impl Stall {
-    /// Looks whether the reader of `stream` has taken some of it since the last look.
-    /// A stream becomes writable only once much of it has been taken, so that it is
-    /// not says nothing.
+    /// Looks whether a reader has taken something since the last look. A stream becomes
+    /// writable only once much of it has been taken, so that it is not says nothing.
     ///
     /// # Errors
-    /// It has not, and the client had hung up (`gone`) both times.
-    fn check(&mut self, gone: bool, stream: &impl AsRawFd) -> io::Result<()> {
+    /// None has, and the client had hung up (`gone`) both times.
+    fn check(&mut self, gone: bool, client: &TcpStream, guest: &UnixStream) -> io::Result<()> {
         let now = match gone {
-            true => Some(untaken(stream)?),
+            true => Some([untaken(client)?, untaken(guest)?]),
             false => None,
         };
         let before = mem::replace(&mut self.waiting, now);
@@ -244,7 +259,7 @@ fn has_hung_up(client: &TcpStream) -> io::Result<bool> {
 mod tests {
     use super::*;
 
-    use rustix::net::sockopt::set_socket_send_buffer_size;
+    use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_size};
 
     const SHORT: Duration = Duration::from_millis(100);
     const LONG: Duration = Duration::from_secs(20);
@@ -363,5 +378,41 @@ mod tests {
         let error = client.read_to_end(&mut taken).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
         answer.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_client_that_is_slow_gets_everything() {
+        let (client, mut guest, carried) = ends(4 * SHORT).await;
+        // What is on its way has to lie in sockets that are looked at.
+        set_socket_recv_buffer_size(&client, 4 << 10).unwrap();
+        let mut client = client;
+        client.shutdown().await.unwrap();
+        let answer = vec![7; 160 << 10];
+        guest.write_all(&answer).await.unwrap();
+        // The guest says nothing more, and leaves the connection open.
+        let mut taken = 0;
+        let mut piece = [0; 4 << 10];
+        while taken < answer.len() {
+            taken += client.read(&mut piece).await.unwrap();
+            tokio::time::sleep(SHORT / 2).await;
+        }
+        assert_eq!(taken, answer.len());
+        let ended = timeout(LONG, carried).await.unwrap().unwrap();
+        assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        drop(guest);
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_answers_and_closes_is_heard() {
+        let (mut client, mut guest, carried) = ends(SHORT).await;
+        guest.write_all(b"answer").await.unwrap();
+        drop(guest);
+        // It doesn't take this any more.
+        let _ = client.write_all(b"question").await;
+        let mut answer = [0; 6];
+        client.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"answer");
+        drop(client);
+        carried.await.unwrap().unwrap();
     }
 }
