@@ -286,7 +286,7 @@ mod tests {
 
     #[tokio::test]
     async fn all_is_carried_after_a_half_has_ended() {
-        let (mut client, mut guest, carried) = ends(SHORT).await;
+        let (mut client, mut guest, carried) = ends(4 * SHORT).await;
         client.write_all(b"question").await.unwrap();
         client.shutdown().await.unwrap();
         let mut question = String::new();
@@ -295,7 +295,7 @@ mod tests {
         // It takes longer than any silence may.
         for _ in 0..12 {
             guest.write_all(b"answer").await.unwrap();
-            tokio::time::sleep(SHORT / 4).await;
+            tokio::time::sleep(SHORT).await;
         }
         drop(guest);
         let mut answer = String::new();
@@ -346,7 +346,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_guest_that_is_slow_gets_everything() {
-        let (mut client, mut guest, carried) = ends_with(4 * SHORT, 64 << 10).await;
+        let (mut client, mut guest, carried) = ends_with(10 * SHORT, 64 << 10).await;
         let much = vec![7; 160 << 10];
         client.write_all(&much).await.unwrap();
         drop(client);
@@ -358,7 +358,7 @@ mod tests {
             if count == 0 {
                 break;
             }
-            tokio::time::sleep(SHORT / 2).await;
+            tokio::time::sleep(SHORT).await;
         }
         assert_eq!(taken.len(), much.len());
         drop(guest);
@@ -382,7 +382,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_is_slow_gets_everything() {
-        let (client, mut guest, carried) = ends(4 * SHORT).await;
+        let (client, mut guest, carried) = ends(10 * SHORT).await;
         // What is on its way has to lie in sockets that are looked at.
         set_socket_recv_buffer_size(&client, 4 << 10).unwrap();
         let mut client = client;
@@ -394,7 +394,7 @@ mod tests {
         let mut piece = [0; 4 << 10];
         while taken < answer.len() {
             taken += client.read(&mut piece).await.unwrap();
-            tokio::time::sleep(SHORT / 2).await;
+            tokio::time::sleep(SHORT).await;
         }
         assert_eq!(taken, answer.len());
         let ended = timeout(LONG, carried).await.unwrap().unwrap();
