@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use husk_fs::abi::{Attr, AttrOut, EntryOut, InHeader, InitOut, Opcode, OpenOut, OutHeader};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -60,7 +61,9 @@ impl Hang {
     pub fn await_reader(&self) {
         let (state, changed) = &*self.state;
         let state = state.lock().unwrap();
-        drop(changed.wait_while(state, |state| !state.asked).unwrap());
+        let limit = Duration::from_secs(60);
+        let waited = changed.wait_timeout_while(state, limit, |state| !state.asked);
+        assert!(waited.unwrap().0.asked, "nobody reads it");
     }
 
     /// All who read it get zeroes.

@@ -160,7 +160,7 @@ impl LoopHandle {
         Ok(Leaving { worker })
     }
 
-    /// Readable once a worker has come to rest that did not when it was to leave.
+    /// Readable after a worker was given back, for whom nobody may have waited so long.
     pub fn given_back(&self) -> BorrowedFd<'_> {
         // SAFETY: it stays open as long as this does, which is borrowed.
         unsafe { BorrowedFd::borrow_raw(self.given_back.as_raw_fd()) }
@@ -389,7 +389,8 @@ impl State {
                     let rests = slot.worker.is_at_rest();
                     // One that had failed is not waited for yet.
                     if rests || self.watch(id).is_err() {
-                        self.give_back(id);
+                        // The loop itself may have been late to hear of it.
+                        self.give_back_late(id);
                     }
                 }
             }

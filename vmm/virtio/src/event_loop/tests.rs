@@ -369,6 +369,13 @@ fn a_worker_that_does_not_rest_is_not_waited_for() {
     assert!(leaving.wait(SHORT).unwrap().is_none());
     bench.expect(Told::Quiesced);
     assert!(leaving.wait(LONG).unwrap().is_some());
+    // Who gave up hears of it.
+    bench.handle.pause().unwrap();
+    let mut given_back = [PollFd::from_borrowed_fd(
+        bench.handle.given_back(),
+        PollFlags::IN,
+    )];
+    assert_eq!(poll(&mut given_back, Some(&Timespec::default())), Ok(1));
 }
 
 #[test]
