@@ -259,7 +259,8 @@ fn has_hung_up(client: &TcpStream) -> io::Result<bool> {
 mod tests {
     use super::*;
 
-    use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_size};
+    use rustix::net::sockopt::set_socket_send_buffer_size;
+    use tokio::net::TcpSocket;
 
     const SHORT: Duration = Duration::from_millis(100);
     const LONG: Duration = Duration::from_secs(20);
@@ -276,7 +277,10 @@ mod tests {
     /// With a socket to the guest that holds twice `bytes`.
     async fn ends_with(patience: Duration, bytes: usize) -> (TcpStream, UnixStream, Carried) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let client = TcpStream::connect(listener.local_addr().unwrap()).await;
+        // So that what is on its way lies in sockets that are looked at.
+        let client = TcpSocket::new_v4().unwrap();
+        client.set_recv_buffer_size(16 << 10).unwrap();
+        let client = client.connect(listener.local_addr().unwrap()).await;
         let (accepted, _) = listener.accept().await.unwrap();
         let (near, far) = UnixStream::pair().unwrap();
         set_socket_send_buffer_size(&near, bytes).unwrap();
@@ -382,10 +386,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_is_slow_gets_everything() {
-        let (client, mut guest, carried) = ends(10 * SHORT).await;
-        // What is on its way has to lie in sockets that are looked at.
-        set_socket_recv_buffer_size(&client, 4 << 10).unwrap();
-        let mut client = client;
+        let (mut client, mut guest, carried) = ends(10 * SHORT).await;
         client.shutdown().await.unwrap();
         let answer = vec![7; 160 << 10];
         guest.write_all(&answer).await.unwrap();
