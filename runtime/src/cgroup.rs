@@ -87,6 +87,12 @@ impl CgroupDir {
         }
     }
 
+    /// Nobody can begin in it.
+    pub fn refused(&self, source: io::Error) -> CgroupError {
+        let path = self.path.join("cgroup.procs");
+        CgroupError::Io { path, source }
+    }
+
     /// Whether this process has moved in, or may have.
     fn is_shim_inside(&self) -> bool {
         let mut shim = self.shim();

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::child::{AFTER_KILL, Child, Program};
@@ -20,6 +21,8 @@ const PATIENCE: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub struct FileServer {
     child: Child,
+    /// It did not end, though it was killed.
+    is_stuck: AtomicBool,
 }
 
 /// How many files a guest may know: its kernel keeps over 1 KiB for each, the server
@@ -62,7 +65,11 @@ impl FileServer {
         let child = Child::spawn(program, &arguments, near.into())
             .await
             .map_err(fail)?;
-        Ok((Self { child }, far.into()))
+        let server = Self {
+            child,
+            is_stuck: AtomicBool::new(false),
+        };
+        Ok((server, far.into()))
     }
 
     /// The process on the node.
@@ -75,8 +82,14 @@ impl FileServer {
         self.child.wait().await;
     }
 
-    /// Sees to it that it ends, once the machine has.
+    /// Sees to it that it ends, once the machine has. Nobody waits long a second time for
+    /// one that did not.
     pub async fn end(&self, patience: Patience) {
-        self.child.end(PATIENCE, patience.of(AFTER_KILL)).await;
+        let after_kill = match self.is_stuck.load(Ordering::Relaxed) {
+            true => Duration::ZERO,
+            false => patience.of(AFTER_KILL),
+        };
+        let has_ended = self.child.end(PATIENCE, after_kill).await;
+        self.is_stuck.store(!has_ended, Ordering::Relaxed);
     }
 }

@@ -19,7 +19,7 @@ use ttrpc::r#async::TtrpcContext;
 
 use crate::agent_client::Agent;
 use crate::blocking;
-use crate::cgroup::PodCgroup;
+use crate::cgroup::{self, PodCgroup};
 use crate::clock;
 use crate::config::Config;
 use crate::container::{Container, Kind, Process};
@@ -359,11 +359,12 @@ impl Pod {
     /// of the pod can be gone by then, what it is stays written down, for `delete`.
     fn release(&mut self) {
         self.cgroup.take_if(|cgroup| cgroup.leave());
-        let has_left = self.cgroup.is_none();
-        // This one's state knows nothing of a machine that did not come to be.
+        // This one's state knows nothing of a machine that did not come to be, or of what
+        // a pod of this name has left before it.
         let written = self.state_dir.read().unwrap_or_default();
         let mut processes = [written.vmm, written.file_server].into_iter().flatten();
-        if has_left && !processes.any(HostProcess::is_alive) {
+        let has_left = self.cgroup.is_none() && !processes.any(HostProcess::is_alive);
+        if has_left && written.cgroup.as_deref().is_none_or(cgroup::remove) {
             self.state_dir.remove();
         } else {
             tracing::error!(path = %self.state_dir.path().display(), "not all of the pod is gone");

@@ -72,7 +72,7 @@ impl Beginning {
             )
         };
         match pid {
-            -1 => return Err(io::Error::last_os_error()),
+            -1 => return Err(self.refused(io::Error::last_os_error())),
             0 => self.go_on(&null, &report),
             _ => {}
         }
@@ -98,6 +98,19 @@ impl Beginning {
                 end(&pidfd);
                 Err(error)
             }
+        }
+    }
+
+    /// Why the kernel does not begin it: mostly its cgroup takes nobody.
+    fn refused(&self, error: io::Error) -> io::Error {
+        // clone(2): there is too little of something, or this process may not.
+        const OTHERS: [i32; 4] = [libc::EAGAIN, libc::ENOMEM, libc::ENOSPC, libc::EPERM];
+        let is_other = |errno| OTHERS.contains(&errno);
+        match &self.cgroup {
+            Some(cgroup) if !error.raw_os_error().is_some_and(is_other) => {
+                io::Error::new(error.kind(), cgroup.refused(error))
+            }
+            _ => error,
         }
     }
 

@@ -1,6 +1,7 @@
 //! Creating containers; the first brings the machine up.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use protobuf::MessageField;
 
 use super::{MachineState, Pod, PodHandle, Reply};
 use crate::bundle::{Bundle, BundleError, Limits, PodSpec, Role};
-use crate::cgroup::{self, PodCgroup};
+use crate::cgroup::{self, CgroupError, PodCgroup};
 use crate::clock;
 use crate::container::{Container, Kind, Process, State as ProcessState};
 use crate::container_files::FilesRequest;
@@ -242,8 +243,11 @@ impl Pod {
             });
         }
         // One that this shim could not leave has this shim in it.
-        if let (Some(path), None) = (&left.cgroup, &self.cgroup) {
-            cgroup::remove(path);
+        if let (Some(path), None) = (left.cgroup, &self.cgroup)
+            && !cgroup::remove(&path)
+        {
+            let source = io::ErrorKind::ResourceBusy.into();
+            return Err(CgroupError::Io { path, source }.into());
         }
         Ok(())
     }

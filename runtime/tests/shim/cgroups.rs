@@ -2,20 +2,25 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
 };
 use rustix::thread::{UnshareFlags, unshare_unsafe};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::Case;
 use crate::case::{Bundle, Node, block_on};
+use crate::containerd::refusal;
 use crate::lifecycle::{finish, kill};
 
 pub const CASES: &[Case] = &[
     ("cgroup_is_left_though_its_origin_is_gone", origin_is_gone),
     ("cgroup_that_is_not_left_is_removed_later", not_left),
+    ("cgroup_of_a_pod_before_is_removed", left_before),
+    ("cgroup_has_all_of_its_pod", all_inside),
+    ("cgroup_that_takes_nobody_is_named", takes_nobody),
 ];
 
 /// Where shims look for cgroup v2.
@@ -98,38 +103,134 @@ fn origin_is_gone() {
 }
 
 /// Nowhere may the shim go, which is written down for who comes after it.
+async fn leave_behind(node: &Node, bundle: &Bundle) {
+    let shim = node.start(bundle).await;
+    shim.create(&bundle.request()).await.unwrap();
+    shim.run("n", "").await.unwrap();
+    kill(&shim, "n", "", 9).await.unwrap();
+    shim.wait("n", "").await.unwrap();
+    mount("none", MOUNT, "tmpfs", MountFlags::RDONLY, None).unwrap();
+    shim.delete("n", "").await.unwrap();
+    shim.shut_down("n").await;
+    shim.assert_gone().await;
+    unmount(MOUNT, UnmountFlags::empty()).unwrap();
+    assert!(is_written_down(node));
+}
+
+fn is_written_down(node: &Node) -> bool {
+    node.state_dir().join("test/n/state.json").exists()
+}
+
+/// As containerd asks when the shim is gone; what it says of that.
+fn delete(node: &Node, bundle: &Bundle) -> String {
+    let dir = bundle.dir.display().to_string();
+    let arguments = ["-id", "n", "-bundle", &dir, "delete"];
+    let deleted = node.shim(&arguments, &bundle.dir, b"");
+    assert!(deleted.status.success());
+    String::from_utf8(deleted.stderr).unwrap()
+}
+
 fn not_left() {
     with_cgroups(|| {
         block_on(async {
             let node = Node::new().await;
             let pods = Group::new("kept");
             let (bundle, own) = pods.bundle(&node, "n");
-            let shim = node.start(&bundle).await;
-            shim.create(&bundle.request()).await.unwrap();
-            shim.run("n", "").await.unwrap();
-            kill(&shim, "n", "", 9).await.unwrap();
-            shim.wait("n", "").await.unwrap();
-            mount("none", MOUNT, "tmpfs", MountFlags::RDONLY, None).unwrap();
-            shim.delete("n", "").await.unwrap();
-            shim.shut_down("n").await;
-            shim.assert_gone().await;
-            unmount(MOUNT, UnmountFlags::empty()).unwrap();
+            leave_behind(&node, &bundle).await;
             assert!(own.exists());
-            assert!(node.state_dir().join("test/n/state.json").exists());
-            let dir = bundle.dir.display().to_string();
-            let delete = || {
-                let arguments = ["-id", "n", "-bundle", &dir, "delete"];
-                let deleted = node.shim(&arguments, &bundle.dir, b"");
-                assert!(deleted.status.success());
-                String::from_utf8(deleted.stderr).unwrap()
-            };
             // Somebody else's, below it.
             fs::create_dir(own.join("other")).unwrap();
-            let said = delete();
+            let said = delete(&node, &bundle);
             assert!(said.contains("not all of test/n is gone"), "{said}");
-            assert!(node.state_dir().join("test/n/state.json").exists());
+            assert!(is_written_down(&node));
+            // The next pod of the name does not forget it.
+            let shim = node.start(&bundle).await;
+            let (_, words) = refusal(shim.create(&bundle.request()).await);
+            assert!(words.starts_with("pod's cgroup "), "{words}");
+            shim.shut_down("n").await;
+            shim.assert_gone().await;
+            assert!(is_written_down(&node));
             fs::remove_dir(own.join("other")).unwrap();
-            assert_eq!(delete(), "");
+            assert_eq!(delete(&node, &bundle), "");
+            assert!(!own.exists());
+            node.assert_clean();
+        });
+    });
+}
+
+/// Nor does a shim that could make nothing.
+fn left_before() {
+    with_cgroups(|| {
+        block_on(async {
+            let node = Node::new().await;
+            let pods = Group::new("before");
+            let (bundle, own) = pods.bundle(&node, "n");
+            leave_behind(&node, &bundle).await;
+            let shim = node.start(&bundle).await;
+            fs::write(bundle.dir.join("config.json"), "{").unwrap();
+            shim.create(&bundle.request()).await.unwrap_err();
+            shim.shut_down("n").await;
+            shim.assert_gone().await;
+            assert!(!own.exists());
+            node.assert_clean();
+        });
+    });
+}
+
+/// What the pod is counts in its cgroup, all of it.
+fn all_inside() {
+    with_cgroups(|| {
+        block_on(async {
+            let node = Node::new().await;
+            let pods = Group::new("inside");
+            let (bundle, own) = pods.bundle(&node, "i");
+            let shim = node.start(&bundle).await;
+            shim.create(&bundle.request()).await.unwrap();
+            shim.run("i", "").await.unwrap();
+            let state = fs::read(node.state_dir().join("test/i/state.json")).unwrap();
+            let state: Value = serde_json::from_slice(&state).unwrap();
+            let mut meant = ["shim", "vmm", "file_server"].map(|name| state[name]["pid"].as_u64());
+            meant.sort_unstable();
+            // Nobody waits for the shim's move.
+            let began = Instant::now();
+            loop {
+                let procs = fs::read_to_string(own.join("cgroup.procs")).unwrap();
+                let mut inside: Vec<_> = procs.lines().map(|pid| pid.parse().ok()).collect();
+                inside.sort_unstable();
+                if inside == meant {
+                    break;
+                }
+                assert!(
+                    began.elapsed() < Duration::from_secs(5),
+                    "{inside:?} of {meant:?}"
+                );
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            kill(&shim, "i", "", 9).await.unwrap();
+            shim.wait("i", "").await.unwrap();
+            finish(&node, &shim, "i").await;
+            assert!(!own.exists());
+        });
+    });
+}
+
+/// In which no process can begin, as where controllers are for cgroups below it.
+fn takes_nobody() {
+    with_cgroups(|| {
+        block_on(async {
+            let node = Node::new().await;
+            let pods = Group::new("threads");
+            let (bundle, own) = pods.bundle(&node, "t");
+            fs::write(pods.dir().join("cgroup.type"), "threaded").unwrap();
+            let shim = node.start(&bundle).await;
+            let (_, words) = refusal(shim.create(&bundle.request()).await);
+            let procs = own.join("cgroup.procs").display().to_string();
+            assert!(
+                words.contains(&format!("pod's cgroup {procs}: ")),
+                "{words}"
+            );
+            shim.shut_down("t").await;
+            shim.assert_gone().await;
             assert!(!own.exists());
             node.assert_clean();
         });

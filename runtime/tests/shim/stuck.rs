@@ -114,7 +114,11 @@ fn pod() {
 }
 
 fn disk() {
-    apart(|| block_on(holds()));
+    apart(|| {
+        block_on(async {
+            tokio::join!(holds(), holds_with_server());
+        });
+    });
 }
 
 fn sandbox() {
@@ -138,16 +142,22 @@ fn apart(case: fn()) {
     case.unwrap_or_else(|failure| std::panic::resume_unwind(failure));
 }
 
-async fn stuck() {
-    let node = Node::new().await;
-    let hang = Hang::mount(node.path("hang"));
+/// A file server that asks for what hangs.
+fn hanging_server(node: &Node, hang: &Hang) -> String {
     let server = node.path("server");
     let file = hang.path.display();
     fs::write(&server, format!("#!/bin/sh\nexec stat {file}\n")).unwrap();
     fs::set_permissions(&server, fs::Permissions::from_mode(0o755)).unwrap();
+    server.display().to_string()
+}
+
+async fn stuck() {
+    let node = Node::new().await;
+    let hang = Hang::mount(node.path("hang"));
+    let file = hang.path.display();
+    let server = hanging_server(&node, &hang);
     node.configure(&format!(
-        "file_server = '{}'\nkernel_parameters = '{PARAMETER}{file}'\n",
-        server.display()
+        "file_server = '{server}'\nkernel_parameters = '{PARAMETER}{file}'\n"
     ));
     let shim = up(&node, "p").await;
     let bundle = member(&node, "c", "p", &["sleep"]);
@@ -217,6 +227,11 @@ async fn stuck() {
     node.assert_clean();
 }
 
+enum Server {
+    Answers,
+    Hangs,
+}
+
 /// A container with a disk, whose VMM hangs and which was killed.
 struct Killed {
     // Goes first: the node's directory cannot go before.
@@ -226,11 +241,18 @@ struct Killed {
 }
 
 impl Killed {
-    async fn new() -> Self {
+    async fn new(server: Server) -> Self {
         let node = Node::new().await;
         let hang = Hang::mount(node.path("hang"));
+        let (lines, stuck) = match server {
+            Server::Answers => (String::new(), 1),
+            Server::Hangs => {
+                let server = hanging_server(&node, &hang);
+                (format!("file_server = '{server}'\n"), 2)
+            }
+        };
         let file = hang.path.display();
-        node.configure(&format!("kernel_parameters = '{PARAMETER}{file}'\n"));
+        node.configure(&format!("{lines}kernel_parameters = '{PARAMETER}{file}'\n"));
         let log = node.path("hooks").display().to_string();
         let bundle = node.bundle("d", &["sleep"]).with(|spec| {
             let script = format!("echo gone >> {log}");
@@ -242,7 +264,7 @@ impl Killed {
         request.rootfs = vec![disk_for_root(&node)];
         shim.create(&request).await.unwrap();
         shim.run("d", "").await.unwrap();
-        hang.has_been_asked(1).await;
+        hang.has_been_asked(stuck).await;
         kill(&shim, "d", "", 9).await.unwrap();
         assert_eq!(shim.wait("d", "").await.unwrap().exit_status, 137);
         Self { hang, node, shim }
@@ -297,7 +319,7 @@ fn disk_for_root(node: &Node) -> Mount {
 
 /// Whoever has the disk next would have it written to by the VMM of before.
 async fn holds() {
-    let killed = Killed::new().await;
+    let killed = Killed::new(Server::Answers).await;
     let server = killed.state()["file_server"]["pid"].as_i64().unwrap();
     let server = Pid::from_raw(i32::try_from(server).unwrap()).unwrap();
     // Then nobody waits for that after the VMM, and the deletion may be ahead of who
@@ -308,9 +330,7 @@ async fn holds() {
     };
     tokio::join!(killed.refused(), ahead);
     // As often as it is asked; it is written down, too, how the machine ended.
-    for _ in 0..2 {
-        killed.refused().await;
-    }
+    killed.refused().await;
     let state = killed.state();
     assert_eq!(state["end"]["kind"], "killed", "{state}");
     let (node, shim) = killed.goes().await;
@@ -320,9 +340,22 @@ async fn holds() {
     assert_eq!(times_gone(&node), [1, 1]);
 }
 
+/// containerd works through what it asks for again one after the other.
+async fn holds_with_server() {
+    let killed = Killed::new(Server::Hangs).await;
+    killed.refused().await;
+    let began = Instant::now();
+    killed.refused().await;
+    assert!(began.elapsed() < Duration::from_secs(3));
+    let (node, shim) = killed.goes().await;
+    shim.shut_down("d").await;
+    shim.assert_gone().await;
+    node.assert_clean();
+}
+
 /// Docker does not ask again, for the deletion or for the shim's end.
 async fn goes() {
-    let killed = Killed::new().await;
+    let killed = Killed::new(Server::Answers).await;
     killed.refused().await;
     let (node, shim) = killed.goes().await;
     let began = Instant::now();
