@@ -96,15 +96,14 @@ impl CgroupDir {
     /// Whether this process has moved in, or may have.
     fn is_shim_inside(&self) -> bool {
         let mut shim = self.shim();
-        match mem::replace(&mut *shim, Shim::Inside) {
-            Shim::Outside => *shim = Shim::Outside,
-            Shim::Moving(moving) => {
-                // One that panicked has said so.
-                let _ = moving.join();
-            }
-            Shim::Inside => {}
+        if let Shim::Outside = *shim {
+            return false;
         }
-        !matches!(*shim, Shim::Outside)
+        if let Shim::Moving(moving) = mem::replace(&mut *shim, Shim::Inside) {
+            // One that panicked has said so.
+            let _ = moving.join();
+        }
+        true
     }
 
     fn shim(&self) -> MutexGuard<'_, Shim> {

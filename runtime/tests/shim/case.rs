@@ -13,6 +13,8 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::shim_async::TaskClient;
 use husk_node::sums::{self, Hash};
+use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::{Value, json};
 
 use crate::containerd::{EventService, connect, soon};
@@ -331,6 +333,19 @@ pub fn processes(meant: impl Fn(&[String]) -> bool) -> Vec<(i32, i32)> {
         meant(&words).then_some((pid, parent))
     });
     found.collect()
+}
+
+/// Does `case` where nobody else comes across what it mounts.
+pub fn apart(case: impl FnOnce() + Send + 'static) {
+    let apart = move || {
+        // SAFETY: no other thread relies on this one's working directory.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private).unwrap();
+        case();
+    };
+    let case = std::thread::spawn(apart).join();
+    case.unwrap_or_else(|failure| std::panic::resume_unwind(failure));
 }
 
 /// Runs a case's future.

@@ -7,11 +7,10 @@ use std::time::{Duration, Instant};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
 };
-use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::{Value, json};
 
 use crate::Case;
-use crate::case::{Bundle, Node, block_on};
+use crate::case::{Bundle, Node, apart, block_on};
 use crate::containerd::refusal;
 use crate::lifecycle::{finish, kill};
 
@@ -60,45 +59,35 @@ impl Drop for Group {
 
 /// Does `case` where cgroup v2 is mounted as on nodes, whatever this machine has
 /// there.
-fn with_cgroups(case: fn()) {
-    let apart = move || {
-        // SAFETY: no other thread relies on this one's working directory.
-        unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
+fn with_cgroups<F: Future<Output = ()> + 'static>(case: fn() -> F) {
+    apart(move || {
         // Shims see what is mounted here later, and nobody else does.
-        for propagation in [
-            MountPropagationFlags::PRIVATE,
-            MountPropagationFlags::SHARED,
-        ] {
-            mount_change("/", propagation | MountPropagationFlags::REC).unwrap();
-        }
+        let shared = MountPropagationFlags::SHARED | MountPropagationFlags::REC;
+        mount_change("/", shared).unwrap();
         match mount("none", MOUNT, "cgroup2", MountFlags::empty(), None) {
-            Ok(()) => case(),
+            Ok(()) => block_on(case()),
             Err(error) => println!("skipped: no cgroup v2: {error}"),
         }
-    };
-    let case = std::thread::spawn(apart).join();
-    case.unwrap_or_else(|failure| std::panic::resume_unwind(failure));
+    });
 }
 
 /// As when systemd or containerd has begun anew meanwhile.
 fn origin_is_gone() {
-    with_cgroups(|| {
-        block_on(async {
-            let node = Node::new().await;
-            let (origin, pods) = (Group::new("origin"), Group::new("pods"));
-            let (bundle, own) = pods.bundle(&node, "o");
-            let shim = node.start(&bundle).await;
-            let procs = origin.dir().join("cgroup.procs");
-            fs::write(procs, shim.pid.to_string()).unwrap();
-            shim.create(&bundle.request()).await.unwrap();
-            shim.run("o", "").await.unwrap();
-            assert!(own.exists());
-            fs::remove_dir(origin.dir()).unwrap();
-            kill(&shim, "o", "", 9).await.unwrap();
-            shim.wait("o", "").await.unwrap();
-            finish(&node, &shim, "o").await;
-            assert!(!own.exists());
-        });
+    with_cgroups(|| async {
+        let node = Node::new().await;
+        let (origin, pods) = (Group::new("origin"), Group::new("pods"));
+        let (bundle, own) = pods.bundle(&node, "o");
+        let shim = node.start(&bundle).await;
+        let procs = origin.dir().join("cgroup.procs");
+        fs::write(procs, shim.pid.to_string()).unwrap();
+        shim.create(&bundle.request()).await.unwrap();
+        shim.run("o", "").await.unwrap();
+        assert!(own.exists());
+        fs::remove_dir(origin.dir()).unwrap();
+        kill(&shim, "o", "", 9).await.unwrap();
+        shim.wait("o", "").await.unwrap();
+        finish(&node, &shim, "o").await;
+        assert!(!own.exists());
     });
 }
 
@@ -131,108 +120,100 @@ fn delete(node: &Node, bundle: &Bundle) -> String {
 }
 
 fn not_left() {
-    with_cgroups(|| {
-        block_on(async {
-            let node = Node::new().await;
-            let pods = Group::new("kept");
-            let (bundle, own) = pods.bundle(&node, "n");
-            leave_behind(&node, &bundle).await;
-            assert!(own.exists());
-            // Somebody else's, below it.
-            fs::create_dir(own.join("other")).unwrap();
-            let said = delete(&node, &bundle);
-            assert!(said.contains("not all of test/n is gone"), "{said}");
-            assert!(is_written_down(&node));
-            // The next pod of the name does not forget it.
-            let shim = node.start(&bundle).await;
-            let (_, words) = refusal(shim.create(&bundle.request()).await);
-            assert!(words.starts_with("pod's cgroup "), "{words}");
-            shim.shut_down("n").await;
-            shim.assert_gone().await;
-            assert!(is_written_down(&node));
-            fs::remove_dir(own.join("other")).unwrap();
-            assert_eq!(delete(&node, &bundle), "");
-            assert!(!own.exists());
-            node.assert_clean();
-        });
+    with_cgroups(|| async {
+        let node = Node::new().await;
+        let pods = Group::new("kept");
+        let (bundle, own) = pods.bundle(&node, "n");
+        leave_behind(&node, &bundle).await;
+        assert!(own.exists());
+        // Somebody else's, below it.
+        fs::create_dir(own.join("other")).unwrap();
+        let said = delete(&node, &bundle);
+        assert!(said.contains("not all of test/n is gone"), "{said}");
+        assert!(is_written_down(&node));
+        // The next pod of the name does not forget it.
+        let shim = node.start(&bundle).await;
+        let (_, words) = refusal(shim.create(&bundle.request()).await);
+        assert!(words.starts_with("pod's cgroup "), "{words}");
+        shim.shut_down("n").await;
+        shim.assert_gone().await;
+        assert!(is_written_down(&node));
+        fs::remove_dir(own.join("other")).unwrap();
+        assert_eq!(delete(&node, &bundle), "");
+        assert!(!own.exists());
+        node.assert_clean();
     });
 }
 
 /// Nor does a shim that could make nothing.
 fn left_before() {
-    with_cgroups(|| {
-        block_on(async {
-            let node = Node::new().await;
-            let pods = Group::new("before");
-            let (bundle, own) = pods.bundle(&node, "n");
-            leave_behind(&node, &bundle).await;
-            let shim = node.start(&bundle).await;
-            fs::write(bundle.dir.join("config.json"), "{").unwrap();
-            shim.create(&bundle.request()).await.unwrap_err();
-            shim.shut_down("n").await;
-            shim.assert_gone().await;
-            assert!(!own.exists());
-            node.assert_clean();
-        });
+    with_cgroups(|| async {
+        let node = Node::new().await;
+        let pods = Group::new("before");
+        let (bundle, own) = pods.bundle(&node, "n");
+        leave_behind(&node, &bundle).await;
+        let shim = node.start(&bundle).await;
+        fs::write(bundle.dir.join("config.json"), "{").unwrap();
+        shim.create(&bundle.request()).await.unwrap_err();
+        shim.shut_down("n").await;
+        shim.assert_gone().await;
+        assert!(!own.exists());
+        node.assert_clean();
     });
 }
 
 /// What the pod is counts in its cgroup, all of it.
 fn all_inside() {
-    with_cgroups(|| {
-        block_on(async {
-            let node = Node::new().await;
-            let pods = Group::new("inside");
-            let (bundle, own) = pods.bundle(&node, "i");
-            let shim = node.start(&bundle).await;
-            shim.create(&bundle.request()).await.unwrap();
-            shim.run("i", "").await.unwrap();
-            let state = fs::read(node.state_dir().join("test/i/state.json")).unwrap();
-            let state: Value = serde_json::from_slice(&state).unwrap();
-            let mut meant = ["shim", "vmm", "file_server"].map(|name| state[name]["pid"].as_u64());
-            meant.sort_unstable();
-            // Nobody waits for the shim's move.
-            let began = Instant::now();
-            loop {
-                let procs = fs::read_to_string(own.join("cgroup.procs")).unwrap();
-                let mut inside: Vec<_> = procs.lines().map(|pid| pid.parse().ok()).collect();
-                inside.sort_unstable();
-                if inside == meant {
-                    break;
-                }
-                assert!(
-                    began.elapsed() < Duration::from_secs(5),
-                    "{inside:?} of {meant:?}"
-                );
-                tokio::time::sleep(Duration::from_millis(10)).await;
+    with_cgroups(|| async {
+        let node = Node::new().await;
+        let pods = Group::new("inside");
+        let (bundle, own) = pods.bundle(&node, "i");
+        let shim = node.start(&bundle).await;
+        shim.create(&bundle.request()).await.unwrap();
+        shim.run("i", "").await.unwrap();
+        let state = fs::read(node.state_dir().join("test/i/state.json")).unwrap();
+        let state: Value = serde_json::from_slice(&state).unwrap();
+        let mut meant = ["shim", "vmm", "file_server"].map(|name| state[name]["pid"].as_u64());
+        meant.sort_unstable();
+        // Nobody waits for the shim's move.
+        let began = Instant::now();
+        loop {
+            let procs = fs::read_to_string(own.join("cgroup.procs")).unwrap();
+            let mut inside: Vec<_> = procs.lines().map(|pid| pid.parse().ok()).collect();
+            inside.sort_unstable();
+            if inside == meant {
+                break;
             }
-            kill(&shim, "i", "", 9).await.unwrap();
-            shim.wait("i", "").await.unwrap();
-            finish(&node, &shim, "i").await;
-            assert!(!own.exists());
-        });
+            assert!(
+                began.elapsed() < Duration::from_secs(5),
+                "{inside:?} of {meant:?}"
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        kill(&shim, "i", "", 9).await.unwrap();
+        shim.wait("i", "").await.unwrap();
+        finish(&node, &shim, "i").await;
+        assert!(!own.exists());
     });
 }
 
 /// In which no process can begin, as where controllers are for cgroups below it.
 fn takes_nobody() {
-    with_cgroups(|| {
-        block_on(async {
-            let node = Node::new().await;
-            let pods = Group::new("threads");
-            let (bundle, own) = pods.bundle(&node, "t");
-            fs::write(pods.dir().join("cgroup.type"), "threaded").unwrap();
-            let shim = node.start(&bundle).await;
-            let (_, words) = refusal(shim.create(&bundle.request()).await);
-            let procs = own.join("cgroup.procs").display().to_string();
-            assert!(
-                words.contains(&format!("pod's cgroup {procs}: ")),
-                "{words}"
-            );
-            shim.shut_down("t").await;
-            shim.assert_gone().await;
-            assert!(!own.exists());
-            node.assert_clean();
-        });
+    with_cgroups(|| async {
+        let node = Node::new().await;
+        let pods = Group::new("threads");
+        let (bundle, own) = pods.bundle(&node, "t");
+        fs::write(pods.dir().join("cgroup.type"), "threaded").unwrap();
+        let shim = node.start(&bundle).await;
+        let (_, words) = refusal(shim.create(&bundle.request()).await);
+        let procs = own.join("cgroup.procs").display().to_string();
+        assert!(
+            words.contains(&format!("pod's cgroup {procs}: ")),
+            "{words}"
+        );
+        shim.shut_down("t").await;
+        shim.assert_gone().await;
+        assert!(!own.exists());
+        node.assert_clean();
     });
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::Case;
-use crate::case::{Node, block_on};
+use crate::case::{Bundle, Node, block_on};
 use crate::sandbox::{kill, remove};
 
 pub const CASES: &[Case] = &[
@@ -72,15 +72,19 @@ pub fn namespace() -> (Child, String) {
     (holder, path)
 }
 
+/// A container in that namespace.
+fn web(node: &Node, netns: &str) -> Bundle {
+    node.bundle("web", &["sleep"]).with(|spec| {
+        spec["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "network", "path": netns}]);
+    })
+}
+
 /// It comes between the container's creation and its start, as Docker's does.
 fn asked() {
     block_on(async {
         let node = Node::new().await;
         let (mut holder, path) = namespace();
-        let bundle = node.bundle("web", &["sleep"]).with(|spec| {
-            spec["linux"]["namespaces"] =
-                json!([{"type": "pid"}, {"type": "network", "path": path}]);
-        });
+        let bundle = web(&node, &path);
         let shim = node.start(&bundle).await;
         shim.create(&bundle.request()).await.unwrap();
         let told = serve(&path);
@@ -101,11 +105,7 @@ fn forgetful() {
     block_on(async {
         let node = Node::new().await;
         let (mut holder, path) = namespace();
-        let bundle = node.bundle("web", &["sleep"]).with(|spec| {
-            spec["hostname"] = "forgetful".into();
-            spec["linux"]["namespaces"] =
-                json!([{"type": "pid"}, {"type": "network", "path": path}]);
-        });
+        let bundle = web(&node, &path).with(|spec| spec["hostname"] = "forgetful".into());
         let shim = node.start(&bundle).await;
         shim.create(&bundle.request()).await.unwrap();
         let told = serve(&path);
@@ -127,11 +127,7 @@ fn curious() {
     block_on(async {
         let node = Node::new().await;
         let (mut holder, path) = namespace();
-        let bundle = node.bundle("web", &["sleep"]).with(|spec| {
-            spec["hostname"] = "curious".into();
-            spec["linux"]["namespaces"] =
-                json!([{"type": "pid"}, {"type": "network", "path": path}]);
-        });
+        let bundle = web(&node, &path).with(|spec| spec["hostname"] = "curious".into());
         let shim = node.start(&bundle).await;
         shim.create(&bundle.request()).await.unwrap();
         let netns = File::open(&path).unwrap();

@@ -19,17 +19,14 @@ use containerd_shim_protos::sandbox_api::{
 use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim_async::Client;
 use containerd_shim_protos::types::mount::Mount;
-use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
-};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::{Value, json};
 use ttrpc::Code;
 use ttrpc::context::with_duration;
 
 use crate::Case;
-use crate::case::{Node, Shim, block_on, is_alive};
+use crate::case::{Node, Shim, apart, block_on, is_alive};
 use crate::containerd::{refusal, soon};
 use crate::lifecycle::kill;
 use crate::sandbox::{add, member, up};
@@ -127,19 +124,6 @@ fn sandbox() {
 
 fn unasked() {
     apart(|| block_on(goes()));
-}
-
-/// Where nobody else comes across what is mounted.
-fn apart(case: fn()) {
-    let apart = move || {
-        // SAFETY: no other thread relies on this one's working directory.
-        unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
-        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-        mount_change("/", private).unwrap();
-        case();
-    };
-    let case = std::thread::spawn(apart).join();
-    case.unwrap_or_else(|failure| std::panic::resume_unwind(failure));
 }
 
 /// A file server that asks for what hangs.
